@@ -1,0 +1,1 @@
+"""Processes: who is in the run, and how they are laid out."""

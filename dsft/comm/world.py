@@ -1,0 +1,62 @@
+"""Who is in this run: rank, size, device and the process group, as values that are passed."""
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all of them. rank in [0, size); local_rank counts within the node."""
+
+    rank: int
+    size: int
+    local_rank: int
+    device: torch.device
+
+    def sum(self, value: Tensor) -> Tensor:
+        """Sum of value over all ranks, on every rank; value is not changed."""
+        if self.size == 1:
+            return value
+        total = value.detach().to(self.device, copy=True)
+        dist.all_reduce(total)
+        return total.to(value.device)
+
+    def max(self, value: float) -> float:
+        """Largest value over all ranks."""
+        if self.size == 1:
+            return value
+        largest = torch.tensor(value, dtype=torch.float64, device=self.device)
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+        return largest.item()
+
+    def barrier(self) -> None:
+        """Wait until every rank is here."""
+        if self.size > 1:
+            dist.barrier()
+
+
+def join(timeout_s: float = 1800.0) -> World:
+    """Join the process group that RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT name; alone without them."""
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    rank = int(os.environ.get("RANK", "0"))
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    if size > 1 and not dist.is_initialized():
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(seconds=timeout_s), rank=rank, world_size=size
+        )
+    return World(rank=rank, size=size, local_rank=local_rank, device=device)
+
+
+def leave() -> None:
+    """Leave the process group, if one was joined."""
+    if dist.is_initialized():
+        dist.destroy_process_group()

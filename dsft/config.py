@@ -1,0 +1,117 @@
+"""The schema of a run: frozen dataclasses without defaults; the YAML tree under conf/ holds the values.
+
+Groups whose option is a class (model, method, quantization, strategy, objective, data, tracker) name it with
+`_target_`; that dataclass is its own schema. The plain groups are here. Imports neither torch nor Hydra.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train:
+    """How long, how much at once, how exact."""
+
+    steps: int | None
+    epochs: float | None
+    global_batch_size: int
+    micro_batch_tokens: int
+    max_length: int
+    seed: int
+    precision: Literal["bf16", "fp32"]
+    max_grad_norm: float
+    gradient_checkpointing: Literal["none", "full", "selective"]
+    eval_every: int
+    early_stop_metric: str | None
+    early_stop_patience: int
+    on_nonfinite: Literal["stop", "skip"]
+    max_nonfinite: int
+    log_samples: bool
+
+    def __post_init__(self) -> None:
+        """Refuse values that no run can have."""
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError("train: give one of train.steps and train.epochs; set the other to null")
+        _at_least("train.steps", self.steps, 1)
+        if self.epochs is not None and self.epochs <= 0:
+            raise ValueError(f"train.epochs must be above 0, got {self.epochs}")
+        for name in ("global_batch_size", "micro_batch_tokens", "early_stop_patience"):
+            _at_least(f"train.{name}", getattr(self, name), 1)
+        _at_least("train.max_length", self.max_length, 2)
+        for name in ("seed", "eval_every", "max_nonfinite"):
+            _at_least(f"train.{name}", getattr(self, name), 0)
+        if not self.max_grad_norm > 0:
+            raise ValueError(
+                f"train.max_grad_norm must be above 0, got {self.max_grad_norm}; inf switches clipping off"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optim:
+    """The optimizer and its learning-rate schedule."""
+
+    name: Literal["adamw", "paged_adamw8bit", "adafactor", "sgd"]
+    lr: float
+    weight_decay: float
+    betas: tuple[float, float]
+    eps: float
+    momentum: float
+    schedule: Literal["constant", "linear", "cosine", "wsd"]
+    warmup_steps: int
+    decay_steps: int
+    min_lr_ratio: float
+
+    def __post_init__(self) -> None:
+        """Refuse values outside their range."""
+        if not self.lr > 0:
+            raise ValueError(f"optim.lr must be above 0, got {self.lr}")
+        _at_least("optim.warmup_steps", self.warmup_steps, 0)
+        _at_least("optim.decay_steps", self.decay_steps, 0)
+        if self.weight_decay < 0:
+            raise ValueError(f"optim.weight_decay must be 0 or more, got {self.weight_decay}")
+        for name, value in (("betas[0]", self.betas[0]), ("betas[1]", self.betas[1]), ("momentum", self.momentum)):
+            if not 0 <= value < 1:
+                raise ValueError(f"optim.{name} must be in [0, 1), got {value}")
+        if not 0 <= self.min_lr_ratio <= 1:
+            raise ValueError(f"optim.min_lr_ratio must be in [0, 1], got {self.min_lr_ratio}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Launcher:
+    """Where the processes come from; devices = processes per node."""
+
+    name: Literal["auto", "local"]
+    devices: int | Literal["auto"]
+    nodes: int
+
+    def __post_init__(self) -> None:
+        """Refuse counts that start no process."""
+        if self.devices != "auto":
+            _at_least("launcher.devices", self.devices, 1)
+        _at_least("launcher.nodes", self.nodes, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One run, resolved: everything that decides its numbers, and where it writes.
+
+    The class-valued groups are typed Any here, because their classes live above this file; compose.py checks each
+    against its own dataclass and protocols.py says what the engine may ask of it.
+    """
+
+    model: Any
+    method: Any
+    quantization: Any
+    strategy: Any
+    objective: Any
+    data: Any
+    optim: Optim
+    train: Train
+    launcher: Launcher
+    tracker: dict[str, Any]
+    run_dir: str
+
+
+def _at_least(name: str, value: int | None, floor: int) -> None:
+    if value is not None and value < floor:
+        raise ValueError(f"{name} must be {floor} or more, got {value}")

@@ -1,0 +1,1 @@
+"""Data: rows, templates and masks, the token cache, the order of examples."""

@@ -1,0 +1,1 @@
+"""The engine: assemble, loop, step."""

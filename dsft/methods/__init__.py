@@ -1,0 +1,1 @@
+"""Methods: what learns, one file each."""

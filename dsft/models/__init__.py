@@ -1,0 +1,1 @@
+"""Models: built on meta, read from safetensors shard by shard."""

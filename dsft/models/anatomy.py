@@ -1,0 +1,72 @@
+"""Where a model's parts are, found by structure and not by family: blocks, linears by role, head, embedding, experts."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """Names into one model. blocks: the repeated layers in order; linears: name -> role of every nn.Linear in a block."""
+
+    blocks: tuple[str, ...]
+    linears: dict[str, str]
+    embedding: str
+    head: str
+    tied: bool
+    experts: tuple[str, ...]
+
+
+ROLES = ("attention", "mlp", "other")
+"""Roles of linears: inside a module named *attn*/*attention*, inside *mlp*/*feed_forward*/*expert*, elsewhere."""
+
+
+def dissect(model: Any) -> Anatomy:
+    """Read the anatomy of a transformers causal language model (on any device, meta included).
+
+    Raises ValueError if it has no repeated blocks or no head.
+    """
+    lists = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) > 0]
+    if not lists:
+        raise ValueError(f"model must be a stack of repeated blocks, got {type(model).__name__} without a ModuleList")
+    base = model.get_decoder() if hasattr(model, "get_decoder") else model
+    stack, layers = next(
+        ((name, m) for name, m in lists if m is getattr(base, "layers", None)),
+        max(lists, key=lambda item: sum(p.numel() for p in item[1].parameters())),
+    )
+    blocks = tuple(f"{stack}.{index}" for index in range(len(layers)))
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if head is None or embedding is None:
+        raise ValueError(f"model must have a language-model head, got {type(model).__name__}")
+    names = {id(m): name for name, m in model.named_modules()}
+    linears, experts = {}, []
+    for name, module in model.named_modules():
+        if not name.startswith(f"{stack}."):
+            continue
+        if isinstance(module, nn.Linear):
+            linears[name] = _role(name)
+        elif _stacks_experts(module):
+            experts.append(name)
+    return Anatomy(
+        blocks=blocks,
+        linears=linears,
+        embedding=names[id(embedding)],
+        head=names[id(head)],
+        tied=bool(getattr(model.config.get_text_config(), "tie_word_embeddings", False)),
+        experts=tuple(experts),
+    )
+
+
+def _role(name: str) -> str:
+    path = name.lower()
+    if "attn" in path or "attention" in path:
+        return "attention"
+    if any(word in path for word in ("mlp", "feed_forward", "expert", "ffn")):
+        return "mlp"
+    return "other"
+
+
+def _stacks_experts(module: nn.Module) -> bool:
+    """True for a module whose own parameters are 3-D: fused experts (E, ., .)."""
+    return any(param.ndim == 3 for param in module.parameters(recurse=False))

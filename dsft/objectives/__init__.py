@@ -1,0 +1,1 @@
+"""Objectives: what the loss is, one file each."""

@@ -1,0 +1,186 @@
+"""The contracts: what the engine may ask of a method, an objective, a quantizer, a strategy and a data source."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from dsft.comm.world import World
+    from dsft.models.anatomy import Anatomy
+
+IGNORE = -100
+"""Target of a position that carries no loss (torch's cross_entropy default)."""
+
+Metrics = Mapping[str, tuple[Tensor, Tensor]]
+"""Name -> (sum, count), both scalars; the engine reduces and divides."""
+
+OptimizerFactory = Callable[[Sequence[dict[str, Any]]], torch.optim.Optimizer]
+"""Parameter groups -> optimizer."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One ragged micro-batch: S examples laid end to end, T tokens in all, never padded.
+
+    tokens, positions, targets (T,) int64: positions restart at 0 per example; targets[t] is the token that position t
+    must predict, or IGNORE. lengths: tokens per example, they sum to T. ids: one per example.
+    """
+
+    tokens: Tensor
+    positions: Tensor
+    targets: Tensor
+    lengths: tuple[int, ...]
+    ids: tuple[str, ...]
+
+    def to(self, device: torch.device) -> "Batch":
+        """The same batch on device."""
+        return Batch(self.tokens.to(device), self.positions.to(device), self.targets.to(device), self.lengths, self.ids)
+
+
+class Method(ABC):
+    """What learns. A method is a frozen dataclass whose fields are its YAML keys."""
+
+    @abstractmethod
+    def attach(self, model: nn.Module, anatomy: "Anatomy") -> nn.Module:
+        """Return the model (on meta) with this method in it; requires_grad says what learns."""
+
+    def initial(self, model: nn.Module, name: str, param: Tensor, read: Callable[[str], Tensor]) -> Tensor:
+        """First value, in full and on CPU, of a parameter that attach added.
+
+        name: its full name in model; param: the parameter, on meta; read(module_name) gives the (dequantized) weight
+        (out, in) of a base linear, for methods whose start depends on it. torch's default generator is seeded by
+        the caller from (seed, name), so the value does not depend on the number of ranks.
+        """
+        raise NotImplementedError(f"{type(self).__name__} adds no parameter of its own, got {name}")
+
+    def penalty(self, model: nn.Module) -> Tensor | None:
+        """Loss term added once per optimizer step, or None."""
+        return None
+
+    def save(self, model: nn.Module, weights: Mapping[str, Tensor], folder: Path, base: str) -> None:
+        """Write the result into folder: weights = trainable name -> full CPU tensor; base = where the base model is."""
+        raise NotImplementedError
+
+    @property
+    def whole(self) -> bool:
+        """True if the result is a whole model (full, freeze) and not an adapter beside it."""
+        return False
+
+
+class Objective(ABC):
+    """What the loss is. Sums, never means; no collectives."""
+
+    @abstractmethod
+    def count(self, batch: Batch) -> Tensor:
+        """(K,) float64 on CPU: units of this batch that carry loss, one entry per term."""
+
+    @abstractmethod
+    def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Metrics]:
+        """(K,) float32 SUMS over the batch's units, and metrics."""
+
+
+class Quantizer(ABC):
+    """How frozen linears are packed."""
+
+    @abstractmethod
+    def convert(self, model: nn.Module, anatomy: "Anatomy") -> nn.Module:
+        """Return the model (on meta) with the linears of anatomy swapped for PackedLinear; the same model if it packs none."""
+
+
+class PackedLinear(nn.Linear):
+    """A frozen linear whose weight is kept as bytes; in PEFT's eyes an nn.Linear.
+
+    Its parameters are uint8 and never require grad, so that every strategy shards and gathers them byte for byte and
+    nothing casts them; biases stay as they were. The weight is a property: unpacked at each use, never stored.
+    """
+
+    packed: tuple[str, ...]
+    """Names of its uint8 parameters, in the order that pack returns them."""
+
+    def pack(self, weight: Tensor) -> dict[str, Tensor]:
+        """Weight (out, in), float, on any device -> {parameter name: bytes}, shapes and dtype those of the parameters."""
+        raise NotImplementedError
+
+    def unpack(self) -> Tensor:
+        """Weight (out, in) in the compute dtype; on meta if the bytes are on meta."""
+        raise NotImplementedError
+
+
+class Strategy(ABC):
+    """Where parameters, gradients and optimizer state live. One instance per run; frozen dataclass fields = YAML keys.
+
+    Order of calls: shard (model on meta) -> place(module) for each module once its own parameters hold values
+    -> prepare -> per step: backward (once per micro-batch) -> step or drop.
+    """
+
+    reentrant_recompute = False
+    """True if gradient checkpointing must be reentrant under this strategy."""
+
+    @abstractmethod
+    def data_ranks(self, world: "World") -> int:
+        """Number of ranks that see different examples."""
+
+    @abstractmethod
+    def shard(self, model: nn.Module, anatomy: "Anatomy", world: "World", precision: str) -> nn.Module:
+        """Lay the model (on meta) out over the ranks."""
+
+    def place(self, module: nn.Module) -> None:
+        """The module's own parameters now hold their values, in full: keep this rank's part (ZeRO-3)."""
+
+    @abstractmethod
+    def prepare(
+        self, model: nn.Module, groups: Sequence[dict[str, Any]], make_optimizer: OptimizerFactory
+    ) -> nn.Module:
+        """Build the optimizer; return the module to call forward on."""
+
+    @abstractmethod
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        """Accumulate gradients of loss (this rank's share of the global mean loss: ranks are SUMMED, not averaged).
+
+        last: this is the step's last micro-batch; gradients must be whole afterwards.
+        """
+
+    @abstractmethod
+    def step(self, max_norm: float, lr_scale: float) -> float:
+        """Clip by the global norm, set each group's rate to its own lr * lr_scale, move. Returns the norm before clipping.
+
+        If the norm is not finite (on any rank), nothing moves, gradients are dropped and the norm is returned as it is.
+        """
+
+    @abstractmethod
+    def drop(self) -> None:
+        """Forget the accumulated gradients; move nothing."""
+
+    @abstractmethod
+    def full(self, param: nn.Parameter) -> Tensor:
+        """The whole parameter on CPU (fp32 master value where one exists). Collective: every rank must call it."""
+
+    def close(self) -> None:
+        """Free what prepare built, so that another run can follow in this process."""
+
+
+class DataSource(Protocol):
+    """Where rows come from. A frozen dataclass whose fields are its YAML keys."""
+
+    shuffle: bool
+
+    def rows(self) -> Iterable[Any]:
+        """Training rows in file order."""
+
+
+class Tracker(Protocol):
+    """Where metrics go besides metrics.jsonl."""
+
+    def open(self, run_dir: Path, config: Mapping[str, Any], run_id: str | None) -> str | None:
+        """Start; return the tracker's run id, or None if it has none."""
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Record values of one step."""
+
+    def close(self) -> None:
+        """Flush and end."""

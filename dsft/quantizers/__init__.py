@@ -1,0 +1,1 @@
+"""Quantizers: how frozen linears are packed, one file each."""

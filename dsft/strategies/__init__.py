@@ -1,0 +1,1 @@
+"""Strategies: where parameters, gradients and optimizer state live, one file each."""

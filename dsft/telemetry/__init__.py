@@ -1,0 +1,1 @@
+"""Telemetry: what a run measures and where it is written."""
