@@ -1,0 +1,1 @@
+"""Where processes come from. Imports neither torch nor dsft."""

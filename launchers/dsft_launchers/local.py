@@ -1,0 +1,160 @@
+"""The local launcher: N processes on this machine that meet on a loopback port, and end together.
+
+Linux only (PR_SET_PDEATHSIG, /proc). Must be called from the main thread.
+"""
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from threading import Thread
+
+from dsft_launchers import orphans, verdict
+from dsft_launchers.ports import reserved_port
+from dsft_launchers.processes import Rank, defaults, pass_through, rank_env, start
+from dsft_launchers.stop import FORWARDED, Stop, stop_signals
+
+DONE, USER_ERROR, STOPPED, CRASHED = 0, 2, 75, 76
+POLL_S = 0.05
+SETTLE_S = 1.0
+"""How long to watch, after the first failure, who else dies by itself: tells the cause from its consequences."""
+
+
+@dataclass(frozen=True)
+class _Patience:
+    """How long ranks may take to leave: asked to stop; ended because another failed."""
+
+    grace_s: float
+    kill_after_s: float
+
+
+@dataclass
+class _Outcome:
+    """How the launch ended. failures: ranks that died by themselves; overdue: ranks killed after a request to stop."""
+
+    failures: list[Rank] = field(default_factory=list)
+    overdue: list[Rank] = field(default_factory=list)
+
+
+def launch(
+    command: Sequence[str],
+    *,
+    num_processes: int,
+    log_dir: Path,
+    env: Mapping[str, str],
+    grace_s: float = 30.0,
+    kill_after_s: float = 5.0,
+) -> int:
+    """Run num_processes of command on this machine, and return the launch's exit code.
+
+    Each gets RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT; env is added to this process'
+    environment. Output goes to log_dir/rank-<r>.log (appended), rank 0's to the terminal as well.
+
+    0: every rank done. 2: the user's input is wrong (a rank left with 2, its line is on stderr). 75: stopped on
+    request. 76: anything else; stderr names the rank and shows its error. grace_s: time to leave after SIGINT or
+    SIGTERM, which are passed on once; kill_after_s: between SIGTERM and SIGKILL when another rank has failed. No
+    process of the launch is left when this returns, nor when this process is killed.
+    """
+    log_dir.mkdir(parents=True, exist_ok=True)
+    patience = _Patience(grace_s=grace_s, kill_after_s=kill_after_s)
+    mark = orphans.new_mark(os.environ)
+    ranks: list[Rank] = []
+    tees: list[Thread] = []
+    with stop_signals() as stop, reserved_port() as port, orphans.watched(mark):
+        try:
+            for index in range(num_processes):
+                shared = {**os.environ, **defaults(num_processes), **env, orphans.MARK: mark}
+                ranks.append(start(command, index, log_dir, {**shared, **rank_env(index, num_processes, port)}))
+            tees = pass_through(ranks[0])
+            outcome = _attend(ranks, stop, patience)
+        finally:
+            for rank in ranks:
+                rank.send_group(signal.SIGKILL)
+            orphans.end(mark, patience_s=kill_after_s if all(rank.code == DONE for rank in ranks) else 0.0)
+            for tee in tees:
+                tee.join(timeout=2.0)
+    return _conclude(outcome, ranks, stop, patience)
+
+
+def _attend(ranks: list[Rank], stop: Stop, patience: _Patience) -> _Outcome:
+    """Wait until every rank has ended, one has failed and the others were ended, or the grace of a stop is over."""
+    while _running(ranks):
+        if any(_failed(rank, stop) for rank in ranks):
+            failures = _settle(ranks, stop)
+            _end(ranks, patience)
+            return _Outcome(failures=failures)
+        _forward(ranks, stop, patience)
+        if stop.deadline is not None and time.monotonic() > stop.deadline:
+            return _Outcome(overdue=_running(ranks))
+        time.sleep(POLL_S)
+    return _Outcome(failures=[rank for rank in ranks if _failed(rank, stop)])
+
+
+def _running(ranks: list[Rank]) -> list[Rank]:
+    return [rank for rank in ranks if rank.poll()]
+
+
+def _failed(rank: Rank, stop: Stop) -> bool:
+    return rank.code is not None and rank.code not in (DONE, STOPPED) and not _obeyed(rank, stop)
+
+
+def _obeyed(rank: Rank, stop: Stop) -> bool:
+    """Whether it died of the signal that was passed on: too young to have bound it, it had nothing to save."""
+    return stop.deadline is not None and rank.code in (-signal.SIGINT, -signal.SIGTERM)
+
+
+def _forward(ranks: list[Rank], stop: Stop, patience: _Patience) -> None:
+    """Pass a request to stop on, once; shorten the grace if a rank has died of it, since then no rank can save."""
+    if stop.number is None:
+        return
+    if stop.deadline is None:
+        stop.deadline = time.monotonic() + patience.grace_s
+        name = verdict.signal_name(stop.number)
+        _tell(f"dsft: {name}: asked {len(_running(ranks))} ranks to save and leave, {patience.grace_s:g} s at most\n")
+        for rank in ranks:
+            rank.send(FORWARDED[signal.Signals(stop.number)])
+    elif any(_obeyed(rank, stop) for rank in ranks):
+        stop.deadline = min(stop.deadline, time.monotonic() + patience.kill_after_s)
+
+
+def _settle(ranks: list[Rank], stop: Stop) -> list[Rank]:
+    """Ranks that died by themselves, seen after a moment in which the others may follow."""
+    until = time.monotonic() + SETTLE_S
+    while _running(ranks) and time.monotonic() < until:
+        time.sleep(POLL_S)
+    return [rank for rank in ranks if _failed(rank, stop)]
+
+
+def _end(ranks: list[Rank], patience: _Patience) -> None:
+    """SIGTERM to whoever still runs, and time to leave."""
+    for rank in ranks:
+        rank.send_group(signal.SIGTERM)
+    until = time.monotonic() + patience.kill_after_s
+    while _running(ranks) and time.monotonic() < until:
+        time.sleep(POLL_S)
+
+
+def _conclude(outcome: _Outcome, ranks: list[Rank], stop: Stop, patience: _Patience) -> int:
+    """The exit code, and on stderr the reason if there is something to say."""
+    if outcome.failures:
+        found = [verdict.Failure(rank.index, rank.code or 0, rank.at, rank.text()) for rank in outcome.failures]
+        cause = verdict.cause(found)
+        if cause.code == USER_ERROR:
+            if all(failure.rank != 0 for failure in found if failure.code == USER_ERROR):  # rank 0's is on stderr
+                _tell("".join(f"{line}\n" for line in verdict.error_lines(cause.text)[-1:]))
+            return USER_ERROR
+        _tell(verdict.report(cause, len(ranks), str(ranks[cause.rank].log)))
+        return CRASHED
+    if outcome.overdue:
+        names = ", ".join(str(rank.index) for rank in outcome.overdue)
+        _tell(f"dsft: killed rank {names}: still running {patience.grace_s:g} s after the request to stop\n")
+        return CRASHED
+    return DONE if all(rank.code == DONE for rank in ranks) else STOPPED
+
+
+def _tell(text: str) -> None:
+    sys.stderr.write(text)
+    sys.stderr.flush()

@@ -1,0 +1,82 @@
+"""Which rank is the cause when a launch fails, and what to show of its log."""
+
+import re
+import signal
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+TRACEBACK = "Traceback (most recent call last):"
+LINES_BEFORE, LINES_AFTER = 10, 4
+"""How much of a traceback to show around the line that names the exception."""
+
+CONSEQUENCE = re.compile(
+    r"connection (reset|closed|refused|was aborted)|broken pipe|pair closure|socket timeout|"
+    r"Dist(Network|Store|Backend)Error|remote process exited|ncclRemoteError|ncclSystemError|recvValue failed",
+    re.IGNORECASE,
+)
+"""What a rank says (gloo, NCCL, the store) when it lost a peer."""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A rank that ended wrongly. code as in subprocess: negative = signal; at: when seen; text: end of its log."""
+
+    rank: int
+    code: int
+    at: float
+    text: str
+
+
+def cause(failures: Iterable[Failure]) -> Failure:
+    """The failure that the others follow from.
+
+    Among ranks that died close together: one killed by a signal, then one with an error of its own, then one without
+    any, then those that only lost a peer; among equals the first.
+    """
+    return min(failures, key=lambda failure: (_weight(failure), failure.at, failure.rank))
+
+
+def _weight(failure: Failure) -> int:
+    if failure.code < 0 and failure.code != -signal.SIGABRT:  # C++ libraries abort when they lose a peer
+        return 0
+    error = "\n".join(error_lines(failure.text))
+    if CONSEQUENCE.search(error):
+        return 3
+    if failure.code < 0:
+        return 0
+    return 1 if error else 2
+
+
+def error_lines(text: str) -> list[str]:
+    """The end of the last traceback in text, or the last lines if there is none."""
+    lines = [line.rstrip() for line in text.splitlines() if line.strip()]
+    starts = [index for index, line in enumerate(lines) if line.endswith(TRACEBACK)]
+    if not starts:
+        return lines[-LINES_BEFORE:]
+    start = starts[-1]
+    named = next((i for i in range(start + 1, len(lines)) if not lines[i].startswith(" ")), len(lines) - 1)
+    return lines[max(start, named - LINES_BEFORE) : named + LINES_AFTER + 1]
+
+
+def how(code: int) -> str:
+    """In words, how a process with this return code ended."""
+    if code >= 0:
+        return f"left with exit code {code}"
+    if -code == signal.SIGKILL:
+        return "was killed by SIGKILL (kill -9, or the machine ran out of memory)"
+    return f"was killed by {signal_name(-code)}"
+
+
+def signal_name(number: int) -> str:
+    """SIGTERM for 15."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+
+
+def report(failure: Failure, num_processes: int, log: str) -> str:
+    """What the user reads on stderr when a launch fails."""
+    lines = error_lines(failure.text)
+    shown = "".join(f"\n    {line}" for line in lines) if lines else "\n    (it wrote nothing)"
+    return f"dsft: rank {failure.rank} of {num_processes} {how(failure.code)}; its last lines ({log}):{shown}\n"

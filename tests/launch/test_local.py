@@ -1,0 +1,280 @@
+"""The local launcher on real processes: tiny scripts, no torch, a launcher process per test."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+LAUNCHERS = Path(__file__).parents[2] / "launchers"
+
+DRIVER = """
+import sys
+from pathlib import Path
+from dsft_launchers.local import launch
+
+script, num_processes, log_dir, grace_s = sys.argv[1:]
+command = [sys.executable, "-c", Path(script).read_text()]
+sys.exit(launch(command, num_processes=int(num_processes), log_dir=Path(log_dir), env={}, grace_s=float(grace_s)))
+"""
+
+PRELUDE = """
+import os, pathlib, signal, subprocess, sys, time
+rank = int(os.environ["RANK"])
+here = pathlib.Path(os.environ["TEST_FOLDER"])
+def ready():
+    (here / f"pid-{rank}.tmp").write_text(str(os.getpid()))
+    (here / f"pid-{rank}.tmp").rename(here / f"pid-{rank}")
+"""
+
+Launch = Callable[..., subprocess.Popen[str]]
+
+
+@pytest.fixture
+def launch(tmp_path: Path) -> Iterator[Launch]:
+    started: list[subprocess.Popen[str]] = []
+
+    def start(body: str, *, num_processes: int = 2, grace_s: float = 10.0, **env: str) -> subprocess.Popen[str]:
+        script = tmp_path / f"rank-{len(started)}.py"
+        script.write_text(PRELUDE + body)
+        clean = {name: value for name, value in os.environ.items() if name not in ("OMP_NUM_THREADS", "DSFT_LAUNCH")}
+        process = subprocess.Popen(
+            [sys.executable, "-c", DRIVER, str(script), str(num_processes), str(tmp_path / "logs"), str(grace_s)],
+            env={**clean, "PYTHONPATH": str(LAUNCHERS), "TEST_FOLDER": str(tmp_path), **env},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        if process.poll() is None:
+            process.kill()
+        process.communicate()
+
+
+def finish(process: subprocess.Popen[str], timeout_s: float = 20.0) -> tuple[int, str, str]:
+    out, err = process.communicate(timeout=timeout_s)
+    return process.returncode, out, err
+
+
+def pid_of(folder: Path, name: str, timeout_s: float = 20.0) -> int:
+    until = time.monotonic() + timeout_s
+    path = folder / f"pid-{name}"
+    while not path.exists():
+        assert time.monotonic() < until, f"{path} did not appear"
+        time.sleep(0.02)
+    return int(path.read_text())
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return False
+    return stat.rpartition(")")[2].split()[0] != "Z"
+
+
+def wait_gone(pids: list[int], timeout_s: float = 5.0) -> list[int]:
+    until = time.monotonic() + timeout_s
+    while (left := [pid for pid in pids if is_alive(pid)]) and time.monotonic() < until:
+        time.sleep(0.02)
+    return left
+
+
+def test_ranks_get_torchruns_variables_and_a_log_each(launch: Launch, tmp_path: Path) -> None:
+    names = "RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE MASTER_ADDR OMP_NUM_THREADS"
+    body = f"print(*[os.environ[name] for name in '{names}'.split()]); print('warn', rank, file=sys.stderr)"
+    code, out, err = finish(launch(body))
+    threads = max(1, len(os.sched_getaffinity(0)) // 2)
+    assert code == 0
+    assert out == f"0 2 0 2 127.0.0.1 {threads}\n"
+    assert err == "warn 0\n"
+    logs = [(tmp_path / "logs" / f"rank-{rank}.log").read_text() for rank in range(2)]
+    assert sorted(logs[0].splitlines()) == sorted([*out.splitlines(), "warn 0"])
+    assert f"1 2 1 2 127.0.0.1 {threads}" in logs[1]
+    assert "warn 1" in logs[1]
+
+
+def test_what_the_user_set_is_kept(launch: Launch) -> None:
+    _, out, _ = finish(launch("print(os.environ['OMP_NUM_THREADS'])", OMP_NUM_THREADS="7"))
+    assert out == "7\n"
+
+
+def test_rank_0_is_heard_while_it_runs(launch: Launch) -> None:
+    process = launch("print('first step'); time.sleep(60)")
+    assert process.stdout is not None
+    assert process.stdout.readline() == "first step\n"
+    process.terminate()
+
+
+def test_kill_9_of_one_rank_ends_all_and_names_it(launch: Launch, tmp_path: Path) -> None:
+    process = launch("print('step 7 done'); signal.signal(signal.SIGTERM, lambda *_: None); ready(); time.sleep(60)")
+    pids = [pid_of(tmp_path, str(rank)) for rank in range(2)]
+    start = time.monotonic()
+    os.kill(pids[1], signal.SIGKILL)
+    code, _, err = finish(process)
+    assert time.monotonic() - start < 12
+    assert code == 76
+    assert "rank 1 of 2 was killed by SIGKILL" in err
+    assert "step 7 done" in err
+    assert not wait_gone(pids)
+
+
+def test_the_rank_that_raised_is_shown_and_not_its_victims(launch: Launch, tmp_path: Path) -> None:
+    body = """
+ready()
+while not all((here / f"pid-{r}").exists() for r in range(2)):
+    time.sleep(0.01)
+if rank == 1:
+    try:
+        raise ValueError("rows must carry labels")
+    finally:
+        time.sleep(0.3)  # slower to leave than the rank that follows from it
+raise RuntimeError("[gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:42")
+"""
+    code, _, err = finish(launch(body))
+    assert code == 76
+    shown = err[err.index("dsft: ") :]
+    assert "rank 1 of 2 left with exit code 1" in shown
+    assert shown.splitlines()[-1].strip() == "ValueError: rows must carry labels"
+    assert "Connection closed" not in shown
+    assert str(tmp_path / "logs" / "rank-1.log") in shown
+
+
+def test_only_this_launch_is_read_from_a_log_that_goes_on(launch: Launch) -> None:
+    finish(launch("raise ValueError('of old')", num_processes=1))
+    code, _, err = finish(launch("os.kill(os.getpid(), signal.SIGKILL)", num_processes=1))
+    assert code == 76
+    assert "of old" not in err
+    assert "it wrote nothing" in err
+
+
+def test_a_user_error_is_said_once(launch: Launch) -> None:
+    body = "print('data.path must exist, got x.jsonl', file=sys.stderr); sys.exit(2)"
+    assert finish(launch(body)) == (2, "", "data.path must exist, got x.jsonl\n")
+
+
+def test_a_user_error_of_another_rank_is_said_too(launch: Launch, tmp_path: Path) -> None:
+    body = "ready(); rank == 0 and time.sleep(60); print('row 9 is empty', file=sys.stderr); sys.exit(2)"
+    assert finish(launch(body)) == (2, "", "row 9 is empty\n")
+    assert not wait_gone([pid_of(tmp_path, "0"), pid_of(tmp_path, "1")])
+
+
+LEAVES_WITH_75 = """
+asked = []
+signal.signal(signal.SIGINT, lambda number, frame: asked.append(number))
+signal.signal(signal.SIGTERM, lambda number, frame: asked.append(number))
+ready()
+while not asked:
+    time.sleep(0.01)
+time.sleep(1.0)  # saves
+print("asked", len(asked), "times")
+sys.exit(75)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR2])
+def test_a_request_to_stop_is_passed_on_once(launch: Launch, tmp_path: Path, number: signal.Signals) -> None:
+    process = launch(LEAVES_WITH_75)
+    pids = [pid_of(tmp_path, str(rank)) for rank in range(2)]
+    process.send_signal(number)
+    time.sleep(0.3)
+    process.send_signal(number)
+    code, out, err = finish(process)
+    assert code == 75
+    assert out == "asked 1 times\n"
+    assert number.name in err
+    assert not wait_gone(pids)
+
+
+def test_a_request_to_stop_while_ranks_still_import_is_75(launch: Launch, tmp_path: Path) -> None:
+    process = launch("signal.signal(signal.SIGINT, signal.SIG_DFL); ready(); time.sleep(60)")
+    pids = [pid_of(tmp_path, str(rank)) for rank in range(2)]
+    process.send_signal(signal.SIGINT)
+    assert finish(process)[0] == 75
+    assert not wait_gone(pids)
+
+
+def test_ranks_that_do_not_leave_are_killed_after_the_grace(launch: Launch, tmp_path: Path) -> None:
+    body = "signal.signal(signal.SIGINT, signal.SIG_IGN); ready(); rank == 0 and sys.exit(75); time.sleep(60)"
+    process = launch(body, grace_s=1.0)
+    pids = [pid_of(tmp_path, str(rank)) for rank in range(2)]
+    process.send_signal(signal.SIGINT)
+    code, _, err = finish(process)
+    assert code == 76
+    assert "killed rank 1" in err
+    assert not wait_gone(pids)
+
+
+WITH_GRANDCHILDREN = """
+nap = [sys.executable, "-c", "import time; time.sleep(60)"]
+children = [subprocess.Popen(nap), subprocess.Popen(nap, start_new_session=True)]
+for index, child in enumerate(children):
+    (here / f"pid-{rank}-{index}").write_text(str(child.pid))
+ready()
+time.sleep(60)
+"""
+
+
+def family(folder: Path) -> list[int]:
+    ranks = [pid_of(folder, str(rank)) for rank in range(2)]
+    return ranks + [int((folder / f"pid-{rank}-{child}").read_text()) for rank in range(2) for child in range(2)]
+
+
+def test_kill_9_of_the_launcher_leaves_no_process(launch: Launch, tmp_path: Path) -> None:
+    process = launch(WITH_GRANDCHILDREN)
+    pids = family(tmp_path)
+    process.kill()
+    process.wait()
+    assert not wait_gone(pids)
+
+
+def test_a_failure_leaves_no_grandchild(launch: Launch, tmp_path: Path) -> None:
+    process = launch(WITH_GRANDCHILDREN)
+    pids = family(tmp_path)
+    os.kill(pids[0], signal.SIGKILL)
+    assert finish(process)[0] == 76
+    assert not wait_gone(pids, timeout_s=0.5)
+
+
+def test_launches_side_by_side_meet_on_their_own_ports(tmp_path: Path) -> None:
+    from dsft_launchers.ports import reserved_port
+
+    ports: list[int] = []
+    gate = threading.Barrier(8)
+
+    def hold() -> None:
+        with reserved_port() as port:
+            ports.append(port)
+            gate.wait(timeout=10)
+
+    threads = [threading.Thread(target=hold) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(set(ports)) == 8
+
+
+def test_the_port_is_free_for_rank_0(launch: Launch) -> None:
+    body = """
+import socket
+if rank == 0:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", int(os.environ["MASTER_PORT"])))
+print(os.environ["MASTER_PORT"])
+"""
+    first, second = launch(body), launch(body)
+    outcomes = [finish(first), finish(second)]
+    assert [code for code, _, _ in outcomes] == [0, 0]
+    assert len({out for _, out, _ in outcomes}) == 2
+    assert all(re.fullmatch(r"\d+\n", out) for _, out, _ in outcomes)
