@@ -1,0 +1,234 @@
+"""ZeRO 1, 2 and 3 by DeepSpeed: Rajbhandari et al. 2020, arXiv:1910.02054. The only file that knows DeepSpeed.
+
+What trains is kept in fp32 (values, gradients, moments), what is frozen in the dtype in which it was loaded; in bf16 the
+forward pass runs under torch.autocast, as under every other strategy. DeepSpeed's own bf16 mode is not used: it would
+round the trainable values to bf16 and cast the buffers, so that its numbers would be those of no other strategy.
+"""
+
+import gc
+import importlib
+import logging
+import math
+import os
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from dsft.comm.world import World
+from dsft.protocols import Anatomy, OptimizerFactory, Strategy
+
+OFFLOADS = {1: ("none", "optimizer"), 2: ("none", "optimizer"), 3: ("none", "optimizer", "parameters")}
+"""Stage -> what may live in host memory; with parameters there, DeepSpeed wants the optimizer there too."""
+
+BUCKET = 50_000_000
+"""Elements that are reduced or prefetched together: 200 MB in fp32."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Zero(Strategy):
+    """Optimizer state (stage 1), also gradients (2), also parameters (3) are divided among the ranks."""
+
+    stage: int
+    offload: str
+    _run: "_Run" = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        """Refuse what DeepSpeed has not."""
+        if self.stage not in OFFLOADS:
+            raise ValueError(f"strategy.stage must be 1, 2 or 3, got {self.stage}")
+        if self.offload not in OFFLOADS[self.stage]:
+            raise ValueError(
+                f"strategy.offload must be one of {', '.join(OFFLOADS[self.stage])} at stage {self.stage}, "
+                f"got {self.offload}; use strategy=zero3 to offload parameters"
+            )
+        # Frozen parameters are released between forward and recomputation, where non-reentrant checkpointing compares
+        # shapes and raises CheckpointError: huggingface/transformers#47254.
+        object.__setattr__(self, "reentrant_recompute", self.stage == 3)
+
+    def data_ranks(self, world: World) -> int:
+        """Number of ranks that see different examples: all."""
+        return world.size
+
+    def shard(self, model: nn.Module, anatomy: Anatomy, world: World, precision: str) -> nn.Module:
+        """Start DeepSpeed; nothing moves before place."""
+        owns_group = _start(world)
+        trainable = sum(param.numel() for param in model.parameters() if param.requires_grad)
+        run = _Run(world=world, config=self._config(world, precision, trainable), owns_group=owns_group)
+        if self.stage == 3:
+            _deepspeed().utils.set_z3_leaf_modules_by_name(model, _expert_blocks(anatomy))
+            run.converter = _deepspeed().zero.Init(config_dict_or_path=run.config)
+        object.__setattr__(self, "_run", run)
+        return model
+
+    def place(self, module: nn.Module) -> None:
+        """Keep this rank's part of the module's own parameters; one that is shared is divided at its first module."""
+        if self._run.converter is not None:
+            self._run.converter._convert_to_zero_parameters(list(module.parameters(recurse=False)))
+
+    def prepare(
+        self, model: nn.Module, groups: Sequence[dict[str, Any]], make_optimizer: OptimizerFactory
+    ) -> nn.Module:
+        """Build the engine around model; call forward on what is returned."""
+        run = self._run
+        run.engine, *_ = _deepspeed().initialize(
+            model=model, optimizer=make_optimizer(groups), config=run.config, dist_init_required=False
+        )
+        run.rates = [group["lr"] for group in run.optimizer.param_groups]
+        run.trained = {id(param) for group in groups for param in group["params"]}
+        return run.engine  # type: ignore[no-any-return]
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        """Accumulate gradients of loss; DeepSpeed averages over the ranks, we sum."""
+        self._run.engine.set_gradient_accumulation_boundary(last)
+        self._run.engine.backward(loss * self._run.world.size, scale_wrt_gas=False)
+
+    def step(self, max_norm: float, lr_scale: float) -> float:
+        """Clip, move, return the norm before clipping: inf if it was not finite, and then nothing moved."""
+        run = self._run
+        for group, rate in zip(run.optimizer.param_groups, run.rates, strict=True):
+            group["lr"] = rate * lr_scale
+        run.optimizer.clip_grad = max_norm if math.isfinite(max_norm) else 0.0
+        run.engine.set_gradient_accumulation_boundary(True)
+        run.engine.step()
+        norm = float(run.engine.get_global_grad_norm())
+        self._forget_unused()
+        return norm
+
+    def drop(self) -> None:
+        """Forget the accumulated gradients, wherever DeepSpeed keeps them."""
+        optimizer = self._run.optimizer
+        if self.stage == 3:
+            optimizer._pre_step()
+            optimizer._partition_all_parameters()
+            optimizer._overflow_clean_up(1.0)
+        else:
+            optimizer.zero_grad()
+            optimizer._release_ipg_buffers()
+            optimizer.reset_cpu_buffers()
+            optimizer.averaged_gradients.clear()
+            optimizer.all_grad_tensors.clear()
+            optimizer.micro_step_id = -1
+        self._forget_unused()
+
+    def full(self, param: nn.Parameter) -> Tensor:
+        """The whole parameter on CPU: the fp32 master of one that trains, the very bytes of one that is frozen."""
+        if id(param) in self._run.trained:
+            return _on_cpu(_deepspeed().utils.safe_get_full_fp32_param(param))
+        if self._run.converter is None:
+            return _on_cpu(param)
+        with _deepspeed().zero.GatheredParameters([param]):
+            return _on_cpu(param)
+
+    def close(self) -> None:
+        """Free the engine, and what DeepSpeed keeps of it in its modules."""
+        run = self._run
+        if run.engine is not None:
+            run.engine.destroy()
+        _deepspeed().runtime.zero.parameter_offload.FWD_MODULE_STACK.clear()
+        object.__delattr__(self, "_run")
+        if run.owns_group:
+            _deepspeed().comm.destroy_process_group()
+            _deepspeed().comm.comm.cdb = None
+        del run
+        gc.collect()
+
+    def _forget_unused(self) -> None:
+        """Zero the gradient buffers that DeepSpeed reuses, else a parameter without a gradient moves by an old one."""
+        optimizer = self._run.optimizer
+        flat = optimizer.fp32_partitioned_groups_flat if self.stage == 3 else optimizer.single_partition_of_fp32_groups
+        if self.stage == 3:
+            optimizer.grad_partitions_flat_buffer.zero_()
+        for partition in flat:
+            if partition.grad is not None:
+                partition.grad.zero_()
+
+    def _config(self, world: World, precision: str, trainable: int) -> dict[str, Any]:
+        """Configuration of the engine. No accumulation and no clipping here: backward and step do both."""
+        host = {"device": "cpu", "pin_memory": world.device.type == "cuda"}
+        bucket = max(1, min(BUCKET, trainable))
+        zero: dict[str, Any] = {
+            "stage": self.stage,
+            "reduce_bucket_size": bucket,
+            "allgather_bucket_size": bucket,
+            "stage3_prefetch_bucket_size": BUCKET,
+            # A parameter below the threshold stays whole on every rank; and DeepSpeed gathers them after each step in
+            # one call, which must not mix dtypes: deepspeedai/DeepSpeed#8072.
+            "stage3_param_persistence_threshold": 0,
+            # true would replace torch.nn.functional.linear for the rest of the process.
+            "memory_efficient_linear": False,
+        }
+        if self.offload != "none":
+            zero["offload_optimizer"] = host
+        if self.offload == "parameters":
+            zero["offload_param"] = host
+        return {
+            "train_micro_batch_size_per_gpu": 1,
+            "gradient_accumulation_steps": 1,
+            "gradient_clipping": 0.0,
+            "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,
+            "zero_optimization": zero,
+            # Without this the engine switches autocast off. No module is named safe: gradients are reduced in fp32.
+            "torch_autocast": {
+                "enabled": precision == "bf16",
+                "dtype": "bfloat16",
+                "lower_precision_safe_modules": [],
+            },
+        }
+
+
+@dataclass
+class _Run:
+    """What lives from shard to close."""
+
+    world: World
+    config: dict[str, Any]
+    owns_group: bool
+    converter: Any = None
+    engine: Any = None
+    rates: list[float] = field(default_factory=list)
+    trained: set[int] = field(default_factory=set)
+
+    @property
+    def optimizer(self) -> Any:
+        """DeepSpeed's optimizer around ours."""
+        return self.engine.optimizer
+
+
+def _deepspeed() -> Any:
+    """DeepSpeed, imported at first use."""
+    return importlib.import_module("deepspeed")
+
+
+def _start(world: World) -> bool:
+    """Bring DeepSpeed up, quietly, on the process group; True if a group of one had to be made for it."""
+    logger = logging.getLogger("DeepSpeed")
+    if _is_error not in logger.filters:
+        logger.addFilter(_is_error)
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
+    os.environ.setdefault("LOCAL_RANK", str(world.local_rank))
+    # Its all-reduce in shared memory, for inference on CPU, would be compiled now with ninja and g++; we never use it.
+    _deepspeed().ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    alone = not dist.is_initialized()
+    if alone:
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    _deepspeed().comm.init_distributed(dist_init_required=False)
+    return alone
+
+
+def _is_error(record: logging.LogRecord) -> bool:
+    """False for what DeepSpeed tells of its progress, at level WARNING too."""
+    return record.levelno >= logging.ERROR
+
+
+def _expert_blocks(anatomy: Anatomy) -> list[str]:
+    """Modules in which routing decides what is used: gathered as one, so that all ranks gather in the same order."""
+    return sorted({name.rpartition(".")[0] for name in anatomy.experts})
+
+
+def _on_cpu(value: Tensor) -> Tensor:
+    return value.detach().to("cpu", copy=True)
