@@ -1,0 +1,69 @@
+"""int8: each row of a weight scaled by its absmax to [-127, 127]. LLM.int8, Dettmers et al. 2022, arXiv:2208.07339."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from dsft.protocols import Anatomy, Quantizer
+from dsft.quantizers.packed import (
+    ByteLinear,
+    ComputeDtype,
+    floats,
+    footprint,
+    raw_bytes,
+    read_compute_dtype,
+    swap_linears,
+)
+
+LEVELS = 127
+"""Largest magnitude of a stored integer; -128 is not used (LLM.int8(), section 2)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Int8(Quantizer):
+    """Weights in 8 bits, products in the compute dtype.
+
+    From LLM.int8() it takes how a weight is stored: per row w / absmax * 127, rounded, and absmax in fp32; so
+    |w - unpacked w| <= absmax / 254. What it leaves out: inputs are not quantized, products are not integer, and so no
+    outlier column needs 16 bits (the paper's threshold of 6.0 has no counterpart here).
+    """
+
+    compute_dtype: ComputeDtype
+
+    def __post_init__(self) -> None:
+        """Refuse an unknown compute_dtype."""
+        read_compute_dtype(self.compute_dtype)
+
+    def convert(self, model: nn.Module, anatomy: Anatomy) -> nn.Module:
+        """Swap the blocks' linears for Int8Linear. Raises ValueError if there is none."""
+        compute_dtype = read_compute_dtype(self.compute_dtype)
+        return swap_linears(model, anatomy, "int8", lambda linear: Int8Linear(linear, compute_dtype=compute_dtype))
+
+    def report(self, model: nn.Module) -> str:
+        """One line: the share of parameters and bytes packed, and what stays."""
+        return str(footprint(model))
+
+
+class Int8Linear(ByteLinear):
+    """payload (out, in): int8 as bytes; absmax (out, 4): one fp32 per row as bytes. 8 + 32 / in bits per parameter."""
+
+    def __init__(self, linear: nn.Linear, *, compute_dtype: torch.dtype | None) -> None:
+        rows, columns = linear.out_features, linear.in_features
+        super().__init__(linear, compute_dtype, {"payload": (rows, columns), "absmax": (rows, 4)})
+
+    def pack(self, weight: Tensor) -> dict[str, Tensor]:
+        """Weight (out, in) -> payload, absmax. Raises RuntimeError for another shape or numbers that are not finite."""
+        self.check(weight)
+        weight = weight.detach().float()
+        absmax = weight.abs().amax(dim=1, keepdim=True)  # (out, 1)
+        share = weight / absmax.clamp(min=torch.finfo(torch.float32).tiny)  # a row of zeros stays zeros
+        payload = torch.round(share * LEVELS).to(torch.int8)
+        return {"payload": payload.view(torch.uint8), "absmax": raw_bytes(absmax)}
+
+    def decode(self, parts: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
+        """Weight (out, in): payload * absmax / 127, computed in fp32 and rounded once to dtype."""
+        payload, absmax = parts
+        scale = (floats(absmax) / LEVELS).unsqueeze(1)  # (out, 1)
+        weight = torch.empty(payload.shape, dtype=dtype, device=payload.device)
+        return torch.mul(payload.view(torch.int8), scale, out=weight)

@@ -1,0 +1,143 @@
+"""NF4: 4-bit levels at the quantiles of a normal, by bitsandbytes. QLoRA, Dettmers et al. 2023, arXiv:2305.14314."""
+
+import logging
+from dataclasses import dataclass
+from functools import cache
+from types import ModuleType
+
+import torch
+from torch import Tensor, nn
+
+from dsft.protocols import Anatomy, Quantizer
+from dsft.quantizers.packed import (
+    ByteLinear,
+    ComputeDtype,
+    floats,
+    footprint,
+    raw_bytes,
+    read_compute_dtype,
+    swap_linears,
+)
+
+BLOCK = 64
+"""Weights that share one absmax, counted along the flattened weight (QLoRA, section 3)."""
+
+NESTED_BLOCK = 256
+"""Absmax values that share one scale under double quantization (QLoRA, section 3)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class NF4(Quantizer):
+    """Weights in 4 bits: per block of 64 the nearest of 16 levels of w / absmax; equal to bitsandbytes' Linear4bit."""
+
+    double_quant: bool
+    compute_dtype: ComputeDtype
+
+    def __post_init__(self) -> None:
+        """Refuse an unknown compute_dtype."""
+        read_compute_dtype(self.compute_dtype)
+
+    def convert(self, model: nn.Module, anatomy: Anatomy) -> nn.Module:
+        """Swap the blocks' linears for NF4Linear. Raises ValueError if there is none."""
+        compute_dtype = read_compute_dtype(self.compute_dtype)
+
+        def make(linear: nn.Linear) -> NF4Linear:
+            return NF4Linear(linear, compute_dtype=compute_dtype, double_quant=self.double_quant)
+
+        return swap_linears(model, anatomy, "nf4", make)
+
+    def report(self, model: nn.Module) -> str:
+        """One line: the share of parameters and bytes packed, and what stays."""
+        return str(footprint(model))
+
+
+class NF4Linear(ByteLinear):
+    """payload (ceil(N / 2),): two levels a byte, N = out * in, the last block may be short.
+
+    With double quantization absmax (blocks,) holds a level of bitsandbytes' 8-bit dynamic map per block and nested
+    (1 + ceil(blocks / 256), 4) the fp32 mean of the absmax, then one fp32 scale per 256 blocks, as bytes; without,
+    absmax (blocks, 4) holds fp32 as bytes. 4.127 and 4.5 bits per parameter.
+    """
+
+    def __init__(self, linear: nn.Linear, *, compute_dtype: torch.dtype | None, double_quant: bool) -> None:
+        count = linear.out_features * linear.in_features
+        blocks = -(-count // BLOCK)
+        shapes: dict[str, tuple[int, ...]] = {"payload": (-(-count // 2),)}
+        if double_quant:
+            shapes |= {"absmax": (blocks,), "nested": (1 + -(-blocks // NESTED_BLOCK), 4)}
+        else:
+            shapes |= {"absmax": (blocks, 4)}
+        super().__init__(linear, compute_dtype, shapes)
+        self.double_quant = double_quant
+
+    def pack(self, weight: Tensor) -> dict[str, Tensor]:
+        """Weight (out, in) -> payload, absmax[, nested]. Raises RuntimeError for another shape or if not finite."""
+        self.check(weight)
+        weight = weight.detach().contiguous()
+        if weight.dtype is torch.float64:  # bitsandbytes takes 16- and 32-bit floats
+            weight = weight.float()
+        payload, state = _bitsandbytes().quantize_4bit(
+            weight, blocksize=BLOCK, compress_statistics=self.double_quant, quant_type="nf4"
+        )
+        parts = {"payload": payload.reshape(-1)}
+        if self.double_quant:
+            nested = torch.cat([state.offset.reshape(1), state.state2.absmax])
+            return {**parts, "absmax": state.absmax, "nested": raw_bytes(nested)}
+        return {**parts, "absmax": raw_bytes(state.absmax)}
+
+    def decode(self, parts: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
+        """Weight (out, in) by bitsandbytes, its QuantState built from the bytes for this one call."""
+        bnb = _bitsandbytes()
+        payload, absmax, *nested = parts
+        wide = dtype is torch.float64
+        state = bnb.QuantState(
+            absmax=absmax if nested else floats(absmax),
+            shape=torch.Size((self.out_features, self.in_features)),
+            code=_levels(payload.device),
+            blocksize=BLOCK,
+            quant_type="nf4",
+            dtype=torch.float32 if wide else dtype,
+        )
+        if nested:
+            values = floats(nested[0])
+            state.offset, state.nested = values[0], True
+            state.state2 = bnb.QuantState(
+                absmax=values[1:].contiguous(),
+                blocksize=NESTED_BLOCK,
+                code=_dynamic_map(payload.device),
+                dtype=torch.float32,
+            )
+        weight: Tensor = bnb.dequantize_4bit(payload.reshape(-1, 1), state)
+        # a payload of one byte comes back transposed (bitsandbytes' old calling form)
+        return weight.reshape(self.out_features, self.in_features).to(dtype)
+
+
+@cache
+def _levels(device: torch.device) -> Tensor:
+    """The 16 levels (16,) float32, -1 to 1."""
+    levels: Tensor = _bitsandbytes().get_4bit_type("nf4", device=device)
+    return levels
+
+
+@cache
+def _dynamic_map(device: torch.device) -> Tensor:
+    """The 256 levels (256,) float32 of bitsandbytes' 8-bit dynamic map. Dettmers et al. 2022, arXiv:2110.02861."""
+    levels: Tensor = _bitsandbytes().create_dynamic_map().to(device)
+    return levels
+
+
+@cache
+def _bitsandbytes() -> ModuleType:
+    """bitsandbytes.functional, imported at first use and without its remark on an optional CPU kernel."""
+    log = logging.getLogger("bitsandbytes.backends.cpu.ops")
+
+    def keep(record: logging.LogRecord) -> bool:
+        return "kernels-community" not in record.getMessage()
+
+    log.addFilter(keep)
+    try:
+        import bitsandbytes.functional as functional
+    finally:
+        log.removeFilter(keep)
+    module: ModuleType = functional
+    return module
