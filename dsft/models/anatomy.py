@@ -1,25 +1,10 @@
-"""Where a model's parts are, found by structure and not by family: blocks, linears by role, head, embedding, experts."""
+"""Where a model's parts are, found by structure: blocks, linears by role, head, embedding, experts."""
 
-from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
-
-@dataclass(frozen=True)
-class Anatomy:
-    """Names into one model. blocks: the repeated layers in order; linears: name -> role of every nn.Linear in a block."""
-
-    blocks: tuple[str, ...]
-    linears: dict[str, str]
-    embedding: str
-    head: str
-    tied: bool
-    experts: tuple[str, ...]
-
-
-ROLES = ("attention", "mlp", "other")
-"""Roles of linears: inside a module named *attn*/*attention*, inside *mlp*/*feed_forward*/*expert*, elsewhere."""
+from dsft.protocols import Anatomy
 
 
 def dissect(model: Any) -> Anatomy:

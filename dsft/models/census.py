@@ -1,0 +1,53 @@
+"""Parameters of a model counted by role, as the numbers that they stand for and not as the bytes that hold them."""
+
+from typing import Any
+
+from torch import nn
+
+from dsft.protocols import Anatomy, PackedLinear
+
+
+def census(model: nn.Module, anatomy: Anatomy) -> dict[str, Any]:
+    """{"total", "trainable", "by_role": {role: {"total", "trainable"}}}; the model may be on meta.
+
+    A packed linear counts in x out. Roles: embedding, head, attention, mlp, experts, norm, other; an adapter's
+    parameters count under the role of what they adapt.
+    """
+    roles: dict[str, dict[str, int]] = {}
+    for name, count, trainable in _counted(model):
+        part = roles.setdefault(_role(name, anatomy), {"total": 0, "trainable": 0})
+        part["total"] += count
+        part["trainable"] += count if trainable else 0
+    return {
+        "total": sum(part["total"] for part in roles.values()),
+        "trainable": sum(part["trainable"] for part in roles.values()),
+        "by_role": roles,
+    }
+
+
+def _counted(model: nn.Module) -> list[tuple[str, int, bool]]:
+    counted = []
+    packed = {name for name, module in model.named_modules() if isinstance(module, PackedLinear)}
+    for name in packed:
+        module = model.get_submodule(name)
+        assert isinstance(module, PackedLinear)
+        counted.append((f"{name}.weight", module.in_features * module.out_features, False))
+    for name, param in model.named_parameters():
+        owner, _, leaf = name.rpartition(".")
+        if owner in packed and leaf != "bias":
+            continue
+        counted.append((name, param.numel(), param.requires_grad))
+    return counted
+
+
+def _role(name: str, anatomy: Anatomy) -> str:
+    if name.startswith(f"{anatomy.embedding}."):
+        return "embedding"
+    if name.startswith(f"{anatomy.head}."):
+        return "head"
+    if any(name.startswith(f"{expert}.") for expert in anatomy.experts):
+        return "experts"
+    for linear, role in anatomy.linears.items():
+        if name.startswith(f"{linear}."):
+            return role
+    return "norm" if "norm" in name.lower() else "other"

