@@ -1,0 +1,80 @@
+"""The token cache: a folder per digest, written once, whole or not at all, by however many processes start together."""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from filelock import FileLock
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+VERSION = 1
+"""Raise it when the same input must give other tokens, masks or files than the code before."""
+
+
+def cache_root() -> Path:
+    """$DSFT_CACHE, or ~/.cache/dsft."""
+    root = os.environ.get("DSFT_CACHE")
+    return Path(root).expanduser() if root else Path.home() / ".cache" / "dsft"
+
+
+def digest_of(identity: dict[str, Any]) -> str:
+    """SHA-256 of identity as canonical JSON, hexadecimal."""
+    return hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def tokenizer_identity(tokenizer: "PreTrainedTokenizerBase") -> list[Any]:
+    """What decides a fast tokenizer's output: its serialised form, its template, its special tokens."""
+    backend = tokenizer.backend_tokenizer
+    backend.no_truncation()  # state of earlier calls, not content
+    backend.no_padding()
+    return [
+        hashlib.sha256(backend.to_str().encode()).hexdigest(),
+        tokenizer.chat_template,
+        sorted((name, str(token)) for name, token in tokenizer.special_tokens_map.items()),
+    ]
+
+
+def find_or_build(root: Path, digest: str, build: Callable[[Path], None]) -> Path:
+    """The folder root/tokens/digest; build(folder) fills it if it is not there yet.
+
+    One process builds while the others wait; the folder appears by rename once its files are on disk, so that a killed
+    build leaves nothing that could be taken for a whole one. Raises ValueError if root cannot be written.
+    """
+    folder = root / "tokens" / digest
+    if folder.is_dir():
+        return folder
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder.with_suffix(".lock"))
+        lock.acquire()
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise ValueError(
+            f"DSFT_CACHE must be a folder that can be written, got {root} ({reason}); set DSFT_CACHE"
+        ) from None
+    try:
+        if not folder.is_dir():
+            aside = folder.with_suffix(".part")
+            shutil.rmtree(aside, ignore_errors=True)  # of a build that was killed: the lock says that nobody writes it
+            aside.mkdir()
+            build(aside)
+            _flush(aside)
+            aside.rename(folder)
+    finally:
+        lock.release()
+    return folder
+
+
+def _flush(folder: Path) -> None:
+    for path in [*folder.rglob("*"), folder]:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

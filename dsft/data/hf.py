@@ -1,0 +1,108 @@
+"""data=hf: rows of a dataset that the datasets library loads, from the hub or from a local folder."""
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal
+
+from dsft.data import formats
+from dsft.data.files import Record
+from dsft.data.source import Sample, check_shared, score_exact
+
+
+@dataclass(frozen=True, kw_only=True)
+class HuggingFace:
+    """Rows of one split, and held-out rows of another or a share of the same."""
+
+    path: str
+    name: str | None
+    split: str
+    eval_split: str | None
+    format: formats.Name
+    fields: Mapping[str, str]
+    system: str | None
+    verify: Literal["none", "exact"]
+    eval_fraction: float
+    shuffle: bool
+    max_eval: int | None
+
+    def __post_init__(self) -> None:
+        """Refuse values out of range."""
+        check_shared(self.eval_fraction, self.max_eval, own="data.eval_split" if self.eval_split else None)
+        if self.eval_split == self.split:
+            raise ValueError(
+                f"data.eval_split must differ from data.split, got {self.split} twice; use data.eval_fraction"
+            )
+        self._columns()
+
+    def check(self) -> None:
+        """Raise ValueError if the datasets library is not installed or path names a folder that is not there."""
+        if find_spec("datasets") is None:
+            raise ValueError("data=hf must have the datasets library, got none; pip install 'dsft[hf]'")
+        if self.path.startswith(("/", "./", "../", "~")) and not self._folder().is_dir():
+            raise ValueError(
+                f"data.path must be a dataset id or a folder that exists, got {self.path}; correct the path"
+            )
+
+    def identity(self) -> dict[str, Any]:
+        """Digests of the splits' content and how it is read."""
+        splits = [self.split, self.eval_split] if self.eval_split else [self.split]
+        return {
+            "source": "hf",
+            "splits": [[self._source(split), digest_table(self._load(split))] for split in splits],
+            "format": self.format,
+            "fields": dict(self.fields),
+            "system": self.system,
+            "verify": self.verify,
+        }
+
+    def rows(self) -> Iterator[Sample]:
+        """Samples of split; ids are id:row."""
+        return self._read(self.split)
+
+    def eval_rows(self) -> Iterator[Sample] | None:
+        """Samples of eval_split, if there is one; ids are id.split:row."""
+        return self._read(self.eval_split) if self.eval_split else None
+
+    def score(self, entry: dict[str, Any], reference: str, answer: str) -> float:
+        """1.0 if answer equals the reference, both stripped."""
+        return score_exact(reference, answer)
+
+    def _folder(self) -> Path:
+        return Path(self.path).expanduser()
+
+    def _source(self, split: str) -> str:
+        name = self._folder().resolve().name if self._folder().is_dir() else self.path
+        return name if split == self.split else f"{name}.{split}"
+
+    def _load(self, split: str) -> Any:
+        self.check()
+        import datasets
+
+        path = str(self._folder()) if self._folder().is_dir() else self.path
+        try:
+            return datasets.load_dataset(path, name=self.name, split=split)
+        except (ValueError, OSError, datasets.exceptions.DatasetsError) as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            wanted = f"{self.path}, name {self.name}, split {split}"
+            raise ValueError(f"data.path must be a dataset that loads, got {wanted}; {reason}") from None
+
+    def _read(self, split: str) -> Iterator[Sample]:
+        source = self._source(split)
+        records = (Record(row, f"{source} row {row}", values) for row, values in enumerate(self._load(split)))
+        return self._columns().samples(records, source)
+
+    def _columns(self) -> formats.Columns:
+        return formats.Columns(format=self.format, fields=self.fields, system=self.system, verify=self.verify)
+
+
+def digest_table(dataset: Any) -> str:
+    """SHA-256 of a datasets.Dataset's rows as Arrow bytes, hexadecimal; no path, no date."""
+    digest = hashlib.sha256()
+    for table in dataset.with_format("arrow").iter(batch_size=1000):
+        for batch in table.replace_schema_metadata(None).combine_chunks().to_batches():
+            digest.update(batch.schema.serialize())
+            digest.update(batch.serialize())
+    return digest.hexdigest()

@@ -1,0 +1,68 @@
+"""data=local: rows of a jsonl, json, csv or parquet file."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from dsft.data import formats
+from dsft.data.files import check_file, digest_file, read_records
+from dsft.data.source import Sample, check_shared, score_exact
+
+
+@dataclass(frozen=True, kw_only=True)
+class Local:
+    """Rows of one file, and held-out rows of another or a share of the same."""
+
+    path: str
+    eval_path: str | None
+    format: formats.Name
+    fields: Mapping[str, str]
+    system: str | None
+    verify: Literal["none", "exact"]
+    eval_fraction: float
+    shuffle: bool
+    max_eval: int | None
+
+    def __post_init__(self) -> None:
+        """Refuse values out of range."""
+        check_shared(self.eval_fraction, self.max_eval, own="data.eval_path" if self.eval_path else None)
+        self._columns()
+
+    def check(self) -> None:
+        """Raise ValueError if a file is missing or empty, or its first row is broken or in no known format."""
+        check_file(self.path, key="data.path")
+        next(self.rows())
+        if self.eval_path:
+            check_file(self.eval_path, key="data.eval_path")
+            next(self._read(self.eval_path))
+
+    def identity(self) -> dict[str, Any]:
+        """Digests of the files and how they are read."""
+        paths = [self.path, self.eval_path] if self.eval_path else [self.path]
+        return {
+            "source": "local",
+            "files": [[Path(path).stem, Path(path).suffix.lower(), digest_file(path)] for path in paths],
+            "format": self.format,
+            "fields": dict(self.fields),
+            "system": self.system,
+            "verify": self.verify,
+        }
+
+    def rows(self) -> Iterator[Sample]:
+        """Samples of path; ids are stem:row."""
+        return self._read(self.path)
+
+    def eval_rows(self) -> Iterator[Sample] | None:
+        """Samples of eval_path, if there is one."""
+        return self._read(self.eval_path) if self.eval_path else None
+
+    def score(self, entry: dict[str, Any], reference: str, answer: str) -> float:
+        """1.0 if answer equals the reference, both stripped."""
+        return score_exact(reference, answer)
+
+    def _read(self, path: str) -> Iterator[Sample]:
+        return self._columns().samples(read_records(path), Path(path).stem)
+
+    def _columns(self) -> formats.Columns:
+        return formats.Columns(format=self.format, fields=self.fields, system=self.system, verify=self.verify)

@@ -1,0 +1,88 @@
+"""data=mixture: several sources, interleaved by weight."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from dsft.data.order import permutation
+from dsft.data.source import Sample, Source, check_shared
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mixture:
+    """As many rows as the weights allow without repeating one: the scarcest source whole, the others in part."""
+
+    sources: Mapping[str, Source]
+    weights: Mapping[str, float]
+    seed: int
+    eval_fraction: float
+    shuffle: bool
+    max_eval: int | None
+
+    def __post_init__(self) -> None:
+        """Refuse weights without a source, sources without a weight, and keys that only the mixture may set."""
+        check_shared(self.eval_fraction, self.max_eval, own=None)
+        if not self.sources or set(self.sources) != set(self.weights):
+            names = (" ".join(mapping) or "none" for mapping in (self.sources, self.weights))
+            raise ValueError("data.weights must name the sources {}, got {}; give each source a weight".format(*names))
+        for name, weight in self.weights.items():
+            if not 0 < weight < float("inf"):
+                raise ValueError(f"data.weights.{name} must be above 0, got {weight}; leave the source out instead")
+        for name, source in self.sources.items():
+            for key, left in (("shuffle", True), ("eval_fraction", 0.0), ("max_eval", None)):
+                if (got := getattr(source, key)) != left:
+                    raise ValueError(
+                        f"data.sources.{name}.{key} must be {left}, got {got}; set data.{key} of the mixture"
+                    )
+
+    def check(self) -> None:
+        """Raise ValueError for the first source that has something wrong with it."""
+        for source in self.sources.values():
+            source.check()
+
+    def identity(self) -> dict[str, Any]:
+        """The sources' identities, the weights and the seed."""
+        parts = {name: [float(self.weights[name]), source.identity()] for name, source in self.sources.items()}
+        return {"source": "mixture", "parts": parts, "order": list(self.sources), "seed": self.seed}
+
+    def rows(self) -> Iterator[Sample]:
+        """The interleaved samples; ids are name/ and the source's own id. Depends on the seed and the sources alone."""
+        names = list(self.sources)
+        samples = [list(self.sources[name].rows()) for name in names]
+        counts = shares([len(part) for part in samples], [self.weights[name] for name in names])
+        chosen = []
+        for index, (part, count) in enumerate(zip(samples, counts, strict=True)):
+            rows = np.sort(permutation(len(part), self.seed, index)[:count])
+            chosen.append(iter([part[row] for row in rows]))
+        labels = np.repeat(np.arange(len(names)), counts)
+        for label in labels[permutation(len(labels), self.seed, len(names))]:
+            yield _prefixed(names[label], next(chosen[label]))
+
+    def eval_rows(self) -> Iterator[Sample] | None:
+        """Held-out samples of all sources that bring some, source by source."""
+        parts = {name: part for name, source in self.sources.items() if (part := source.eval_rows()) is not None}
+        if not parts:
+            return None
+        if self.eval_fraction > 0:
+            raise ValueError(
+                f"data.eval_fraction must be 0 where sources hold rows out ({' '.join(parts)}), "
+                f"got {self.eval_fraction}; give one of the two"
+            )
+        return (_prefixed(name, sample) for name, part in parts.items() for sample in part)
+
+    def score(self, entry: dict[str, Any], reference: str, answer: str) -> float:
+        """The verdict of the source that the sample is from."""
+        return self.sources[entry["source"]].score(entry["entry"], reference, answer)
+
+
+def shares(lengths: list[int], weights: list[float]) -> list[int]:
+    """Rows to take of each source: in the ratio of weights, none above its length, at least one of each."""
+    total = min(length / weight for length, weight in zip(lengths, weights, strict=True))
+    return [min(length, max(1, round(total * weight))) for length, weight in zip(lengths, weights, strict=True)]
+
+
+def _prefixed(name: str, sample: Sample) -> Sample:
+    entry = None if sample.entry is None else {"source": name, "entry": sample.entry}
+    return replace(sample, source=f"{name}/{sample.source}", entry=entry)

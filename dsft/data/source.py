@@ -1,0 +1,70 @@
+"""What a source of rows gives: samples, held-out samples, an identity, a verdict on answers."""
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One row, its columns understood. source:row is its id; place is where a user finds it (file:line).
+
+    messages: a conversation ({"role", "content"}, ...), empty for plain text. plain: (given, learned) for a tokenizer
+    without a chat template, None if the row makes no sense without one. reference: the right answer.
+    entry: what the source's score needs to judge an answer, JSON-able; None if answers cannot be judged.
+    """
+
+    source: str
+    row: int
+    place: str
+    messages: tuple[dict[str, Any], ...]
+    plain: tuple[str, str] | None
+    reference: str
+    entry: dict[str, Any] | None
+
+
+class Source(Protocol):
+    """A frozen dataclass whose fields are its YAML keys."""
+
+    shuffle: bool
+    eval_fraction: float
+    max_eval: int | None
+
+    def check(self) -> None:
+        """Raise ValueError for what is wrong and can be seen at little cost: no file, no row, no such task."""
+
+    def identity(self) -> dict[str, Any]:
+        """What decides the samples, JSON-able: content digests and keys, no machine's paths."""
+
+    def rows(self) -> Iterator[Sample]:
+        """Training samples in file order. Raises ValueError naming the place of a bad row."""
+
+    def eval_rows(self) -> Iterator[Sample] | None:
+        """Held-out samples of their own, or None if the source brings none."""
+
+    def score(self, entry: dict[str, Any], reference: str, answer: str) -> float:
+        """1.0 if answer is right by entry (a sample's, never None), else 0.0."""
+
+
+def check_shared(eval_fraction: float, max_eval: int | None, *, own: str | None) -> None:
+    """Raise ValueError for values out of range; own names the key that already holds rows out, if one does."""
+    if not 0 <= eval_fraction < 1:
+        raise ValueError(f"data.eval_fraction must be in [0, 1), got {eval_fraction}")
+    if max_eval is not None and max_eval < 1:
+        raise ValueError(f"data.max_eval must be 1 or more, got {max_eval}; null uses all held-out rows")
+    if own and eval_fraction > 0:
+        raise ValueError(
+            f"data.eval_fraction must be 0 where {own} holds rows out, got {eval_fraction}; give one of the two"
+        )
+
+
+def held_out(sample: Sample, *, seed: int, fraction: float) -> bool:
+    """True for a fraction of all samples, told by (seed, id) alone: no other row changes the answer."""
+    digest = hashlib.blake2b(f"{seed}/{sample.source}:{sample.row}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") < fraction * 2.0**64
+
+
+def score_exact(reference: str, answer: str) -> float:
+    """1.0 if answer equals reference once both are stripped, else 0.0."""
+    return float(answer.strip() == reference.strip())

@@ -1,0 +1,97 @@
+"""Writes a token set: rows are sorted out, counted, and laid end to end in the files that TokenSet maps."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dsft.data.audit import Counts
+from dsft.data.encoding import Encoded
+from dsft.data.source import Sample
+
+
+class SetWriter:
+    """Takes the encoded rows of one set in order; keeps those that can be learned from and counts the others."""
+
+    def __init__(self, *, max_length: int, limit: int | None, stop_tokens: frozenset[int], answers: bool) -> None:
+        self.max_length = max_length
+        self.limit = limit
+        self.stop_tokens = stop_tokens
+        self.answers: list[str] | None = [] if answers else None
+        self.seen: set[bytes] = set()
+        self.kept: list[Encoded] = []
+        self.ids: list[tuple[str, int]] = []
+        self.dropped = {"duplicates": 0, "over_long": 0, "zero_mask": 0}
+        self.rows = 0
+        self.shortest = 0
+
+    @property
+    def full(self) -> bool:
+        """True once limit rows are kept."""
+        return self.limit is not None and len(self.kept) >= self.limit
+
+    def add(self, sample: Sample, encoded: Encoded) -> None:
+        """Keep the row, or count why not; a full writer leaves it out and does not count it."""
+        if self.full:
+            return
+        self.rows += 1
+        length = len(encoded.tokens)
+        self.shortest = min(self.shortest or length, length)
+        digest = hashlib.blake2b(encoded.tokens.tobytes() + encoded.mask.tobytes(), digest_size=16).digest()
+        if length > self.max_length:
+            self.dropped["over_long"] += 1
+        elif not encoded.mask.any():
+            self.dropped["zero_mask"] += 1
+        elif digest in self.seen:
+            self.dropped["duplicates"] += 1
+        else:
+            self.seen.add(digest)
+            self.kept.append(encoded)
+            self.ids.append((sample.source, sample.row))
+            if self.answers is not None:
+                self.answers.append(json.dumps({"reference": sample.reference, "entry": sample.entry}))
+
+    def counts(self) -> Counts:
+        """What became of the rows so far."""
+        last = [int(row.tokens[row.mask.nonzero()[0][-1]]) for row in self.kept]
+        return Counts(
+            rows=self.rows,
+            kept=len(self.kept),
+            **self.dropped,
+            truncated=sum(token not in self.stop_tokens for token in last),
+            tokens=sum(len(row.tokens) for row in self.kept),
+            supervised=sum(int(row.mask.sum()) for row in self.kept),
+            shortest=self.shortest,
+        )
+
+    def write(self, folder: Path) -> None:
+        """Write the set's files into folder, which must not exist."""
+        folder.mkdir()
+        names = sorted({source for source, _ in self.ids})
+        index = {name: number for number, name in enumerate(names)}
+        arrays = {
+            "tokens": np.concatenate([row.tokens for row in self.kept]),
+            "mask": np.concatenate([row.mask for row in self.kept]),
+            "offsets": np.cumsum([0, *(len(row.tokens) for row in self.kept)], dtype=np.int64),
+            "prompts": np.array([row.prompt for row in self.kept], dtype=np.int64),
+            "supervised": np.array([row.mask.sum() for row in self.kept], dtype=np.int64),
+            "sources": np.array([index[source] for source, _ in self.ids], dtype=np.int64),
+            "rows": np.array([row for _, row in self.ids], dtype=np.int64),
+        }
+        for name, array in arrays.items():
+            np.save(folder / f"{name}.npy", array)
+        counts = {"names": names, "counts": asdict(self.counts())}
+        (folder / "set.json").write_text(json.dumps(counts), encoding="utf-8")
+        if self.answers is not None:
+            (folder / "answers.jsonl").write_text("".join(f"{line}\n" for line in self.answers), encoding="utf-8")
+
+
+def runs(mask: NDArray[np.bool_]) -> Sequence[tuple[int, int, bool]]:
+    """Stretches (first, last + 1, supervised) of equal mask, in order."""
+    borders = [0, *(np.flatnonzero(mask[1:] != mask[:-1]) + 1).tolist(), len(mask)]
+    return [(first, last, bool(mask[first])) for first, last in pairwise(borders)]
