@@ -30,8 +30,8 @@ class Train:
 
     def __post_init__(self) -> None:
         """Refuse values that no run can have."""
-        if (self.steps is None) == (self.epochs is None):
-            raise ValueError("train: give one of train.steps and train.epochs; set the other to null")
+        if self.steps is not None and self.epochs is not None:
+            raise ValueError("train: give train.steps or train.epochs, not both; set one of them to null")
         _at_least("train.steps", self.steps, 1)
         if self.epochs is not None and self.epochs <= 0:
             raise ValueError(f"train.epochs must be above 0, got {self.epochs}")

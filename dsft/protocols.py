@@ -4,14 +4,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from dsft.comm.world import World
-    from dsft.models.anatomy import Anatomy
+from dsft.comm.world import World
 
 IGNORE = -100
 """Target of a position that carries no loss (torch's cross_entropy default)."""
@@ -21,6 +19,25 @@ Metrics = Mapping[str, tuple[Tensor, Tensor]]
 
 OptimizerFactory = Callable[[Sequence[dict[str, Any]]], torch.optim.Optimizer]
 """Parameter groups -> optimizer."""
+
+
+ROLES = ("attention", "mlp", "other")
+"""Roles of linears: inside a module named *attn*/*attention*, inside *mlp*/*feed_forward*/*expert*, elsewhere."""
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """Names into one model. blocks: the repeated layers in order; linears: nn.Linear in a block -> role.
+
+    experts: modules that hold fused 3-D experts; tied: the head's weight is the embedding's.
+    """
+
+    blocks: tuple[str, ...]
+    linears: dict[str, str]
+    embedding: str
+    head: str
+    tied: bool
+    experts: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -46,7 +63,7 @@ class Method(ABC):
     """What learns. A method is a frozen dataclass whose fields are its YAML keys."""
 
     @abstractmethod
-    def attach(self, model: nn.Module, anatomy: "Anatomy") -> nn.Module:
+    def attach(self, model: nn.Module, anatomy: Anatomy) -> nn.Module:
         """Return the model (on meta) with this method in it; requires_grad says what learns."""
 
     def initial(self, model: nn.Module, name: str, param: Tensor, read: Callable[[str], Tensor]) -> Tensor:
@@ -57,10 +74,6 @@ class Method(ABC):
         the caller from (seed, name), so the value does not depend on the number of ranks.
         """
         raise NotImplementedError(f"{type(self).__name__} adds no parameter of its own, got {name}")
-
-    def penalty(self, model: nn.Module) -> Tensor | None:
-        """Loss term added once per optimizer step, or None."""
-        return None
 
     def save(self, model: nn.Module, weights: Mapping[str, Tensor], folder: Path, base: str) -> None:
         """Write the result into folder: weights = trainable name -> full CPU tensor; base = where the base model is."""
@@ -88,8 +101,12 @@ class Quantizer(ABC):
     """How frozen linears are packed."""
 
     @abstractmethod
-    def convert(self, model: nn.Module, anatomy: "Anatomy") -> nn.Module:
-        """Return the model (on meta) with the linears of anatomy swapped for PackedLinear; the same model if it packs none."""
+    def convert(self, model: nn.Module, anatomy: Anatomy) -> nn.Module:
+        """Return the model (on meta) with the linears of anatomy swapped for PackedLinear, if it packs any."""
+
+    @abstractmethod
+    def report(self, model: nn.Module) -> str:
+        """One line on what is packed in model and what stays in 16 bit; empty if there is nothing to say."""
 
 
 class PackedLinear(nn.Linear):
@@ -103,7 +120,11 @@ class PackedLinear(nn.Linear):
     """Names of its uint8 parameters, in the order that pack returns them."""
 
     def pack(self, weight: Tensor) -> dict[str, Tensor]:
-        """Weight (out, in), float, on any device -> {parameter name: bytes}, shapes and dtype those of the parameters."""
+        """Weight (out, in), float, on any device -> {parameter name: bytes}, shaped as the parameters."""
+        raise NotImplementedError
+
+    def decode(self, parts: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
+        """Weight (out, in) in dtype, from bytes in the order of packed."""
         raise NotImplementedError
 
     def unpack(self) -> Tensor:
@@ -112,7 +133,9 @@ class PackedLinear(nn.Linear):
 
 
 class Strategy(ABC):
-    """Where parameters, gradients and optimizer state live. One instance per run; frozen dataclass fields = YAML keys.
+    """Where parameters, gradients and optimizer state live. One instance per run: it holds the run's optimizer.
+
+    A dataclass whose init fields are its YAML keys.
 
     Order of calls: shard (model on meta) -> place(module) for each module once its own parameters hold values
     -> prepare -> per step: backward (once per micro-batch) -> step or drop.
@@ -122,11 +145,11 @@ class Strategy(ABC):
     """True if gradient checkpointing must be reentrant under this strategy."""
 
     @abstractmethod
-    def data_ranks(self, world: "World") -> int:
+    def data_ranks(self, world: World) -> int:
         """Number of ranks that see different examples."""
 
     @abstractmethod
-    def shard(self, model: nn.Module, anatomy: "Anatomy", world: "World", precision: str) -> nn.Module:
+    def shard(self, model: nn.Module, anatomy: Anatomy, world: World, precision: str) -> nn.Module:
         """Lay the model (on meta) out over the ranks."""
 
     def place(self, module: nn.Module) -> None:
@@ -147,7 +170,7 @@ class Strategy(ABC):
 
     @abstractmethod
     def step(self, max_norm: float, lr_scale: float) -> float:
-        """Clip by the global norm, set each group's rate to its own lr * lr_scale, move. Returns the norm before clipping.
+        """Clip by the global norm, set each group's rate to its lr * lr_scale, move. Returns the norm before clipping.
 
         If the norm is not finite (on any rank), nothing moves, gradients are dropped and the norm is returned as it is.
         """

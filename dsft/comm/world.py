@@ -3,15 +3,18 @@
 import os
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+T = TypeVar("T")
+
 
 @dataclass(frozen=True)
 class World:
-    """This process among all of them. rank in [0, size); local_rank counts within the node."""
+    """One process among all of them. rank in [0, size); local_rank counts within the node."""
 
     rank: int
     size: int
@@ -34,6 +37,14 @@ class World:
         dist.all_reduce(largest, op=dist.ReduceOp.MAX)
         return largest.item()
 
+    def gather(self, value: T) -> list[T]:
+        """Every rank's value, in rank order, on every rank; any picklable value."""
+        if self.size == 1:
+            return [value]
+        values: list[T] = [value] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
     def barrier(self) -> None:
         """Wait until every rank is here."""
         if self.size > 1:
@@ -41,7 +52,7 @@ class World:
 
 
 def join(timeout_s: float = 1800.0) -> World:
-    """Join the process group that RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT name; alone without them."""
+    """Join the process group that RANK, WORLD_SIZE, LOCAL_RANK and MASTER_* name; alone without them."""
     size = int(os.environ.get("WORLD_SIZE", "1"))
     rank = int(os.environ.get("RANK", "0"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))

@@ -1,0 +1,294 @@
+"""From what was typed to a frozen Run: the only importer of Hydra and OmegaConf."""
+
+import difflib
+import importlib
+import json
+import os
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from dsft_launchers.join import count_devices, resolve
+
+from dsft import config, rules
+
+OWN_CONF = next(
+    path for path in (Path(__file__).parent / "conf", Path(__file__).parent.parent / "conf") if path.is_dir()
+)
+"""The YAML tree: beside the code in an installed wheel, at the top of a checkout."""
+
+_PLAIN = {"optim": config.Optim, "train": config.Train, "launcher": config.Launcher}
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One group's chosen option and who provided its YAML (dsft, --config-dir, ./conf or a plugin)."""
+
+    group: str
+    option: str
+    provider: str
+
+
+@dataclass(frozen=True)
+class Started:
+    """How this run gets its processes, size of them in all. variables: the rank's, where others started it."""
+
+    kind: str
+    why: str
+    size: int
+    variables: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Composed:
+    """A run and where it came from. resolved: the plain tree that build(resolved) turns into run."""
+
+    run: config.Run
+    start: Started
+    resolved: dict[str, Any]
+    overrides: tuple[str, ...]
+    choices: tuple[Choice, ...]
+    repairs: tuple[str, ...]
+
+
+def compose(overrides: Sequence[str]) -> Composed:
+    """Compose what was typed. Raises ValueError with one line for every mistake of the user's."""
+    tree, choices = _compose_tree(list(overrides))
+    start = _start(tree["launcher"])
+    size = start.size
+    repairs = [f"launcher={tree['launcher']['name']}: {start.kind}, {start.why}"]
+    if tree["strategy"]["_target_"] == "auto":
+        option = "single" if size == 1 else "fsdp"
+        tree, choices = _compose_tree([o for o in overrides if o != "strategy=auto"] + [f"strategy={option}"])
+        repairs.append(f"strategy=auto: {option}, for {size} process{'es' if size > 1 else ''}")
+    tree, more = rules.repair(tree)
+    run = build(tree)
+    names = {choice.group: choice.option for choice in choices}
+    rules.refuse(run, names, size)
+    return Composed(run, start, tree, tuple(overrides), tuple(choices), tuple(repairs) + more)
+
+
+def build(tree: Mapping[str, Any]) -> config.Run:
+    """The Run that a resolved tree describes; every key is checked against its dataclass."""
+    parts = {
+        name: _build_dataclass(_PLAIN[name], value, name) if name in _PLAIN else _build(value, name)
+        for name, value in tree.items()
+    }
+    return _build_dataclass(config.Run, parts, "")
+
+
+def read(run_dir: Path) -> config.Run:
+    """The Run that a run folder's config.yaml describes."""
+    from omegaconf import OmegaConf
+
+    return build(plain(OmegaConf.load(run_dir / "config.yaml")))
+
+
+def plain(node: Any) -> Any:
+    """An OmegaConf node as plain dicts and lists, resolved."""
+    from omegaconf import OmegaConf
+
+    return OmegaConf.to_container(node, resolve=True, throw_on_missing=True)
+
+
+def load_yaml(path: Path) -> Any:
+    """A YAML file as plain dicts and lists."""
+    from omegaconf import OmegaConf
+
+    return OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+
+
+def dump_yaml(tree: Any, path: Path) -> None:
+    """Write a plain tree as YAML."""
+    from omegaconf import OmegaConf
+
+    path.write_text(OmegaConf.to_yaml(OmegaConf.create(tree)))
+
+
+def _compose_tree(overrides: list[str]) -> tuple[dict[str, Any], list[Choice]]:
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.errors import HydraException
+    from omegaconf import OmegaConf, open_dict
+    from omegaconf.errors import OmegaConfBaseException
+
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(str(OWN_CONF), job_name="dsft", version_base="1.3"):
+            cfg = hydra_compose("config", overrides=overrides, return_hydra_config=True)
+            chosen = dict(cfg.hydra.runtime.choices)
+            sources = GlobalHydra.instance().config_loader().get_sources()  # type: ignore[attr-defined]
+            choices = _choices(chosen, sources)
+        with open_dict(cfg):
+            del cfg["hydra"]
+        missing = sorted(OmegaConf.missing_keys(cfg))
+        if missing:
+            raise ValueError(f"{missing[0]} must be given; add {missing[0]}=VALUE")
+        tree: dict[str, Any] = {"tracker": {}, **plain(cfg)}
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ValueError(_one_line(error)) from error
+    return tree, choices
+
+
+def _start(tree: Mapping[str, Any]) -> Started:
+    launcher: config.Launcher = _build_dataclass(config.Launcher, tree, "launcher")
+    found = resolve(launcher.name, os.environ, devices=launcher.devices, nodes=launcher.nodes)
+    devices = max(1, count_devices(os.environ)) if launcher.devices == "auto" else launcher.devices
+    size = int(found.variables.get("WORLD_SIZE", devices * launcher.nodes))
+    return Started(found.kind, found.why, size, found.variables)
+
+
+def _choices(chosen: Mapping[str, Any], sources: Sequence[Any]) -> list[Choice]:
+    choices = []
+    for group, options in sorted(chosen.items()):
+        if group.startswith("hydra/") or options is None or "@" in group:
+            continue
+        for option in _options(options):
+            source = next((s for s in sources if s.is_config(f"{group}/{option}")), None)
+            provider = "dsft" if source is None or source.provider == "main" else str(source.provider)
+            choices.append(Choice(group, option, provider))
+    return choices
+
+
+def _options(options: Any) -> list[str]:
+    """A group's choice as a list: Hydra gives several options of one group as the text of a list."""
+    text = str(options)
+    return [part.strip(" '\"") for part in text.strip("[]").split(",")]
+
+
+def _build(value: Any, path: str) -> Any:
+    """Turn each mapping with a _target_ into an instance of that dataclass, from the inside out."""
+    if isinstance(value, Mapping):
+        parts = {key: _build(item, f"{path}.{key}") for key, item in value.items() if key != "_target_"}
+        if "_target_" not in value:
+            return parts
+        return _build_dataclass(_locate(str(value["_target_"]), path), parts, path)
+    if isinstance(value, list):
+        return [_build(item, f"{path}[{index}]") for index, item in enumerate(value)]
+    return value
+
+
+def _locate(target: str, path: str) -> type:
+    module, _, name = target.rpartition(".")
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"{path}._target_ must name an importable class, got {target} ({error})") from error
+    if not (isinstance(found, type) and is_dataclass(found)):
+        raise ValueError(f"{path}._target_ must name a dataclass, got {target}")
+    return found
+
+
+def _build_dataclass(cls: type, values: Mapping[str, Any], path: str) -> Any:
+    """An instance of cls from values, each checked against its field's type; unknown and absent keys are refused."""
+    known = {field.name for field in fields(cls) if field.init}
+    dotted = f"{path}." if path else ""
+    for key in values:
+        if key not in known:
+            raise ValueError(f"{dotted}{key} is not a key of {path or 'a run'}{suggest(str(key), known)}")
+    absent = sorted(known - set(values))
+    if absent:
+        raise ValueError(f"{dotted}{absent[0]} must be given; add it to the YAML of {path or 'the run'}")
+    hints = get_type_hints(cls)
+    return cls(**{key: _checked(value, hints[key], f"{dotted}{key}") for key, value in values.items()})
+
+
+def _checked(value: Any, hint: Any, path: str) -> Any:
+    from pydantic import TypeAdapter, ValidationError
+
+    try:
+        text = json.dumps(value)
+    except TypeError:  # already an instance that _build made
+        return value
+    try:
+        return TypeAdapter(hint).validate_json(text, strict=True)
+    except ValidationError as error:
+        rule = error.errors()[0]["msg"].removeprefix("Input should be ").replace("valid ", "")
+        raise ValueError(f"{path} must be {rule}, got {value!r}") from error
+
+
+def suggest(word: str, options: set[str] | Sequence[str]) -> str:
+    """The end of a refusal: the closest option, or all of them."""
+    close = difflib.get_close_matches(word, sorted(options), n=1, cutoff=0.6)
+    return f"; did you mean {close[0]}?" if close else f"; there are: {', '.join(sorted(options))}"
+
+
+def _one_line(error: Exception) -> str:
+    """Hydra's and OmegaConf's messages, cut to what the user needs."""
+    text = str(error)
+    if found := re.search(r"Could not find '([^']+)/([^'/]+)'(?:\s+Available options in '[^']+':((?:\s+\S+)*))?", text):
+        group, option, listed = found.groups()
+        return f"{group}={option} does not exist{suggest(option, (listed or '').split())}"
+    if found := re.search(r"Could not override '([^']+)'. No match in the defaults list", text):
+        groups = {path.name for path in OWN_CONF.iterdir() if path.is_dir()}
+        return f"{found[1]} is not a group{suggest(found[1], groups)}"
+    if found := re.search(r"Could not override '([^']+)'", text):
+        return f"{found[1]} is not a key{_near_key(found[1])}"
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return " ".join(lines[:2])
+
+
+def _near_key(key: str) -> str:
+    """The keys beside a misspelt one, read from our own YAML of that group."""
+    group, _, leaf = key.partition(".")
+    if not leaf:
+        return suggest(group, {path.name for path in OWN_CONF.iterdir() if path.is_dir()} | {"run_dir"})
+    names: set[str] = set()
+    for path in (OWN_CONF / group).glob("*.yaml") if (OWN_CONF / group).is_dir() else ():
+        names |= {str(name) for name in load_yaml(path) if name not in ("_target_", "defaults")}
+    if not names:
+        return suggest(group, {path.name for path in OWN_CONF.iterdir() if path.is_dir()})
+    return suggest(leaf, names).replace("did you mean ", f"did you mean {group}.")
+
+
+def hydra_flags(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Split argv into (flags that Hydra answers itself, overrides); --config-dir is noted for the search path."""
+    from hydra._internal.utils import get_args_parser
+
+    parser = get_args_parser()
+    args, unknown = parser.parse_known_args(list(argv))
+    if unknown:
+        raise ValueError(f"{unknown[0]} is not an option; overrides are KEY=VALUE, see --help")
+    if args.config_dir is not None:
+        folder = Path(args.config_dir).absolute()
+        if not folder.is_dir():
+            raise ValueError(f"--config-dir must be a folder, got {args.config_dir}; give one that exists")
+        os.environ["DSFT_CONFIG_DIR"] = str(folder)
+    asks = args.help or args.hydra_help or args.cfg or args.info is not None or args.multirun or args.shell_completion
+    return (list(argv) if asks else []), list(args.overrides)
+
+
+def hand_to_hydra(argv: Sequence[str]) -> int:
+    """Let Hydra answer --cfg, --info, --help, --shell-completion and -m; returns the exit code."""
+    import hydra
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    words = [word for word in _without_config_dir(argv)]
+    sys.argv = ["dsft", *words]
+    codes: list[int] = []
+    os.environ.setdefault("HYDRA_MAIN_MODULE", "dsft.run")
+    try:
+        main = hydra.main(config_path=str(OWN_CONF), config_name="config", version_base="1.3")(codes.append)
+        main()
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ValueError(_one_line(error)) from error
+    return max(codes, default=0)
+
+
+def _without_config_dir(argv: Sequence[str]) -> list[str]:
+    """Argv without --config-dir DIR, which the search path already knows (Hydra's own cannot shadow)."""
+    words, skip = [], False
+    for word in argv:
+        if skip:
+            skip = False
+        elif word in ("--config-dir", "-cd"):
+            skip = True
+        elif not word.startswith("--config-dir="):
+            words.append(word)
+    return words

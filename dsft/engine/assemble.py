@@ -1,0 +1,145 @@
+"""The order of construction: meta model -> quantize -> method -> recompute -> shard -> read weights -> optimizer."""
+
+import hashlib
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dsft.comm.world import World
+from dsft.config import Run
+from dsft.engine.optimizers import factory
+from dsft.engine.recompute import recompute
+from dsft.models.anatomy import dissect
+from dsft.models.build import build_meta
+from dsft.models.files import ModelFiles
+from dsft.models.materialize import materialize
+from dsft.models.values import Values, open_values
+from dsft.protocols import Anatomy, PackedLinear
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Skeleton:
+    """A model on meta with its method in it. origins: parameter name -> its name before the method came."""
+
+    model: nn.Module
+    anatomy: Anatomy
+    origins: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Session:
+    """All that a step needs. model: the transformers model; module: what to call forward on."""
+
+    run: Run
+    files: ModelFiles
+    world: World
+    tokenizer: Any
+    model: Any
+    module: nn.Module
+    anatomy: Anatomy
+
+
+def skeleton(run: Run, files: ModelFiles) -> Skeleton:
+    """Build the model on meta, pack its frozen linears, attach the method; what learns is fp32. No I/O."""
+    model = build_meta(files, DTYPES[run.train.precision])
+    anatomy = dissect(model)
+    model = run.quantization.convert(model, anatomy)
+    base = {id(param): name for name, param in model.named_parameters()}
+    model = run.method.attach(model, anatomy)
+    named = dict(model.named_parameters())
+    for param in named.values():
+        if param.requires_grad:
+            param.data = param.data.float()
+    return Skeleton(model, anatomy, {name: base[id(param)] for name, param in named.items() if id(param) in base})
+
+
+def assemble(run: Run, files: ModelFiles, world: World) -> Session:
+    """Build this process's part of the run. Collective: every rank of world calls it with the same run."""
+    bones = skeleton(run, files)
+    model, anatomy = bones.model, bones.anatomy
+    recompute(model, anatomy, run.train.gradient_checkpointing, reentrant=run.strategy.reentrant_recompute)
+    first = _first_packed(model)
+    model = run.strategy.shard(model, anatomy, world, run.train.precision)
+    values = open_values(files, DTYPES[run.train.precision], run.train.seed)
+
+    def initial(name: str, param: Tensor) -> Tensor:
+        with seeded(run.train.seed, name):
+            read = partial(_trained_weight, bones, values)
+            value: Tensor = run.method.initial(model, name, param, read)
+            return value
+
+    materialize(model, values, world, origins=bones.origins, initial=initial, place=run.strategy.place)
+    if first is not None:
+        _check_bytes(run, bones, first, values)
+    learning = [param for param in model.parameters() if param.requires_grad]
+    module = run.strategy.prepare(model, [{"params": learning}], factory(run.optim))
+    return Session(
+        run=run, files=files, world=world, tokenizer=files.tokenizer(), model=model, module=module, anatomy=anatomy
+    )
+
+
+def autocast(session: Session) -> torch.autocast:
+    """The precision of a forward pass."""
+    bf16 = session.run.train.precision == "bf16"
+    return torch.autocast(session.world.device.type, torch.bfloat16, enabled=bf16)
+
+
+class seeded:  # noqa: N801  # a context, used like a function
+    """Draw from torch's default CPU stream as if newly seeded by words; the stream goes on afterwards as before."""
+
+    def __init__(self, *words: object) -> None:
+        self.seed = stream(*words)
+
+    def __enter__(self) -> None:
+        self.state = torch.get_rng_state()
+        torch.manual_seed(self.seed)
+
+    def __exit__(self, *_: object) -> None:
+        torch.set_rng_state(self.state)
+
+
+def stream(*words: object) -> int:
+    """A 63-bit seed that is a pure function of words."""
+    return int.from_bytes(hashlib.sha256(repr(words).encode()).digest()[:8], "big") >> 1
+
+
+def _trained_weight(bones: Skeleton, values: Values, name: str) -> Tensor:
+    """Weight (out, in) of the linear called name as training sees it: packed and unpacked again where it is quantized."""
+    module = bones.model.get_submodule(name)
+    weight = values.full(_base_name(bones, name))
+    if isinstance(module, PackedLinear):
+        return module.decode(tuple(module.pack(weight).values()), weight.dtype)
+    return weight
+
+
+def _base_name(bones: Skeleton, linear: str) -> str:
+    """The name in the base model of a linear's weight."""
+    inside = next(origin for name, origin in bones.origins.items() if name.startswith(f"{linear}."))
+    return inside.rpartition(".")[0] + ".weight"
+
+
+def _first_packed(model: nn.Module) -> str | None:
+    return next((name for name, module in model.named_modules() if isinstance(module, PackedLinear)), None)
+
+
+def _check_bytes(run: Run, bones: Skeleton, name: str, values: Values) -> None:
+    """The start-up self-test: a packed weight gathered from its shards gives the weight packed here, byte for byte.
+
+    A mixed-precision cast of packed bytes is silent otherwise (bitsandbytes#1945). Collective.
+    """
+    module = bones.model.get_submodule(name)
+    assert isinstance(module, PackedLinear)
+    expected = module.pack(values.full(_base_name(bones, name)))
+    gathered = {part: run.strategy.full(module.get_parameter(part)) for part in module.packed}
+    same = all(torch.equal(gathered[part].reshape(-1), expected[part].reshape(-1)) for part in module.packed)
+    weights = [module.decode(tuple(parts.values()), torch.float32) for parts in (gathered, expected)]
+    if not (same and torch.equal(*weights)):
+        raise RuntimeError(
+            f"{name}: the packed weight changed while it was sharded: {type(run.strategy).__name__} does not carry its "
+            "bytes on this machine; do not train on it, take quantization=none or another strategy"
+        )

@@ -1,0 +1,112 @@
+"""Evaluation: loss on held-out rows, and exact match by greedy generation where the data can be verified."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from dsft.data.batch import build_batch
+from dsft.data.open import Dataset
+from dsft.data.packing import plan_step
+from dsft.engine.assemble import Session, autocast
+from dsft.models.attention import NAME as RAGGED
+
+ANSWERS_AT_ONCE = 64
+"""Prompts generated side by side on one rank."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One generated answer. row: index into the evaluation set."""
+
+    row: int
+    text: str
+    correct: bool
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """values: eval/loss in nats per supervised token, eval/accuracy in [0, 1] if the data can be verified."""
+
+    values: dict[str, float]
+    answers: list[Answer]
+
+
+def evaluate(session: Session, data: Dataset) -> Evaluation:
+    """Measure the model on data.eval. Collective; the same result on every rank."""
+    session.model.eval()
+    with torch.no_grad(), autocast(session):
+        values = {"eval/loss": _loss(session, data)}
+        answers = _answers(session, data) if data.verifiable else []
+    if answers:
+        values["eval/accuracy"] = sum(answer.correct for answer in answers) / len(answers)
+    return Evaluation(values, answers)
+
+
+def _loss(session: Session, data: Dataset) -> float:
+    assert data.eval is not None
+    run, world = session.run, session.world
+    ranks = run.strategy.data_ranks(world)
+    rows = list(range(len(data.eval)))
+    rows += [0] * (ranks - len(rows))  # every rank needs a row; what is repeated stays silent
+    plan = plan_step([int(data.eval.lengths[row]) for row in rows], ranks, run.train.micro_batch_tokens)
+    totals = torch.zeros(2, dtype=torch.float64)
+    for micro in plan[world.rank % ranks]:
+        silent = micro.silent or micro.examples[0] >= len(data.eval)
+        batch = build_batch(data.eval, [rows[i] for i in micro.examples], silent=silent)
+        sums, _ = run.objective.loss(session.module, batch.to(world.device))
+        totals += torch.stack([sums.sum().double().cpu(), run.objective.count(batch).sum()])
+    totals = world.sum(totals)
+    return float(totals[0] / totals[1])
+
+
+def _answers(session: Session, data: Dataset) -> list[Answer]:
+    """Greedy answers to every held-out prompt, verified; rows are dealt to ranks in turn, each as often as the others."""
+    assert data.eval is not None
+    world = session.world
+    ranks = session.run.strategy.data_ranks(world)
+    mine = list(range(world.rank % ranks, len(data.eval), ranks))
+    turns = -(-len(data.eval) // ranks)
+    padded = mine + [0] * (turns - len(mine))
+    texts: list[str] = []
+    session.model.set_attn_implementation("sdpa")  # a cache of keys needs padding, which the ragged attention has none of
+    try:
+        for start in range(0, turns, ANSWERS_AT_ONCE):
+            texts += _generate(session, data, padded[start : start + ANSWERS_AT_ONCE])
+    finally:
+        session.model.set_attn_implementation(RAGGED)
+    answers = [Answer(row, text, data.verify(row, text) >= 1) for row, text in zip(mine, texts, strict=False)]
+    return sorted((a for part in world.gather(answers) for a in part), key=lambda answer: answer.row)
+
+
+def _generate(session: Session, data: Dataset, rows: list[int]) -> list[str]:
+    assert data.eval is not None
+    tokenizer: Any = session.tokenizer
+    prompts = [torch.as_tensor(data.eval.prompt(row), dtype=torch.int64) for row in rows]
+    width = max(len(prompt) for prompt in prompts)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    tokens = torch.full((len(rows), width), pad)
+    mask = torch.zeros_like(tokens)
+    for index, prompt in enumerate(prompts):
+        tokens[index, width - len(prompt) :] = prompt
+        mask[index, width - len(prompt) :] = 1
+    device = session.world.device
+    out = session.model.generate(
+        input_ids=tokens.to(device),
+        attention_mask=mask.to(device),
+        max_new_tokens=int(data.eval.supervised.max()) + 2,
+        do_sample=False,
+        use_cache=True,
+        pad_token_id=pad,
+        eos_token_id=_ends(session),
+        synced_gpus=session.world.size > 1,
+    )
+    texts: list[str] = tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)
+    return [text.strip() for text in texts]
+
+
+def _ends(session: Session) -> list[int]:
+    """Tokens that end an answer: the tokenizer's, and the model's own."""
+    own = session.model.generation_config.eos_token_id
+    ends = [session.tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])]
+    return sorted({end for end in ends if end is not None})

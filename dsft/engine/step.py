@@ -1,0 +1,56 @@
+"""One optimizer step. This file alone divides: loss = sum over ranks and micro-batches / count over the same."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from dsft.engine.assemble import Session, autocast, stream
+from dsft.protocols import Batch
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """loss: before the update, per unit of the objective; grad_norm: before clipping; tokens: over all ranks.
+
+    moved is False where a NaN or Inf in loss or gradient, on any rank, kept the update from happening.
+    """
+
+    loss: float
+    grad_norm: float
+    tokens: int
+    supervised: int
+    moved: bool
+
+
+def train_step(session: Session, batches: Sequence[Batch], step: int, lr_scale: float) -> StepResult:
+    """Forward and backward over this rank's micro-batches, then one update; every rank returns the same result."""
+    run, world = session.run, session.world
+    tokens = torch.tensor([float(sum(b.tokens.numel() for b in batches))], dtype=torch.float64)
+    local = torch.stack([run.objective.count(batch) for batch in batches]).sum(0)
+    totals = world.sum(torch.cat([local, tokens]))
+    counts = totals[:-1].clamp(min=1)
+    sums = torch.zeros_like(counts)
+    session.model.train()
+    for index, batch in enumerate(batches):
+        torch.manual_seed(stream(run.train.seed, step, batch.ids[0], index))
+        with autocast(session):
+            terms, _ = run.objective.loss(session.module, batch.to(world.device))
+        share = (terms / counts.to(terms.device, terms.dtype)).sum()
+        run.strategy.backward(share, last=index == len(batches) - 1)
+        sums += terms.detach().double().cpu()
+    loss = float((world.sum(sums) / counts).sum())
+    grad_norm = math.nan
+    if math.isfinite(loss):
+        grad_norm = run.strategy.step(run.train.max_grad_norm, lr_scale)
+    else:
+        run.strategy.drop()
+    return StepResult(
+        loss=loss,
+        grad_norm=grad_norm,
+        tokens=int(totals[-1]),
+        supervised=int(totals[0]),
+        moved=math.isfinite(loss) and math.isfinite(grad_norm),
+    )
+

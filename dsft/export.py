@@ -1,0 +1,87 @@
+"""python -m dsft.export RUN --to adapter|merged OUT: a folder that PEFT or transformers loads as it is."""
+
+import argparse
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from dsft.compose import read
+from dsft.config import Run
+from dsft.folder import state
+from dsft.run import refuse
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Write OUT; 2 if RUN or OUT cannot be used."""
+    parser = argparse.ArgumentParser(prog="dsft export", description=__doc__)
+    parser.add_argument("run", type=Path, help="a run folder that is done")
+    parser.add_argument("--to", choices=("adapter", "merged"), required=True)
+    parser.add_argument("out", type=Path, help="a folder that does not exist yet")
+    args = parser.parse_args(argv)
+    try:
+        export(args.run, args.to, args.out)
+    except ValueError as error:
+        return refuse(error)
+    print(f"{args.to} written to {args.out}")
+    return 0
+
+
+def export(run_dir: Path, what: str, out: Path) -> None:
+    """Copy the result (adapter), or the base with the adapter merged into the weights that training saw (merged)."""
+    if not (run_dir / "config.yaml").is_file():
+        raise ValueError(f"RUN must be a run folder, got {run_dir} without config.yaml; give the run_dir of a run")
+    if state(run_dir).get("state") != "done":
+        raise ValueError(f"RUN must be done, {run_dir} is {state(run_dir).get('state', 'not started')}; finish it first")
+    if out.exists():
+        raise ValueError(f"OUT must not exist, got {out}; choose another folder")
+    run = read(run_dir)
+    if what == "adapter" or run.method.whole:
+        shutil.copytree(run_dir / "adapter", out)
+        return
+    model = merged(run, run_dir / "adapter")
+    model.save_pretrained(out)
+    run.model.resolve().tokenizer().save_pretrained(out)
+
+
+def merged(run: Run, adapter: Path) -> Any:
+    """The base as training saw it (packed linears unpacked) with the adapter's update added, on CPU in one process.
+
+    The weights are computed in fp32 and kept in the dtype of train.precision, which rounds them once.
+    """
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    from dsft.engine.assemble import DTYPES
+
+    files = run.model.resolve()
+    dtype = DTYPES[run.train.precision]
+    base = AutoModelForCausalLM.from_pretrained(
+        files.folder, dtype=dtype, trust_remote_code=files.trust_remote_code, attn_implementation="sdpa"
+    )
+    _unpack(run, base)
+    whole = PeftModel.from_pretrained(base.to(torch.float32), adapter).merge_and_unload()
+    return whole.to(dtype)
+
+
+def _unpack(run: Run, base: Any) -> None:
+    """Replace each weight that training had packed by what unpacking it gives."""
+    import torch
+
+    from dsft.models.anatomy import dissect
+    from dsft.protocols import PackedLinear
+
+    plain = {name: module for name, module in base.named_modules() if isinstance(module, torch.nn.Linear)}
+    run.quantization.convert(base, dissect(base))
+    for name, module in list(base.named_modules()):
+        if isinstance(module, PackedLinear):
+            linear = plain[name]
+            linear.weight.data = module.unpack().to(linear.weight.dtype)
+            parent, _, leaf = name.rpartition(".")
+            setattr(base.get_submodule(parent), leaf, linear)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,106 @@
+"""Which combinations are repaired (and printed) or refused, as data. Names of options, not classes; no torch."""
+
+import os
+from collections.abc import Callable, Mapping
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any
+
+from dsft_launchers.join import count_devices
+
+from dsft.config import Run
+
+
+@dataclass(frozen=True)
+class Rule:
+    """holds(run, names, size) -> True where the combination is refused; why: one line with the way out."""
+
+    name: str
+    holds: Callable[[Run, Mapping[str, str], int], bool]
+    why: str
+
+
+SHARDED = ("fsdp", "hsdp", "zero1", "zero2", "zero3")
+SHARD_WISE = ("adamw", "sgd")
+"""Optimizers that update each element from itself alone: right on any shard of a tensor."""
+
+PER_CORE = 8
+"""Processes that a core may carry where there is no accelerator."""
+
+REFUSED = (
+    Rule(
+        "single-process",
+        lambda run, names, size: names["strategy"] == "single" and size > 1,
+        "strategy=single runs on one process, got {size}; take strategy=fsdp or ddp, or launcher.devices=1",
+    ),
+    Rule(
+        "batch-below-ranks",
+        lambda run, names, size: run.train.global_batch_size < size,
+        "train.global_batch_size must be at least the number of data ranks, {size}, got "
+        "{run.train.global_batch_size}; raise it or lower launcher.devices",
+    ),
+    Rule(
+        "too-many-devices",
+        lambda run, names, size: _over_capacity(run) is not None,
+        "{capacity}",
+    ),
+    Rule(
+        "optimizer-on-shards",
+        lambda run, names, size: names["strategy"] in SHARDED and run.optim.name not in SHARD_WISE,
+        "optim.name={run.optim.name} needs whole tensors (its blocks or factors cross shards) and "
+        "strategy={names[strategy]} splits them; take optim.name=adamw or strategy=ddp",
+    ),
+    Rule(
+        "whole-model-on-packed-base",
+        lambda run, names, size: names["method"] in ("full", "freeze") and names["quantization"] != "none",
+        "method={names[method]} trains the base's own weights and quantization={names[quantization]} freezes them as "
+        "bytes; take quantization=none or method=qlora",
+    ),
+    Rule(
+        "qlora-without-4-bit",
+        lambda run, names, size: names["method"] == "qlora" and names["quantization"] != "nf4",
+        "method=qlora means a 4-bit base, got quantization={names[quantization]}; take method=lora for it",
+    ),
+    Rule(
+        "hsdp-shape",
+        lambda run, names, size: (
+            names["strategy"] == "hsdp"
+            and isinstance(run.strategy.shard_size, int)
+            and size % run.strategy.shard_size != 0
+        ),
+        "strategy.shard_size must divide the number of ranks, {size}, got {run.strategy.shard_size}",
+    ),
+)
+
+
+def refuse(run: Run, names: Mapping[str, str], size: int) -> None:
+    """Raise ValueError for the first rule that refuses this run on size processes."""
+    for rule in REFUSED:
+        if rule.holds(run, names, size):
+            raise ValueError(rule.why.format(run=run, names=names, size=size, capacity=_over_capacity(run)))
+
+
+def repair(tree: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """The tree with what can only mean one thing filled in, and a sentence for each change."""
+    fixed = deepcopy(dict(tree))
+    said = []
+    train = fixed["train"]
+    if train["steps"] is None and train["epochs"] is None:
+        train["epochs"] = 1.0
+        said.append("train.epochs=1: neither train.steps nor train.epochs was given")
+    if isinstance(train["epochs"], int):
+        train["epochs"] = float(train["epochs"])
+    return fixed, tuple(said)
+
+
+def _over_capacity(run: Run) -> str | None:
+    devices = run.launcher.devices
+    if devices == "auto":
+        return None
+    found = count_devices(os.environ)
+    if found and devices > found:
+        return f"launcher.devices must be at most {found}, the accelerators of this machine, got {devices}"
+    cores = os.cpu_count() or 1
+    if not found and devices > PER_CORE * cores:
+        return f"launcher.devices must be at most {PER_CORE * cores}, {PER_CORE} for each of {cores} cores, got {devices}"
+    return None

@@ -1,0 +1,114 @@
+"""python -m dsft.run [overrides]: compose, check, launch, train, evaluate, export, report."""
+
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from dsft import folder
+from dsft.compose import Composed, compose, hand_to_hydra, hydra_flags
+
+USER_ERROR = 2
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run what was typed; returns the exit code (see the README)."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        flags, overrides = hydra_flags(words)
+        composed = compose([] if flags else overrides)
+        if flags:
+            return hand_to_hydra(flags)
+        if composed.start.variables:
+            return _join(composed)
+        return _start(composed)
+    except ValueError as error:
+        return refuse(error)
+
+
+def refuse(error: ValueError) -> int:
+    """The user's mistake in one line on stderr; exit code 2."""
+    print(f"dsft: {' '.join(str(error).split())}", file=sys.stderr)
+    return USER_ERROR
+
+
+def _start(composed: Composed) -> int:
+    """Check, make the run folder, and start the processes: in this one if it is alone."""
+    prepared = _preflight(composed)
+    if prepared is None:
+        return 0
+    run_dir = Path(composed.run.run_dir)
+    _announce(composed, prepared)
+    folder.create(run_dir, composed, prepared["plan"], prepared["digests"])
+    from dsft import job
+
+    if composed.start.size == 1:
+        return job.guarded(run_dir)
+    from dsft_launchers.local import launch
+
+    command = [sys.executable, "-m", "dsft.job", str(run_dir)]
+    code = launch(command, num_processes=composed.start.size, log_dir=run_dir / "logs", env={})
+    job.settle(run_dir, code)
+    return code
+
+
+def _join(composed: Composed) -> int:
+    """This process is a rank that torchrun or srun started: rank 0 checks and makes the folder for all."""
+    os.environ.update(composed.start.variables)
+    from dsft import job
+    from dsft.comm.world import join, leave
+
+    world = join()
+    refusal, run_dir, done = None, "", False
+    if world.rank == 0:
+        try:
+            prepared = _preflight(composed)
+            done, run_dir = prepared is None, str(Path(composed.run.run_dir).absolute())
+            if prepared is not None:
+                _announce(composed, prepared)
+                folder.create(Path(run_dir), composed, prepared["plan"], prepared["digests"])
+        except ValueError as error:
+            refusal = str(error)
+    refusal, run_dir, done = world.gather((refusal, run_dir, done))[0]
+    leave()
+    if refusal is not None:
+        return refuse(ValueError(refusal)) if world.rank == 0 else USER_ERROR
+    return 0 if done else job.guarded(Path(run_dir))
+
+
+def _preflight(composed: Composed) -> dict[str, Any] | None:
+    """All that can be known without weights, cheapest first; None if the folder's run is done already.
+
+    Raises ValueError for what cannot work. Writes nothing but caches.
+    """
+    run, run_dir = composed.run, Path(composed.run.run_dir)
+    folder.check(run_dir, composed.resolved)
+    if folder.state(run_dir).get("state") == "done":
+        print(f"{run_dir} is done already; its result is in {run_dir / 'adapter'}")
+        return None
+    run.model.check()
+    for tracker in run.tracker.values():
+        tracker.check()
+    run.data.check()
+    files = run.model.resolve()
+    from dsft.data.open import open_data
+
+    data = open_data(run.data, files.tokenizer(), max_length=run.train.max_length, seed=run.train.seed)
+    from dsft.plan import make_plan
+
+    plan = make_plan(composed, files)
+    return {"plan": plan, "digests": {"base_digest": files.digest(), "data_digest": data.digest}, "audit": data.audit}
+
+
+def _announce(composed: Composed, prepared: Mapping[str, Any]) -> None:
+    from dsft.plan import as_text
+
+    print(as_text(prepared["plan"]))
+    for line in prepared["audit"].lines():
+        print(line)
+    print(f"run folder   {composed.run.run_dir}", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,92 @@
+"""Fully sharded data parallel (torch's FSDP2), over one mesh axis or two (HSDP: replicate x shard)."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+
+from dsft.comm.world import World
+from dsft.protocols import Anatomy, OptimizerFactory, Strategy
+from dsft.strategies.update import Update, whole
+
+
+@dataclass(kw_only=True)
+class FSDP(Strategy):
+    """One group per block, one for the rest (so that a tied embedding and head stay together).
+
+    FSDP2 averages gradients over the ranks; the loss is multiplied by their number instead of setting the divide
+    factor, which gloo refuses.
+    """
+
+    reshard: bool
+    offload: Literal["none", "parameters"]
+    shard_size: int | Literal["node"] | None
+    update: Update = field(init=False, repr=False)
+    root: FSDPModule = field(init=False, repr=False)
+    ranks: int = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        """Refuse groups of no rank."""
+        if isinstance(self.shard_size, int) and self.shard_size < 1:
+            raise ValueError(f"strategy.shard_size must be 1 or more, got {self.shard_size}")
+
+    def data_ranks(self, world: World) -> int:
+        """All of them: replicas and shards alike see different examples."""
+        return world.size
+
+    def mesh(self, world: World) -> DeviceMesh:
+        """One axis `shard`, or two: `replicate`, `shard`."""
+        kind = world.device.type
+        if self.shard_size is None:
+            return init_device_mesh(kind, (world.size,), mesh_dim_names=("shard",))
+        node = int(os.environ.get("LOCAL_WORLD_SIZE", str(world.size)))
+        shard = node if self.shard_size == "node" else self.shard_size
+        return init_device_mesh(kind, (world.size // shard, shard), mesh_dim_names=("replicate", "shard"))
+
+    def shard(self, model: nn.Module, anatomy: Anatomy, world: World, precision: str) -> nn.Module:
+        """Shard each block, then the rest. In bf16, gathered parameters are bf16 and gradients are reduced in fp32."""
+        bf16 = precision == "bf16"
+        policy = MixedPrecisionPolicy(
+            param_dtype=torch.bfloat16 if bf16 else None, reduce_dtype=torch.float32 if bf16 else None
+        )
+        offload = (
+            CPUOffloadPolicy(pin_memory=world.device.type == "cuda") if self.offload != "none" else OffloadPolicy()
+        )
+        mesh = self.mesh(world)
+        for name in anatomy.blocks:
+            self._shard(model.get_submodule(name), mesh, policy, offload)
+        self._shard(model, mesh, policy, offload)
+        self.root, self.ranks = cast(FSDPModule, model), world.size
+        return model
+
+    def _shard(self, module: nn.Module, mesh: DeviceMesh, policy: MixedPrecisionPolicy, offload: OffloadPolicy) -> None:
+        fully_shard(module, mesh=mesh, reshard_after_forward=self.reshard, mp_policy=policy, offload_policy=offload)
+
+    def prepare(
+        self, model: nn.Module, groups: Sequence[dict[str, Any]], make_optimizer: OptimizerFactory
+    ) -> nn.Module:
+        """Build the optimizer on the shards."""
+        self.update = Update(groups, make_optimizer)
+        return model
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        """Accumulate; each micro-batch's gradients are reduced and sharded at once, so that none is kept whole."""
+        self.root.set_is_last_backward(last)
+        (loss * self.ranks).backward()  # type: ignore[no-untyped-call]
+
+    def step(self, max_norm: float, lr_scale: float) -> float:
+        """Move; see Update."""
+        return self.update.step(max_norm, lr_scale)
+
+    def drop(self) -> None:
+        """Forget the gradients."""
+        self.update.drop()
+
+    def full(self, param: nn.Parameter) -> Tensor:
+        """The parameter, gathered."""
+        return whole(param)
