@@ -25,7 +25,7 @@ def cache_root() -> Path:
 
 def digest_of(identity: dict[str, Any]) -> str:
     """SHA-256 of identity as canonical JSON, hexadecimal."""
-    return hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
 
 def tokenizer_identity(tokenizer: "PreTrainedTokenizerBase") -> list[Any]:

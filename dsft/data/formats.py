@@ -39,8 +39,8 @@ class Columns:
                     f"data.fields must rename some of {' '.join(known)}, got {name}; write our_name: your_name"
                 )
 
-    def samples(self, records: Iterable[Record], source: str) -> Iterator[Sample]:
-        """A sample per record. Raises ValueError naming the place of the first record that does not fit the format."""
+    def samples(self, records: Iterable[Record], source: str, *, path: str) -> Iterator[Sample]:
+        """A sample per record of path. Raises ValueError naming the place of the first that does not fit the format."""
         layout: _Layout | None = None
         for record in records:
             values = self._rename(record)
@@ -51,7 +51,7 @@ class Columns:
             messages, plain = self._with_system(messages, plain)
             yield Sample(source, record.row, record.place, messages, plain, reference, entry)
         if layout is None:
-            raise ValueError(f"data must hold at least one row, got none in {source}")
+            raise ValueError(f"data must hold at least one row, got none in {path}; write rows or name another")
 
     def _rename(self, record: Record) -> dict[str, Any]:
         values = dict(record.values)

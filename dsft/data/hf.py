@@ -81,6 +81,7 @@ class HuggingFace:
         self.check()
         import datasets
 
+        datasets.disable_progress_bars()  # standard error is for the user's one line
         path = str(self._folder()) if self._folder().is_dir() else self.path
         try:
             return datasets.load_dataset(path, name=self.name, split=split)
@@ -92,7 +93,7 @@ class HuggingFace:
     def _read(self, split: str) -> Iterator[Sample]:
         source = self._source(split)
         records = (Record(row, f"{source} row {row}", values) for row, values in enumerate(self._load(split)))
-        return self._columns().samples(records, source)
+        return self._columns().samples(records, source, path=f"{self.path}, split {split}")
 
     def _columns(self) -> formats.Columns:
         return formats.Columns(format=self.format, fields=self.fields, system=self.system, verify=self.verify)

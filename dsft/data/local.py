@@ -27,6 +27,10 @@ class Local:
     def __post_init__(self) -> None:
         """Refuse values out of range."""
         check_shared(self.eval_fraction, self.max_eval, own="data.eval_path" if self.eval_path else None)
+        if self.eval_path == self.path:
+            raise ValueError(
+                f"data.eval_path must differ from data.path, got {self.path} twice; use data.eval_fraction"
+            )
         self._columns()
 
     def check(self) -> None:
@@ -62,7 +66,7 @@ class Local:
         return score_exact(reference, answer)
 
     def _read(self, path: str) -> Iterator[Sample]:
-        return self._columns().samples(read_records(path), Path(path).stem)
+        return self._columns().samples(read_records(path), Path(path).stem, path=path)
 
     def _columns(self) -> formats.Columns:
         return formats.Columns(format=self.format, fields=self.fields, system=self.system, verify=self.verify)

@@ -7,14 +7,14 @@ from typing import Any
 import numpy as np
 
 from dsft.data.order import permutation
-from dsft.data.source import Sample, Source, check_shared
+from dsft.data.source import Sample, check_shared
 
 
 @dataclass(frozen=True, kw_only=True)
 class Mixture:
     """As many rows as the weights allow without repeating one: the scarcest source whole, the others in part."""
 
-    sources: Mapping[str, Source]
+    sources: Mapping[str, Any]
     weights: Mapping[str, float]
     seed: int
     eval_fraction: float
@@ -24,6 +24,8 @@ class Mixture:
     def __post_init__(self) -> None:
         """Refuse weights without a source, sources without a weight, and keys that only the mixture may set."""
         check_shared(self.eval_fraction, self.max_eval, own=None)
+        if self.seed < 0:
+            raise ValueError(f"data.seed must be 0 or more, got {self.seed}")
         if not self.sources or set(self.sources) != set(self.weights):
             names = (" ".join(mapping) or "none" for mapping in (self.sources, self.weights))
             raise ValueError("data.weights must name the sources {}, got {}; give each source a weight".format(*names))
@@ -74,7 +76,7 @@ class Mixture:
 
     def score(self, entry: dict[str, Any], reference: str, answer: str) -> float:
         """The verdict of the source that the sample is from."""
-        return self.sources[entry["source"]].score(entry["entry"], reference, answer)
+        return float(self.sources[entry["source"]].score(entry["entry"], reference, answer))
 
 
 def shares(lengths: list[int], weights: list[float]) -> list[int]:

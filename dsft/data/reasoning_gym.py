@@ -36,8 +36,9 @@ class ReasoningGym:
         check_shared(self.eval_fraction, self.max_eval, own="data.eval_size" if self.eval_size else None)
         if self.size < 1:
             raise ValueError(f"data.size must be 1 or more, got {self.size}")
-        if self.eval_size < 0:
-            raise ValueError(f"data.eval_size must be 0 or more, got {self.eval_size}")
+        for key in ("eval_size", "seed"):
+            if getattr(self, key) < 0:
+                raise ValueError(f"data.{key} must be 0 or more, got {getattr(self, key)}")
         for key in ("seed", "size"):
             if key in self.config:
                 raise ValueError(f"data.config must hold options of the task, got {key}; set data.{key}")
