@@ -1,0 +1,165 @@
+"""What rank 0 writes into a run's folder: metrics, samples, events, status; imports neither torch nor a tracker.
+
+JSON has no NaN: numbers that are not finite are written as the strings "NaN", "Infinity", "-Infinity", and
+read_lines gives them back as floats.
+"""
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal, TextIO, get_args
+
+METRICS, SAMPLES, EVENTS, STATUS = "metrics.jsonl", "samples.jsonl", "events.jsonl", "status.json"
+
+State = Literal["queued", "running", "stopped", "done", "failed"]
+
+NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+"""How numbers that JSON lacks are spelt."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Status:
+    """status.json. step: the last one done; attempts: starts so far; checkpoint: newest verified, or None."""
+
+    state: State
+    step: int
+    attempts: int
+    checkpoint: str | None
+    reason: str | None
+    wandb_id: str | None
+
+    def __post_init__(self) -> None:
+        """An unknown state is our mistake."""
+        assert self.state in get_args(State), self.state
+
+
+def write_status(run_dir: Path, status: Status) -> None:
+    """Replace run_dir/status.json at once: a reader sees the old one or the new one, whole, also after a crash."""
+    path = run_dir / STATUS
+    fresh = run_dir / f".{STATUS}.{os.getpid()}"
+    with fresh.open("w", encoding="ascii") as file:
+        file.write(_line(asdict(status)))
+        file.flush()
+        os.fsync(file.fileno())
+    fresh.replace(path)
+
+
+def read_status(run_dir: Path) -> Status | None:
+    """The status of a run, None if it has none yet. Raises RuntimeError for a file that is damaged."""
+    path = run_dir / STATUS
+    if not path.is_file():
+        return None
+    try:
+        values = json.loads(path.read_text(encoding="ascii"))
+        return Status(**{field.name: values[field.name] for field in fields(Status)})
+    except (ValueError, KeyError, TypeError, AssertionError) as error:
+        raise RuntimeError(f"{path} is damaged ({error}); remove it and start the run again, it resumes") from error
+
+
+class RunRecord:
+    """The open files metrics.jsonl, samples.jsonl and events.jsonl of one attempt of a run.
+
+    resumed_from: the step of the checkpoint that this attempt goes on from, 0 for a fresh start. Metrics and samples
+    of later steps are dropped, because they are run again; events are history and stay.
+    """
+
+    def __init__(self, run_dir: Path, *, resumed_from: int) -> None:
+        self.run_dir = run_dir
+        self.files: dict[str, TextIO] = {}
+        for name in (METRICS, SAMPLES):
+            rewind(run_dir / name, resumed_from)
+        if (run_dir / EVENTS).is_file():
+            _rewrite(run_dir / EVENTS, _whole_lines(run_dir / EVENTS))
+
+    def metrics(self, step: int, values: Mapping[str, float]) -> None:
+        """Append one line to metrics.jsonl: step first, then values as they come."""
+        self._append(METRICS, {"step": step, **values})
+
+    def samples(self, step: int, ids: Sequence[str]) -> None:
+        """Append the ids of the examples of one step, in global order, to samples.jsonl."""
+        self._append(SAMPLES, {"step": step, "ids": list(ids)})
+
+    def event(self, event: str, step: int, details: Mapping[str, Any]) -> None:
+        """Append one line to events.jsonl, with the time in UTC."""
+        time = datetime.now(UTC).isoformat(timespec="milliseconds")
+        self._append(EVENTS, {"time": time, "event": event, "step": step, **details})
+
+    def close(self) -> None:
+        """Close the files; nothing is buffered."""
+        for file in self.files.values():
+            file.close()
+        self.files.clear()
+
+    def _append(self, name: str, values: Mapping[str, Any]) -> None:
+        if name not in self.files:
+            self.files[name] = (self.run_dir / name).open("a", encoding="ascii")
+        file = self.files[name]
+        file.write(_line(values))
+        file.flush()
+
+
+def rewind(path: Path, step: int) -> None:
+    """Drop the lines of later steps than step, and a last line that a crash cut short. No file: nothing to do.
+
+    Raises RuntimeError for a line that is damaged.
+    """
+    if path.is_file():
+        _rewrite(path, [line for line in _whole_lines(path) if _parsed(path, line)["step"] <= step])
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a .jsonl file, numbers that are not finite as floats again; none if there is no file.
+
+    A last line that is still being written is left out. Raises RuntimeError for a line that is damaged.
+    """
+    return [_revived(_parsed(path, line)) for line in _whole_lines(path)] if path.is_file() else []
+
+
+def _parsed(path: Path, line: str) -> dict[str, Any]:
+    try:
+        values: dict[str, Any] = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise RuntimeError(f"{path} holds a damaged line ({line[:40]!r}); remove that line") from error
+    return values
+
+
+def _whole_lines(path: Path) -> list[str]:
+    """Lines that end in a newline, with it."""
+    with path.open(encoding="ascii", errors="backslashreplace") as file:
+        return [line for line in file if line.endswith("\n")]
+
+
+def _rewrite(path: Path, lines: Sequence[str]) -> None:
+    """Replace a file at once, if its content changes."""
+    text = "".join(lines)
+    if len(text) == path.stat().st_size:
+        return
+    fresh = path.with_name(f".{path.name}.{os.getpid()}")
+    with fresh.open("w", encoding="ascii") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    fresh.replace(path)
+
+
+def _line(values: Mapping[str, Any]) -> str:
+    return json.dumps(_spelt(values), allow_nan=False) + "\n"
+
+
+def _spelt(value: Any) -> Any:
+    """The value with NaN and infinities as strings."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    if isinstance(value, Mapping):
+        return {key: _spelt(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_spelt(item) for item in value]
+    return value
+
+
+def _revived(values: dict[str, Any]) -> dict[str, Any]:
+    return {key: NOT_FINITE.get(value, value) if isinstance(value, str) else value for key, value in values.items()}
