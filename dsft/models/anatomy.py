@@ -6,6 +6,8 @@ from torch import nn
 
 from dsft.protocols import Anatomy
 
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
 
 def dissect(model: Any) -> Anatomy:
     """Read the anatomy of a transformers causal language model (on any device, meta included).
@@ -30,7 +32,7 @@ def dissect(model: Any) -> Anatomy:
         if not name.startswith(f"{stack}."):
             continue
         if isinstance(module, nn.Linear):
-            linears[name] = _role(name)
+            linears[name] = _role(name.removeprefix(f"{stack}."))
         elif _stacks_experts(module):
             experts.append(name)
     return Anatomy(
@@ -38,7 +40,7 @@ def dissect(model: Any) -> Anatomy:
         linears=linears,
         embedding=names[id(embedding)],
         head=names[id(head)],
-        tied=bool(getattr(model.config.get_text_config(), "tie_word_embeddings", False)),
+        tied=getattr(head, "weight", None) is getattr(embedding, "weight", None),
         experts=tuple(experts),
     )
 
@@ -53,5 +55,5 @@ def _role(name: str) -> str:
 
 
 def _stacks_experts(module: nn.Module) -> bool:
-    """True for a module whose own parameters are 3-D: fused experts (E, ., .)."""
-    return any(param.ndim == 3 for param in module.parameters(recurse=False))
+    """True for a module whose own parameters are 3-D: fused experts (E, ., .); a convolution's kernel is none."""
+    return not isinstance(module, CONVOLUTIONS) and any(param.ndim == 3 for param in module.parameters(recurse=False))

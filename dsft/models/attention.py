@@ -7,7 +7,7 @@ position_ids (1, T) that restart at 0 per example.
 from typing import Any
 
 import torch
-import torch.nn.functional as F  # noqa: N812 - torch's own name for it
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 NAME = "dsft_ragged"

@@ -4,15 +4,16 @@ import copy
 from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
 
 from dsft.models import attention as ragged
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from dsft.models.files import ModelFiles
 
 
-def build_meta(files: "ModelFiles", dtype: torch.dtype, attention: str = ragged.NAME) -> nn.Module:
+def build_meta(files: "ModelFiles", dtype: torch.dtype, attention: str = ragged.NAME) -> "PreTrainedModel":
     """The causal language model of files.config on meta, its parameters in dtype, without a key-value cache.
 
     attention: dsft's ragged attention, or a name that transformers knows ("sdpa" to generate). Raises ValueError if
@@ -25,7 +26,7 @@ def build_meta(files: "ModelFiles", dtype: torch.dtype, attention: str = ragged.
     config = copy.deepcopy(files.config)
     try:
         with torch.device("meta"):
-            model: nn.Module = AutoModelForCausalLM.from_config(
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(
                 config, dtype=dtype, attn_implementation=attention, trust_remote_code=files.trust_remote_code
             )
     except ValueError as error:
@@ -34,10 +35,10 @@ def build_meta(files: "ModelFiles", dtype: torch.dtype, attention: str = ragged.
             f"model {files.name_or_path} must be a causal language model that transformers can build with "
             f"{attention} attention, got model_type={config.model_type}: {reason}"
         ) from error
-    if attention == ragged.NAME and not type(model)._can_set_attn_implementation():  # type: ignore[attr-defined]
+    if attention == ragged.NAME and not type(model)._can_set_attn_implementation():
         raise ValueError(
             f"model {files.name_or_path} must route its attention through transformers' AttentionInterface, "
             f"got {type(model).__name__}, which does not: examples could not be packed; use another model"
         )
-    model.config.use_cache = False  # type: ignore[union-attr]
+    model.config.use_cache = False
     return model

@@ -1,11 +1,16 @@
 """A checkpoint's values by the model's names, one parameter at a time: never more of it in memory than that."""
 
+from typing import TYPE_CHECKING
+
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dsft.models.recipes import plan, tolerated
 from dsft.models.values import base_tensors
 from dsft.models.weights import Weights
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 SHOWN = 3
 """Names shown of a list of missing tensors."""
@@ -17,7 +22,7 @@ class CheckpointValues:
     Raises ValueError if a tensor of the model is missing, has another shape, or is tied to one with other values.
     """
 
-    def __init__(self, model: nn.Module, weights: Weights) -> None:
+    def __init__(self, model: "PreTrainedModel", weights: Weights) -> None:
         self._model, self._weights = model, weights
         self._tensors = base_tensors(model)
         self._recipes, surplus = plan(model, self._tensors, weights)

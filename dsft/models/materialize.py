@@ -6,6 +6,7 @@ partitions a module as soon as it is filled.
 
 import sys
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -39,11 +40,11 @@ def materialize(
     if values.unexpected and world.rank == 0:
         count, first = len(values.unexpected), values.unexpected[0]
         sys.stderr.write(f"warning: model.path holds {count} tensor(s) that the model does not use, first {first}\n")
-    owner = ("", model)
+    owner = model
     for path, module in list(model.named_modules()):
-        owner = (path, module) if hasattr(module, "_init_weights") else owner
+        owner = module if hasattr(module, "_init_weights") else owner
         names = {key: f"{path}.{key}" if path else key for key in (*module._parameters, *module._buffers)}
-        _fill_buffers(module, owner[1], names, values, world, origins, initial)
+        _fill_buffers(module, owner, names, values, world, origins, initial)
         packed = _packed(module, path, values, world, origins)
         for key, param in module._parameters.items():
             if param is None or not param.is_meta:  # not meta: the other end of a tie, already filled
@@ -51,7 +52,7 @@ def materialize(
             name = names[key]
             if key in packed:
                 _set(param, packed.pop(key), world.device)
-            elif origins.get(name) in values:
+            elif name in origins and origins[name] in values:
                 _fill(param, world.device, values, origins[name])
             else:
                 _set(param, initial(name, param), world.device)
@@ -110,7 +111,7 @@ def _part(full: Tensor, local: Tensor, offsets: tuple[int, ...]) -> Tensor:
 
 def _fill_buffers(
     module: nn.Module,
-    owner: nn.Module,
+    owner: Any,
     names: Mapping[str, str],
     values: Values,
     world: World,
@@ -132,7 +133,7 @@ def _fill_buffers(
         _compute_buffers(module, owner, computed, world.device)
 
 
-def _compute_buffers(module: nn.Module, owner: nn.Module, keys: list[str], device: torch.device) -> None:
+def _compute_buffers(module: nn.Module, owner: Any, keys: list[str], device: torch.device) -> None:
     """Non-persistent buffers (rotary frequencies), as transformers itself computes them after loading.
 
     It is asked twice, over zeros and over ones: what differs it has left untouched, and its value is unknown.

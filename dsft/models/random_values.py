@@ -1,11 +1,15 @@
 """Random values for a model whose shape is known and whose weights are not wanted."""
 
 import hashlib
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dsft.models.values import base_tensors
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 BLOCK = 2**20
 """Elements drawn from one generator: a rank draws only the blocks that its rows touch."""
@@ -16,8 +20,8 @@ class RandomValues:
 
     unexpected: tuple[str, ...] = ()
 
-    def __init__(self, model: nn.Module, seed: int) -> None:
-        config = model.config.get_text_config()  # type: ignore[union-attr,operator]
+    def __init__(self, model: "PreTrainedModel", seed: int) -> None:
+        config = model.config.get_text_config()
         self._seed = seed
         self._std = float(getattr(config, "initializer_range", 0.02))
         self._tensors = base_tensors(model)

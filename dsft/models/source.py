@@ -123,5 +123,5 @@ def _download(path: str, revision: str | None, *, weights: bool) -> Path:
         reason = " ".join(str(error).split())[:120]
         raise ValueError(
             f"model.path={path} is no local folder and the hub did not give it ({type(error).__name__}: {reason}); "
-            "set model.path to a folder that has it, or HF_TOKEN if it is gated, or model.init=random for its shape alone"
+            "set model.path to a folder that has it, or HF_TOKEN if it is gated, or model.init=random"
         ) from None

@@ -54,12 +54,14 @@ class Tiny:
         from transformers import AutoConfig, AutoModelForCausalLM
 
         from dsft.models.bytes_tokenizer import byte_tokenizer
+        from dsft.models.progress import no_progress_bars
 
         rest = {key: value for key, value in self.config.items() if key != "model_type"}
         config = AutoConfig.for_model(self.config["model_type"], **rest)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         fill_fixed(model, self.seed)
-        model.save_pretrained(folder)
+        with no_progress_bars():
+            model.save_pretrained(folder)
         byte_tokenizer().save_pretrained(folder)
 
 

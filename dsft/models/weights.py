@@ -1,4 +1,4 @@
-"""A folder's safetensors, read by plain file reads into the tensor that wants them: never mapped, never twice in memory.
+"""A folder's safetensors, by plain file reads into the tensor that wants them: never mapped, never twice in memory.
 
 Mapped pages count in a process's peak (VmHWM) and stay until the kernel wants them back; a read does not.
 """
@@ -6,6 +6,7 @@ Mapped pages count in a process's peak (VmHWM) and stay until the kernel wants t
 import math
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -98,7 +99,8 @@ def _read(file: int, offset: int, flat: Tensor, entry: Entry) -> None:
     """Fill a flat CPU tensor with the file's bytes from offset on; a read may come back short, so it is repeated."""
     if flat.numel() == 0:
         return
-    view = memoryview(flat.view(torch.uint8).numpy())
+    bytes_of: Any = flat.view(torch.uint8).numpy()
+    view = memoryview(bytes_of)
     done = 0
     while done < len(view):
         count = os.preadv(file, [view[done : done + 2**30]], offset + done)
