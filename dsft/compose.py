@@ -251,15 +251,18 @@ def hydra_flags(argv: Sequence[str]) -> tuple[list[str], list[str]]:
 
     parser = get_args_parser()
     args, unknown = parser.parse_known_args(list(argv))
-    if unknown:
-        raise ValueError(f"{unknown[0]} is not an option; overrides are KEY=VALUE, see --help")
+    options = [word for word in unknown if word.startswith("-")]
+    if options:
+        raise ValueError(f"{options[0]} is not an option; overrides are KEY=VALUE, see --help")
+    overrides = [*args.overrides, *unknown]  # argparse leaves what stands behind an option
     if args.config_dir is not None:
         folder = Path(args.config_dir).absolute()
         if not folder.is_dir():
             raise ValueError(f"--config-dir must be a folder, got {args.config_dir}; give one that exists")
         os.environ["DSFT_CONFIG_DIR"] = str(folder)
     asks = args.help or args.hydra_help or args.cfg or args.info is not None or args.multirun or args.shell_completion
-    return (list(argv) if asks else []), list(args.overrides)
+    flags = [word for word in argv if word not in overrides]
+    return ([*flags, *overrides] if asks else []), overrides
 
 
 def hand_to_hydra(argv: Sequence[str]) -> int:

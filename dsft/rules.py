@@ -29,6 +29,11 @@ PER_CORE = 8
 
 REFUSED = (
     Rule(
+        "too-many-devices",
+        lambda run, names, size: _over_capacity(run) is not None,
+        "{capacity}",
+    ),
+    Rule(
         "single-process",
         lambda run, names, size: names["strategy"] == "single" and size > 1,
         "strategy=single runs on one process, got {size}; take strategy=fsdp or ddp, or launcher.devices=1",
@@ -38,11 +43,6 @@ REFUSED = (
         lambda run, names, size: run.train.global_batch_size < size,
         "train.global_batch_size must be at least the number of data ranks, {size}, got "
         "{run.train.global_batch_size}; raise it or lower launcher.devices",
-    ),
-    Rule(
-        "too-many-devices",
-        lambda run, names, size: _over_capacity(run) is not None,
-        "{capacity}",
     ),
     Rule(
         "optimizer-on-shards",

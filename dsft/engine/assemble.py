@@ -15,6 +15,7 @@ from dsft.engine.recompute import recompute
 from dsft.models.anatomy import dissect
 from dsft.models.build import build_meta
 from dsft.models.files import ModelFiles
+from dsft.models.lineage import Lineage
 from dsft.models.materialize import materialize
 from dsft.models.values import Values, open_values
 from dsft.protocols import Anatomy, PackedLinear
@@ -24,7 +25,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 @dataclass(frozen=True)
 class Skeleton:
-    """A model on meta with its method in it. origins: parameter name -> its name before the method came."""
+    """A model on meta with its method in it. origins: tensor name -> its name in the base; see Lineage."""
 
     model: nn.Module
     anatomy: Anatomy
@@ -49,13 +50,13 @@ def skeleton(run: Run, files: ModelFiles) -> Skeleton:
     model = build_meta(files, DTYPES[run.train.precision])
     anatomy = dissect(model)
     model = run.quantization.convert(model, anatomy)
-    base = {id(param): name for name, param in model.named_parameters()}
+    lineage = Lineage(model)
     model = run.method.attach(model, anatomy)
-    named = dict(model.named_parameters())
-    for param in named.values():
+    origins = lineage.origins(model)
+    for param in model.parameters():
         if param.requires_grad:
             param.data = param.data.float()
-    return Skeleton(model, anatomy, {name: base[id(param)] for name, param in named.items() if id(param) in base})
+    return Skeleton(model, anatomy, origins)
 
 
 def assemble(run: Run, files: ModelFiles, world: World) -> Session:
@@ -111,16 +112,10 @@ def stream(*words: object) -> int:
 def _trained_weight(bones: Skeleton, values: Values, name: str) -> Tensor:
     """Weight (out, in) of the linear called name as training sees it: packed and unpacked again where it is quantized."""
     module = bones.model.get_submodule(name)
-    weight = values.full(_base_name(bones, name))
+    weight = values.full(bones.origins[f"{name}.weight"])
     if isinstance(module, PackedLinear):
         return module.decode(tuple(module.pack(weight).values()), weight.dtype)
     return weight
-
-
-def _base_name(bones: Skeleton, linear: str) -> str:
-    """The name in the base model of a linear's weight."""
-    inside = next(origin for name, origin in bones.origins.items() if name.startswith(f"{linear}."))
-    return inside.rpartition(".")[0] + ".weight"
 
 
 def _first_packed(model: nn.Module) -> str | None:
@@ -134,7 +129,7 @@ def _check_bytes(run: Run, bones: Skeleton, name: str, values: Values) -> None:
     """
     module = bones.model.get_submodule(name)
     assert isinstance(module, PackedLinear)
-    expected = module.pack(values.full(_base_name(bones, name)))
+    expected = module.pack(values.full(bones.origins[f"{name}.weight"]))
     gathered = {part: run.strategy.full(module.get_parameter(part)) for part in module.packed}
     same = all(torch.equal(gathered[part].reshape(-1), expected[part].reshape(-1)) for part in module.packed)
     weights = [module.decode(tuple(parts.values()), torch.float32) for parts in (gathered, expected)]

@@ -37,7 +37,7 @@ def evaluate(session: Session, data: Dataset) -> Evaluation:
     session.model.eval()
     with torch.no_grad(), autocast(session):
         values = {"eval/loss": _loss(session, data)}
-        answers = _answers(session, data) if data.verifiable else []
+        answers = _answers(session, data)
     if answers:
         values["eval/accuracy"] = sum(answer.correct for answer in answers) / len(answers)
     return Evaluation(values, answers)
@@ -61,13 +61,12 @@ def _loss(session: Session, data: Dataset) -> float:
 
 
 def _answers(session: Session, data: Dataset) -> list[Answer]:
-    """Greedy answers to every held-out prompt, verified; rows are dealt to ranks in turn, each as often as the others."""
-    assert data.eval is not None
-    world = session.world
+    """Greedy answers to all that can be verified; rows are dealt to ranks in turn, each as often as the others."""
+    rows, world = list(data.verifiable), session.world
     ranks = session.run.strategy.data_ranks(world)
-    mine = list(range(world.rank % ranks, len(data.eval), ranks))
-    turns = -(-len(data.eval) // ranks)
-    padded = mine + [0] * (turns - len(mine))
+    mine = rows[world.rank % ranks :: ranks]
+    turns = -(-len(rows) // ranks)
+    padded = mine + rows[:1] * (turns - len(mine))
     texts: list[str] = []
     session.model.set_attn_implementation("sdpa")  # a cache of keys needs padding, which the ragged attention has none of
     try:
@@ -82,7 +81,7 @@ def _answers(session: Session, data: Dataset) -> list[Answer]:
 def _generate(session: Session, data: Dataset, rows: list[int]) -> list[str]:
     assert data.eval is not None
     tokenizer: Any = session.tokenizer
-    prompts = [torch.as_tensor(data.eval.prompt(row), dtype=torch.int64) for row in rows]
+    prompts = [torch.tensor(data.eval.prompt(row).tolist()) for row in rows]
     width = max(len(prompt) for prompt in prompts)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     tokens = torch.full((len(rows), width), pad)

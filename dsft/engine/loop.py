@@ -1,8 +1,9 @@
 """The training loop: evaluate, step, record, decide together, evaluate."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from dsft.data.batch import build_batch
 from dsft.data.open import Dataset
@@ -18,13 +19,20 @@ from dsft.protocols import Batch
 DONE, STOPPED = "done", "stopped"
 
 
-@dataclass
-class Watch:
-    """What the loop tells the outside; called on every rank, and only rank 0's are bound to anything."""
+class Watch(Protocol):
+    """What the loop tells the outside, on every rank."""
 
-    step: Callable[[int, Mapping[str, float], list[str]], None]
-    evaluation: Callable[[int, Evaluation], None]
-    event: Callable[[str, int, Mapping[str, object]], None]
+    def begin_step(self) -> None:
+        """A step begins."""
+
+    def step(self, step: int, values: Mapping[str, float], ids: list[str]) -> None:
+        """A step is over; ids of its examples in global order."""
+
+    def evaluation(self, step: int, evaluation: Evaluation) -> None:
+        """An evaluation after step is over."""
+
+    def event(self, event: str, step: int, details: Mapping[str, object]) -> None:
+        """Something else happened."""
 
 
 @dataclass
@@ -50,6 +58,7 @@ def fit(session: Session, data: Dataset, total: int, watch: Watch, stop: StopFla
             at.state, at.reason = STOPPED, stop.reason or "another rank was asked to stop"
             return at
         at.step += 1
+        watch.begin_step()
         rows, batches = step_batches(session, data, at.step)
         scale = rate(session.run.optim, at.step, total)
         result = train_step(session, batches, at.step, scale)

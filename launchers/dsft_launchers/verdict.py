@@ -6,6 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 TRACEBACK = "Traceback (most recent call last):"
+TORCH_PREFIX = re.compile(r"^\[rank\d+\]: ?")
+"""Before every line of an uncaught exception once a process group exists."""
 LINES_BEFORE, LINES_AFTER = 10, 4
 """How much of a traceback to show around the line that names the exception."""
 
@@ -49,7 +51,7 @@ def _weight(failure: Failure) -> int:
 
 def error_lines(text: str) -> list[str]:
     """The end of the last traceback in text, or the last lines if there is none."""
-    lines = [line.rstrip() for line in text.splitlines() if line.strip()]
+    lines = [line for line in (TORCH_PREFIX.sub("", line.rstrip()) for line in text.splitlines()) if line]
     starts = [index for index, line in enumerate(lines) if line.endswith(TRACEBACK)]
     if not starts:
         return lines[-LINES_BEFORE:]

@@ -1,0 +1,97 @@
+"""What is typed becomes a run, or one line that says why not."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dsft.compose import compose
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["method=qlra"], "method=qlra does not exist; did you mean qlora?"),
+        (["methd=lora"], "did you mean method?"),
+        (["method.rnk=4"], "method.rnk is not a key; did you mean method.rank?"),
+        (["train.stps=4"], "did you mean train.steps?"),
+        (["method.rank=0"], "method.rank must be 1 or more, got 0"),
+        (["method.rank=-3"], "method.rank must be 1 or more, got -3"),
+        (["method.rank=four"], "method.rank must be a integer, got 'four'"),
+        (["method.rank=true"], "method.rank must be a integer, got True"),
+        (["optim.name=adamm"], "optim.name must be 'adamw'"),
+        (["train.steps=4", "train.epochs=1.0"], "not both"),
+        (["train.global_batch_size=1", "launcher.devices=2"], "at least the number of data ranks, 2"),
+        (["strategy=single", "launcher.devices=2"], "strategy=single runs on one process"),
+        (["launcher.devices=1000"], "launcher.devices must be at most"),
+        (["launcher.nodes=2"], "launcher.nodes must be 1"),
+        (["method=full", "quantization=nf4"], "takes quantization=none or method=qlora".replace("takes", "take")),
+        (["method=qlora", "quantization=none"], "method=qlora means a 4-bit base"),
+        (["strategy=fsdp", "launcher.devices=2", "optim.name=adafactor"], "take optim.name=adamw or strategy=ddp"),
+        (["data=local"], "data.path must be given"),
+        (["method.rank"], "missing EQUAL"),
+        (["+method.extra=1"], "method.extra is not a key of method"),
+    ],
+)  # fmt: skip
+def test_a_mistake_is_one_line_with_the_way_out(words: list[str], line: str) -> None:
+    with pytest.raises(ValueError) as caught:  # noqa: PT011 - the text is what is tested
+        compose(words)
+    assert line in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_what_was_repaired_is_said() -> None:
+    composed = compose(["launcher.devices=2"])
+    assert "strategy=auto: fsdp, for 2 processes" in composed.repairs
+    assert any(line.startswith("train.epochs=1") for line in composed.repairs)
+    assert composed.run.train.epochs == 1.0
+
+
+def test_qlora_is_lora_with_a_4_bit_base() -> None:
+    lora, qlora = compose(["method=lora"]).run, compose(["method=qlora"]).run
+    assert qlora.method == lora.method
+    assert type(qlora.quantization).__name__ == "NF4"
+    assert type(lora.quantization).__name__ == "Unquantized" or type(lora.quantization) is not type(qlora.quantization)
+
+
+def _provider(folder: Path, words: list[str], env: dict[str, str] | None = None) -> str:
+    done = subprocess.run(
+        [sys.executable, "-m", "dsft.plan", "model=tiny", "tracker=[none]", "--json", *words],
+        cwd=folder, env={**os.environ, **(env or {})}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_a_users_own_folder_shadows_ours_and_is_named(tmp_path: Path) -> None:
+    option = tmp_path / "mine" / "method" / "lora.yaml"
+    option.parent.mkdir(parents=True)
+    source = Path(__file__).parents[2] / "conf" / "method" / "lora.yaml"
+    option.write_text(source.read_text().replace("rank: 16", "rank: 2"))
+    said = _provider(tmp_path, ["--config-dir", str(tmp_path / "mine"), "method=lora"])
+    assert '"method": "--config-dir"' in said
+    ours = _provider(tmp_path, ["method=lora"])
+    assert '"trainable": 11136' in said
+    assert '"trainable": 89088' in ours
+    (tmp_path / "mine").rename(tmp_path / "conf")
+    assert '"method": "./conf"' in _provider(tmp_path, ["method=lora"])
+
+
+def test_an_installed_package_adds_a_method(tmp_path: Path) -> None:
+    package = tmp_path / "theirs"
+    (package / "conf" / "method").mkdir(parents=True)
+    (package / "__init__.py").write_text("")
+    (package / "conf" / "__init__.py").write_text("")
+    (package / "mine.py").write_text(
+        "from dataclasses import dataclass\nfrom dsft.methods.full import Full\n\n"
+        "@dataclass(frozen=True, kw_only=True)\nclass Mine(Full):\n    strength: float\n"
+    )
+    (package / "conf" / "method" / "mine.yaml").write_text("_target_: theirs.mine.Mine\nstrength: 1.0\n")
+    info = tmp_path / "theirs-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: theirs\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[dsft.configs]\ntheirs = theirs.conf\n")
+    said = _provider(Path(__file__).parents[2], ["method=mine"], {"PYTHONPATH": str(tmp_path)})
+    assert '"method": "plugin theirs"' in said

@@ -1,0 +1,188 @@
+"""Against the ecosystem: the losses of a plain transformers + PEFT loop, and results that its loaders read."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
+from torch import nn
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from dsft.comm.world import World
+from dsft.compose import compose
+from dsft.data.open import open_data
+from dsft.engine.assemble import Session, assemble, stream
+from dsft.engine.loop import step_batches
+from dsft.engine.result import write_result
+from dsft.engine.step import train_step
+
+GSM8K = Path(__file__).parents[3] / "shared" / "data" / "gsm8k" / "train.jsonl"
+STEPS, BATCH, RATE = 20, 2, 2e-4
+LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def _rows(folder: Path) -> Path:
+    """GSM8K where it lies beside the project, else as many generated word problems."""
+    if GSM8K.is_file():
+        return GSM8K
+    import reasoning_gym
+
+    path = folder / "rows.jsonl"
+    items = reasoning_gym.create_dataset("gsm_symbolic", size=STEPS * BATCH, seed=1)
+    path.write_text("".join(json.dumps({"question": i["question"], "answer": i["answer"]}) + "\n" for i in items))
+    return path
+
+
+def _plain_loop(base: str, rows: list[dict[str, str]]) -> list[float]:
+    """What the field writes by hand: padded batches, PEFT, AdamW; the loss is the mean over supervised tokens."""
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    model = get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules=LINEARS, task_type="CAUSAL_LM"))
+    for name, param in model.named_parameters():
+        if "lora_A" in name:  # dsft's starting point: PEFT's distribution, from a seed that names the parameter
+            torch.manual_seed(stream(0, name.removeprefix("base_model.model.")))
+            nn.init.kaiming_uniform_(param, a=5**0.5)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=RATE, weight_decay=0.0)
+    losses = []
+    for start in range(0, len(rows), BATCH):
+        encoded = [_encode(tokenizer, row) for row in rows[start : start + BATCH]]
+        width = max(len(tokens) for tokens, _ in encoded)
+        tokens = torch.tensor([t + [0] * (width - len(t)) for t, _ in encoded])
+        labels = torch.tensor([m + [-100] * (width - len(m)) for _, m in encoded])
+        mask = torch.tensor([[1] * len(t) + [0] * (width - len(t)) for t, _ in encoded])
+        logits = model(input_ids=tokens, attention_mask=mask).logits
+        loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+def _encode(tokenizer: object, row: dict[str, str]) -> tuple[list[int], list[int]]:
+    """Tokens and labels: the answer and its end-of-turn token are supervised."""
+    turns = [{"role": "user", "content": row["question"]}, {"role": "assistant", "content": row["answer"]}]
+    template = tokenizer.apply_chat_template  # type: ignore[attr-defined]
+    whole = template(turns, tokenize=False)
+    asked = template(turns[:1], tokenize=False, add_generation_prompt=True)
+    given = tokenizer(asked, add_special_tokens=False)["input_ids"]  # type: ignore[operator]
+    tokens = tokenizer(whole, add_special_tokens=False)["input_ids"]  # type: ignore[operator]
+    end = len(tokens) - tokens[::-1].index(tokenizer.eos_token_id)  # type: ignore[attr-defined]
+    labels = [-100] * len(given) + tokens[len(given) : end] + [-100] * (len(tokens) - end)
+    return tokens, labels
+
+
+def test_losses_equal_a_plain_transformers_and_peft_loop(tmp_path: Path) -> None:
+    path, run_dir = _rows(tmp_path), tmp_path / "run"
+    words = [
+        "model=smollm2_135m", "method=lora", "data=local", f"data.path={path}", "train.precision=fp32",
+        f"train.steps={STEPS}", f"train.global_batch_size={BATCH}", f"optim.lr={RATE}", "optim.schedule=constant",
+        "train.log_samples=true", "launcher=local", "tracker=[none]", f"run_dir={run_dir}",
+    ]  # fmt: skip
+    done = subprocess.run([sys.executable, "-m", "dsft.run", *words], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    ours = [json.loads(line)["loss"] for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    order = [i for line in (run_dir / "samples.jsonl").read_text().splitlines() for i in json.loads(line)["ids"]]
+    source = [json.loads(line) for line in path.read_text().splitlines()]
+    chosen = [source[int(sample.rpartition(":")[2])] for sample in order]
+    base = json.loads((run_dir / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"]
+    theirs = _plain_loop(base, chosen)
+    worst = max(abs(a - b) / b for a, b in zip(ours, theirs, strict=True))
+    print(f"largest relative difference over {STEPS} steps: {worst:.1e}")  # noqa: T201 - the figure, with -s
+    assert len(ours) == STEPS
+    assert worst < 1e-4
+
+
+def _trained(words: list[str]) -> Session:
+    """Three steps in this process, at a rate that moves the adapter well away from its start."""
+    composed = compose([
+        "data=reasoning_gym", "data.size=48", "data.eval_size=0", "train.precision=fp32", "train.steps=3",
+        "train.global_batch_size=4", "launcher=local", "optim.lr=5e-3", "optim.schedule=constant", *words,
+    ])  # fmt: skip
+    files = composed.run.model.resolve()
+    data = open_data(composed.run.data, files.tokenizer(), max_length=512, seed=0)
+    session = assemble(composed.run, files, World(0, 1, 0, torch.device("cpu")))
+    for step in (1, 2, 3):
+        train_step(session, step_batches(session, data, step)[1], step, 1.0)
+    session.model.eval()
+    return session
+
+
+def _logits(session: Session, tokens: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        positions = torch.arange(tokens.shape[1])[None]
+        out: torch.Tensor = session.module(
+            input_ids=tokens, position_ids=positions, segment_lengths=(tokens.shape[1],), use_cache=False
+        ).logits
+        return out
+
+
+FRESH = """
+import sys, torch
+from transformers import AutoModelForCausalLM
+tokens = torch.load(sys.argv[1])
+if sys.argv[2] == "adapter":
+    from peft import AutoPeftModelForCausalLM
+    model = AutoPeftModelForCausalLM.from_pretrained(sys.argv[3], dtype=torch.float32)
+else:
+    model = AutoModelForCausalLM.from_pretrained(sys.argv[3], dtype=torch.float32)
+model.eval()
+with torch.no_grad():
+    torch.save(model(input_ids=tokens).logits, sys.argv[4])
+"""
+
+
+def _in_a_fresh_process(kind: str, folder: Path, tokens: torch.Tensor, scratch: Path) -> torch.Tensor:
+    torch.save(tokens, scratch / "tokens.pt")
+    words = [sys.executable, "-c", FRESH, scratch / "tokens.pt", kind, folder, scratch / "logits.pt"]
+    subprocess.run([str(word) for word in words], check=True, capture_output=True)
+    logits: torch.Tensor = torch.load(scratch / "logits.pt")
+    return logits
+
+
+@pytest.mark.parametrize("words", [
+    ["model=smollm2_135m", "method=lora"], ["model=tiny", "method=dora"], ["model=tiny_moe", "method=lora"],
+    ["model=tiny", "method=lora", "method.target_modules=[lm_head,attention]"],
+], ids=" ".join)  # fmt: skip
+def test_the_adapter_gives_the_trained_logits_in_a_fresh_process(words: list[str], tmp_path: Path) -> None:
+    session = _trained(words)
+    write_result(session, tmp_path / "adapter")
+    tokens = torch.randint(0, 250, (1, 40), generator=torch.Generator().manual_seed(1))
+    live = _logits(session, tokens)
+    loaded = _in_a_fresh_process("adapter", tmp_path / "adapter", tokens, tmp_path)
+    off = float((live - loaded).abs().max() / live.abs().max())
+    print(f"{' '.join(words)}: {off:.1e} of the largest logit")  # noqa: T201 - the figure, with -s
+    assert off < 1e-5
+    learned = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert any(value.abs().max() > 1e-3 for name, value in learned.items() if "lora_B" in name)
+
+
+@pytest.mark.parametrize("words", [["model=tiny", "method=full"], ["model=tiny_moe", "method=freeze"]], ids=" ".join)
+def test_a_whole_model_gives_the_trained_logits_in_a_fresh_process(words: list[str], tmp_path: Path) -> None:
+    session = _trained(words)
+    write_result(session, tmp_path / "model")
+    tokens = torch.randint(0, 250, (1, 40), generator=torch.Generator().manual_seed(1))
+    live = _logits(session, tokens)
+    loaded = _in_a_fresh_process("model", tmp_path / "model", tokens, tmp_path)
+    assert float((live - loaded).abs().max() / live.abs().max()) < 1e-5
+
+
+@pytest.mark.parametrize("method", ["lora", "qlora"])
+def test_the_merged_export_gives_the_trained_logits_in_a_fresh_process(method: str, tmp_path: Path) -> None:
+    session = _trained(["model=tiny", f"method={method}"])
+    write_result(session, tmp_path / "run" / "adapter")
+    tokens = torch.randint(0, 250, (1, 40), generator=torch.Generator().manual_seed(1))
+    live = _logits(session, tokens)
+    from dsft.export import merged
+
+    merged(session.run, tmp_path / "run" / "adapter").save_pretrained(tmp_path / "merged")
+    loaded = _in_a_fresh_process("merged", tmp_path / "merged", tokens, tmp_path)
+    off = float((live - loaded).abs().max() / live.abs().max())
+    print(f"{method}: {off:.1e} of the largest logit")  # noqa: T201 - the figure, with -s
+    assert off < 1e-4

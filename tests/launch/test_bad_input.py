@@ -1,0 +1,154 @@
+"""Every mistake of a user's, through the real command line: exit 2, one line, nothing written, in seconds."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+ROWS = [{"question": f"What is {n} + {n}?", "answer": str(2 * n)} for n in range(8)]
+
+Prepare = Callable[[Path], list[str]]
+
+
+def _jsonl(folder: Path, *lines: str) -> str:
+    path = folder / "rows.jsonl"
+    path.write_text("".join(f"{line}\n" for line in lines))
+    return f"data.path={path}"
+
+
+def _good(folder: Path) -> list[str]:
+    return ["data=local", _jsonl(folder, *map(json.dumps, ROWS))]
+
+
+def _truncated_file(folder: Path) -> list[str]:
+    good = [json.dumps(row) for row in ROWS]
+    return ["data=local", _jsonl(folder, *good[:3], good[3][:20])]
+
+
+def _row_without_field(folder: Path) -> list[str]:
+    good = [json.dumps(row) for row in ROWS]
+    return ["data=local", _jsonl(folder, *good[:2], json.dumps({"question": "and?"}))]
+
+
+def _no_supervision(folder: Path) -> list[str]:
+    row = {"messages": [{"role": "user", "content": "hello"}, {"role": "user", "content": "anyone?"}]}
+    return ["data=local", _jsonl(folder, *[json.dumps(row)] * 4)]
+
+
+def _model_without_config(folder: Path) -> list[str]:
+    (folder / "model").mkdir()
+    return [*_good(folder), "model=custom", f"model.path={folder / 'model'}"]
+
+
+def _truncated_weights(folder: Path) -> list[str]:
+    model = folder / "model"
+    model.mkdir()
+    (model / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    save_file({"weight": torch.zeros(1000)}, model / "model.safetensors")
+    whole = (model / "model.safetensors").read_bytes()
+    (model / "model.safetensors").write_bytes(whole[:-400])
+    return [*_good(folder), "model=custom", f"model.path={model}"]
+
+
+def _other_configuration(folder: Path) -> list[str]:
+    run_dir = folder / "run"
+    run_dir.mkdir()
+    done = subprocess.run(
+        [sys.executable, "-m", "dsft.run", "--cfg", "job", "--resolve", "model=tiny", "method=lora",
+         "train.steps=2", "launcher=local", "tracker=[none]", f"run_dir={run_dir}", "strategy=single", *_good(folder)],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    (run_dir / "config.yaml").write_text(done.stdout.replace("rank: 16", "rank: 4"))
+    return _good(folder)
+
+
+def _read_only_folder(folder: Path) -> list[str]:
+    return [*_good(folder), "run_dir=/proc/dsft-run"]
+
+
+CASES: dict[str, tuple[Prepare, str]] = {
+    "misspelt option": (lambda folder: [*_good(folder), "method=qlra"], "did you mean qlora"),
+    "misspelt key": (lambda folder: [*_good(folder), "method.rnk=4"], "did you mean method.rank"),
+    "misspelt value": (lambda folder: [*_good(folder), "train.precision=bf61"], "train.precision must be"),
+    "rank 0": (lambda folder: [*_good(folder), "method.rank=0"], "method.rank must be 1 or more, got 0"),
+    "negative rank": (lambda folder: [*_good(folder), "method.rank=-8"], "method.rank must be 1 or more, got -8"),
+    "batch below ranks": (
+        lambda folder: [*_good(folder), "train.global_batch_size=1", "launcher.devices=2"],
+        "train.global_batch_size must be at least the number of data ranks, 2",
+    ),
+    "missing file": (lambda folder: ["data=local", f"data.path={folder}/none.jsonl"], "none.jsonl"),
+    "empty file": (lambda folder: ["data=local", _jsonl(folder)], "rows.jsonl"),
+    "truncated file": (_truncated_file, "rows.jsonl:4"),
+    "row without the field": (_row_without_field, "rows.jsonl:3"),
+    "nothing supervised": (_no_supervision, "supervise"),
+    "max_length below every prompt": (
+        lambda folder: [*_good(folder), "train.max_length=4"],
+        "train.max_length must be at least",
+    ),
+    "another configuration": (_other_configuration, "method.rank was 4, is 16"),
+    "too many devices": (
+        lambda folder: [*_good(folder), "launcher.devices=999", "train.global_batch_size=2000"],
+        "launcher.devices must be at most",
+    ),
+    "model without config": (_model_without_config, "config.json"),
+    "truncated safetensors": (_truncated_weights, "model.safetensors"),
+    "read-only run folder": (_read_only_folder, "run_dir must be writable"),
+    "adapter on a tied head": (
+        lambda folder: [*_good(folder), "model=smollm2_135m", "method.target_modules=lm_head"],
+        "must not name lm_head",
+    ),
+    "whole model on a packed base": (
+        lambda folder: [*_good(folder), "method=full", "quantization=int8"],
+        "method=full trains the base's own weights",
+    ),
+    "optimizer that needs whole tensors": (
+        lambda folder: [*_good(folder), "optim.name=paged_adamw8bit", "strategy=zero2", "launcher.devices=2"],
+        "take optim.name=adamw",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_is_refused_in_one_line(name: str, tmp_path: Path) -> None:
+    prepare, expected = CASES[name]
+    run_dir = tmp_path / "run"
+    words = ["model=tiny", "method=lora", "train.steps=2", "launcher=local", "tracker=[none]", f"run_dir={run_dir}"]
+    words += prepare(tmp_path)
+    before = sorted(path.name for path in run_dir.iterdir()) if run_dir.exists() else None
+    started = time.monotonic()
+    done = subprocess.run([sys.executable, "-m", "dsft.run", *words], capture_output=True, text=True, check=False)
+    seconds = time.monotonic() - started
+    assert done.returncode == 2, done.stderr
+    assert expected in done.stderr, done.stderr
+    assert done.stderr.count("\n") == 1, done.stderr
+    assert done.stdout == ""
+    assert (sorted(path.name for path in run_dir.iterdir()) if run_dir.exists() else None) == before
+    print(f"{name}: {seconds:.1f} s: {done.stderr.strip()}")  # noqa: T201 - the figure of the issue's list, with -s
+
+
+def test_an_absent_optional_package_is_named_with_its_install_command(tmp_path: Path) -> None:
+    hidden = tmp_path / "hidden"
+    hidden.mkdir()
+    (hidden / "sitecustomize.py").write_text(
+        "import sys\nfrom importlib.abc import MetaPathFinder\n\n\nclass Absent(MetaPathFinder):\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name == 'tensorboard' or name.startswith('tensorboard.'):\n"
+        "            raise ModuleNotFoundError(f'No module named {name!r}', name=name)\n"
+        "        return None\n\n\nsys.meta_path.insert(0, Absent())\n"
+    )
+    words = ["model=tiny", "tracker=[tensorboard]", "launcher=local", f"run_dir={tmp_path / 'run'}", *_good(tmp_path)]
+    done = subprocess.run(
+        [sys.executable, "-m", "dsft.run", *words],
+        env={**os.environ, "PYTHONPATH": str(hidden)}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    assert "pip install 'dsft[tensorboard]'" in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert not (tmp_path / "run").exists()

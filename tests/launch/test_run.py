@@ -1,0 +1,146 @@
+"""The main job through its real command line: a run folder as documented, ranks that die, sweeps."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+SMALL = [
+    "model=tiny", "method=lora", "data=reasoning_gym", "data.size=64", "data.eval_size=4", "train.precision=fp32",
+    "train.global_batch_size=4", "tracker=[none]", "launcher=local", "optim.lr=1e-3",
+]  # fmt: skip
+
+
+def dsft(*words: str, verb: str = "run") -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", f"dsft.{verb}", *words], capture_output=True, text=True, check=False)
+
+
+def lines(path: Path) -> list[dict[str, object]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_the_run_folder_is_as_documented(tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    done = dsft(*SMALL, "train.steps=3", "train.log_samples=true", "launcher.devices=2", f"run_dir={run_dir}")
+    assert done.returncode == 0, done.stderr
+    metrics = lines(run_dir / "metrics.jsonl")
+    assert [line["step"] for line in metrics if "loss" in line] == [1, 2, 3]
+    assert [line["step"] for line in metrics if "eval/loss" in line] == [0, 3]
+    assert {"grad_norm", "lr", "tokens", "supervised_tokens", "tokens_per_s", "step_s", "peak_memory_bytes"} <= set(
+        next(line for line in metrics if "loss" in line)
+    )
+    samples = lines(run_dir / "samples.jsonl")
+    assert [len(line["ids"]) for line in samples] == [4, 4, 4]  # type: ignore[arg-type]
+    status = json.loads((run_dir / "status.json").read_text())
+    assert (status["state"], status["step"], status["attempts"]) == ("done", 3, 1)
+    assert [line["event"] for line in lines(run_dir / "events.jsonl")] == ["start", "assembled", "done"]
+    assert len(lines(run_dir / "events.jsonl")[0]["ranks"]) == 2  # type: ignore[arg-type]
+    assert json.loads((run_dir / "plan.json").read_text())["parameters"]["trainable"] == 89088
+    assert json.loads((run_dir / "provenance.json").read_text())["data_digest"]
+    assert (run_dir / "adapter" / "adapter_model.safetensors").is_file()
+    assert (run_dir / "logs" / "rank-1.log").is_file()
+    again = dsft(*SMALL, "train.steps=3", "train.log_samples=true", "launcher.devices=2", f"run_dir={run_dir}")
+    assert again.returncode == 0
+    assert "done already" in again.stdout
+
+
+def test_a_killed_rank_ends_the_run_with_76_and_is_named(tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    words = [*SMALL, "train.steps=100000", "launcher.devices=2", f"run_dir={run_dir}"]
+    run = subprocess.Popen(
+        [sys.executable, "-m", "dsft.run", *words], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        ranks = _ranks_at_work(run, run_dir)
+        os.kill(ranks[1], signal.SIGKILL)
+        killed = time.monotonic()
+        _, errors = run.communicate(timeout=60)
+        seconds = time.monotonic() - killed
+    finally:
+        run.kill()
+    assert run.returncode == 76, errors
+    assert "rank 1" in errors
+    assert seconds < 15
+    assert not any(_alive(pid) for pid in ranks)
+    assert json.loads((run_dir / "status.json").read_text())["state"] == "failed"
+
+
+def test_ctrl_c_stops_the_run_with_75_and_leaves_no_process(tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    words = [*SMALL, "train.steps=100000", "launcher.devices=2", f"run_dir={run_dir}"]
+    run = subprocess.Popen(
+        [sys.executable, "-m", "dsft.run", *words], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        ranks = _ranks_at_work(run, run_dir)
+        run.send_signal(signal.SIGINT)
+        _, errors = run.communicate(timeout=60)
+    finally:
+        run.kill()
+    assert run.returncode == 75, errors
+    assert not any(_alive(pid) for pid in ranks)
+    assert json.loads((run_dir / "status.json").read_text())["state"] == "stopped"
+
+
+def _ranks_at_work(run: "subprocess.Popen[str]", run_dir: Path) -> list[int]:
+    """Process ids of the ranks, once the first steps are done."""
+    until = time.monotonic() + 240
+    while time.monotonic() < until and run.poll() is None:
+        metrics = run_dir / "metrics.jsonl"
+        if metrics.is_file() and sum('"loss"' in line for line in metrics.read_text().splitlines()) >= 2:
+            start = lines(run_dir / "events.jsonl")[0]
+            return [rank["pid"] for rank in start["ranks"]]  # type: ignore[attr-defined]
+        time.sleep(0.2)
+    raise AssertionError(f"no step was done; exit code {run.poll()}")
+
+
+def _alive(pid: int) -> bool:
+    stat = Path(f"/proc/{pid}/stat")
+    return stat.is_file() and stat.read_text().rpartition(")")[2].split()[0] != "Z"
+
+
+def test_a_sweep_runs_each_point_in_its_own_folder(tmp_path: Path) -> None:
+    done = dsft("-m", *SMALL, "train.steps=1", "data.eval_size=0", "method.rank=4,8", f"run_dir={tmp_path / 'sweep'}")
+    assert done.returncode == 0, done.stderr
+    for index, rank in ((0, 4), (1, 8)):
+        point = tmp_path / "sweep" / str(index)
+        assert json.loads((point / "status.json").read_text())["state"] == "done"
+        assert json.loads((point / "adapter" / "adapter_config.json").read_text())["r"] == rank
+    assert "method.rank=4" in done.stdout.splitlines()[-2]
+
+
+def test_a_sweep_with_one_bad_point_starts_none(tmp_path: Path) -> None:
+    done = dsft("-m", *SMALL, "train.steps=1", "method.rank=4,0", f"run_dir={tmp_path / 'sweep'}")
+    assert done.returncode == 2
+    assert "method.rank must be 1 or more, got 0" in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert not (tmp_path / "sweep").exists()
+
+
+def test_composing_the_main_job_takes_no_torch(tmp_path: Path) -> None:
+    code = (
+        "import sys; from dsft.run import main; "
+        "code = main(['--cfg', 'job', 'method=qlora', 'model=llama70b', 'strategy=zero3']); "
+        "sys.exit(code or ('torch' in sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "quantizers.nf4" in done.stdout
+
+
+@pytest.mark.parametrize("kind", ["torchrun"])
+def test_joins_processes_that_others_started(kind: str, tmp_path: Path) -> None:
+    words = [*SMALL[:-2], "launcher=auto", "train.steps=1", "data.eval_size=0", f"run_dir={tmp_path / 'run'}"]
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0", "-m", "dsft.run",
+         *words],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert kind in done.stdout
+    assert len(lines(tmp_path / "run" / "events.jsonl")[0]["ranks"]) == 2  # type: ignore[arg-type]
