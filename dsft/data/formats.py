@@ -22,7 +22,7 @@ class Columns:
     """How rows are read: data.format, data.fields, data.system, data.verify."""
 
     format: Name
-    fields: Mapping[str, str]
+    fields: Mapping[str, str | None]
     system: str | None
     verify: Literal["none", "exact"]
 
@@ -39,6 +39,10 @@ class Columns:
                     f"data.fields must rename some of {' '.join(known)}, got {name}; write our_name: your_name"
                 )
 
+    def identity(self) -> dict[str, Any]:
+        """What decides the samples of given records, JSON-able."""
+        return {"format": self.format, "fields": self._renamed(), "system": self.system, "verify": self.verify}
+
     def samples(self, records: Iterable[Record], source: str, *, path: str) -> Iterator[Sample]:
         """A sample per record of path. Raises ValueError naming the place of the first that does not fit the format."""
         layout: _Layout | None = None
@@ -53,9 +57,12 @@ class Columns:
         if layout is None:
             raise ValueError(f"data must hold at least one row, got none in {path}; write rows or name another")
 
+    def _renamed(self) -> dict[str, str]:
+        return {name: column for name, column in self.fields.items() if column is not None}
+
     def _rename(self, record: Record) -> dict[str, Any]:
         values = dict(record.values)
-        for name, column in self.fields.items():
+        for name, column in self._renamed().items():
             if column not in record.values:
                 raise ValueError(
                     f"{record.place} must have the field {column} (data.fields.{name}), got {_names(values)}"
@@ -66,8 +73,10 @@ class Columns:
     def _layout(self, values: Mapping[str, Any], place: str) -> "_Layout":
         name = self.format
         if name == "auto":
-            fitting = (name for name, layout in _LAYOUTS.items() if all(column in values for column in layout.columns))
+            fitting = (name for name, layout in _LAYOUTS.items() if layout.fits(values, self._renamed()))
             name = next(fitting, "auto")  # type: ignore[arg-type]
+        elif idle := sorted(set(self._renamed()) - {*_LAYOUTS[name].columns, *_LAYOUTS[name].optional}):
+            raise ValueError(f"data.fields must rename fields of the format {name}, got {idle[0]}; unset it")
         if name == "auto":
             wanted = ", ".join("+".join(layout.columns) for layout in _LAYOUTS.values())
             raise ValueError(
@@ -99,6 +108,10 @@ class _Layout(NamedTuple):
     optional: tuple[str, ...]
     types: tuple[type, ...]
     read: Callable[[Mapping[str, Any], str], Content]
+
+    def fits(self, values: Mapping[str, Any], renamed: Mapping[str, str]) -> bool:
+        """True if a row has this format's columns, and none is renamed that this format would leave unread."""
+        return set(self.columns) <= set(values) and set(renamed) <= {*self.columns, *self.optional}
 
 
 def _read_messages(values: Mapping[str, Any], place: str) -> Content:

@@ -21,7 +21,7 @@ class HuggingFace:
     split: str
     eval_split: str | None
     format: formats.Name
-    fields: Mapping[str, str]
+    fields: Mapping[str, str | None]
     system: str | None
     verify: Literal["none", "exact"]
     eval_fraction: float
@@ -52,10 +52,7 @@ class HuggingFace:
         return {
             "source": "hf",
             "splits": [[self._source(split), digest_table(self._load(split))] for split in splits],
-            "format": self.format,
-            "fields": dict(self.fields),
-            "system": self.system,
-            "verify": self.verify,
+            "columns": self._columns().identity(),
         }
 
     def rows(self) -> Iterator[Sample]:

@@ -17,7 +17,7 @@ class Local:
     path: str
     eval_path: str | None
     format: formats.Name
-    fields: Mapping[str, str]
+    fields: Mapping[str, str | None]
     system: str | None
     verify: Literal["none", "exact"]
     eval_fraction: float
@@ -47,10 +47,7 @@ class Local:
         return {
             "source": "local",
             "files": [[Path(path).stem, Path(path).suffix.lower(), digest_file(path)] for path in paths],
-            "format": self.format,
-            "fields": dict(self.fields),
-            "system": self.system,
-            "verify": self.verify,
+            "columns": self._columns().identity(),
         }
 
     def rows(self) -> Iterator[Sample]:

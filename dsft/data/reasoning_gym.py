@@ -22,7 +22,7 @@ class ReasoningGym:
     """Generated questions of one task, and held-out ones whose prompts do not occur among them."""
 
     task: str
-    config: Mapping[str, Any]
+    config: Mapping[str, Any] | None
     size: int
     eval_size: int
     seed: int
@@ -40,7 +40,7 @@ class ReasoningGym:
             if getattr(self, key) < 0:
                 raise ValueError(f"data.{key} must be 0 or more, got {getattr(self, key)}")
         for key in ("seed", "size"):
-            if key in self.config:
+            if key in (self.config or {}):
                 raise ValueError(f"data.config must hold options of the task, got {key}; set data.{key}")
 
     def check(self) -> None:
@@ -53,7 +53,7 @@ class ReasoningGym:
             "source": "reasoning_gym",
             "version": version("reasoning-gym"),
             "task": self.task,
-            "config": dict(self.config),
+            "config": dict(self.config or {}),
             "sizes": [self.size, self.eval_size],
             "seed": self.seed,
             "system": self.system,
@@ -109,7 +109,7 @@ class ReasoningGym:
         return self._task(max(self.eval_size, 1), self.seed + _EVAL_SEED)
 
     def _task(self, size: int, seed: int) -> Any:
-        options = json.dumps(dict(self.config), sort_keys=True)
+        options = json.dumps(dict(self.config or {}), sort_keys=True)
         return _create(self.task, options, size=size, seed=seed)
 
 

@@ -111,6 +111,15 @@ def test_fields_rename_columns(source: Any, jsonl: Any) -> None:
         source("local", path=path, fields={"qestion": "q"})
 
 
+def test_a_renamed_field_decides_the_format(source: Any, jsonl: Any) -> None:
+    path = jsonl([{"messages": [{"role": "user", "content": "m"}], "q": "x", "answer": "y"}])
+    renamed = source("local", path=path, fields={"question": "q"})
+    assert _ids(renamed) == [("rows:0", "y")]
+    assert renamed.identity() == source("local", path=path, fields={"question": "q", "text": None}).identity()
+    with pytest.raises(ValueError, match=r"data.fields must rename fields of the format messages, got question"):
+        list(source("local", path=path, fields={"question": "q"}, format="messages").rows())
+
+
 def test_sharegpt_speakers_become_roles(source: Any, jsonl: Any) -> None:
     turns = [{"from": who, "value": who} for who in ("system", "human", "gpt")]
     sample = next(source("local", path=jsonl([{"conversations": turns}])).rows())
