@@ -128,7 +128,9 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder) / "rows.jsonl"
         write_rows(data, 10)
-        single = {optim: run_column(Column("single", "single", 1, None, optim=optim), data) for optim in ("adamw", "sgd")}
+        single = {
+            optim: run_column(Column("single", "single", 1, None, optim=optim), data) for optim in ("adamw", "sgd")
+        }
         table = {}
         for column in COLUMNS:
             table[column] = run_column(column, data)
@@ -161,12 +163,12 @@ def write_table(
     head = [
         "# The equality matrix",
         "",
-        "Largest relative difference of loss and of gradient norm to one process over 10 steps: fp32, AdamW at lr 1e-3",
-        "(the sgd column: 0.05), constant rate, dropout 0, global batch 4, micro-batches of 300 tokens; label counts of",
-        "the ranks differ by 2 x or more and the loss moves by 1 % or more in every cell. A sharding cell is green only",
-        "if the ranks together hold at most 1.1 x the model (hsdp: 1.1 x its two copies) after step 1.",
-        f"Bound {BOUND:g}; largest {worst:.1e}; red cells: {red}. Made by `make matrix` in {seconds / 60:.1f} minutes on",
-        f"{os.cpu_count()} cores at commit {_commit()}.",
+        "Largest relative difference of loss and of gradient norm to one process over 10 steps: fp32, AdamW at lr",
+        "1e-3 (the sgd column: 0.05), constant rate, dropout 0, global batch 4, micro-batches of 300 tokens. In every",
+        "cell the label counts of the ranks differ by 2 x or more and the loss moves by 1 % or more. A sharding cell is",
+        "green only if the ranks together hold at most 1.1 x the model (hsdp: 1.1 x its two copies) after step 1.",
+        f"Bound {BOUND:g}; largest {worst:.1e}; red cells: {red}. Made by `make matrix` in {seconds / 60:.1f} minutes",
+        f"on {os.cpu_count()} cores at commit {_commit()}.",
         "",
     ]
     out.write_text("\n".join([*head, *lines, "", *reasons]).rstrip() + "\n")

@@ -77,7 +77,8 @@ def build(tree: Mapping[str, Any]) -> config.Run:
         name: _build_dataclass(_PLAIN[name], value, name) if name in _PLAIN else _build(value, name)
         for name, value in tree.items()
     }
-    return _build_dataclass(config.Run, parts, "")
+    run: config.Run = _build_dataclass(config.Run, parts, "")
+    return run
 
 
 def read(run_dir: Path) -> config.Run:

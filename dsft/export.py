@@ -33,7 +33,9 @@ def export(run_dir: Path, what: str, out: Path) -> None:
     if not (run_dir / "config.yaml").is_file():
         raise ValueError(f"RUN must be a run folder, got {run_dir} without config.yaml; give the run_dir of a run")
     if state(run_dir).get("state") != "done":
-        raise ValueError(f"RUN must be done, {run_dir} is {state(run_dir).get('state', 'not started')}; finish it first")
+        raise ValueError(
+            f"RUN must be done, {run_dir} is {state(run_dir).get('state', 'not started')}; finish it first"
+        )
     if out.exists():
         raise ValueError(f"OUT must not exist, got {out}; choose another folder")
     run = read(run_dir)
@@ -58,7 +60,7 @@ def merged(run: Run, adapter: Path) -> Any:
 
     files = run.model.resolve()
     dtype = DTYPES[run.train.precision]
-    base = AutoModelForCausalLM.from_pretrained(
+    base: Any = AutoModelForCausalLM.from_pretrained(
         files.folder, dtype=dtype, trust_remote_code=files.trust_remote_code, attn_implementation="sdpa"
     )
     _unpack(run, base)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from dsft.compose import load_yaml, read
 from dsft.config import Run
-from dsft.telemetry.record import Status, read_status, write_status
+from dsft.telemetry.record import State, Status, read_status, write_status
 
 if TYPE_CHECKING:
     from dsft.comm.world import World
@@ -50,7 +50,7 @@ def settle(run_dir: Path, code: int) -> None:
     """After the ranks have gone: a run that still says running did not end by itself."""
     status = read_status(run_dir)
     if status is not None and status.state == "running":
-        state = "stopped" if code == STOPPED else "failed"
+        state: State = "stopped" if code == STOPPED else "failed"
         write_status(run_dir, replace(status, state=state, reason=f"the launcher ended with code {code}"))
 
 
@@ -171,7 +171,7 @@ class Recorder:
         """The run is over: done, or stopped on request."""
         if not self.writes:
             return
-        state = "done" if at.state == "done" else "stopped"
+        state: State = "done" if at.state == "done" else "stopped"
         self.status = replace(self.status, state=state, step=at.step, reason=at.reason or None)
         write_status(self.run_dir, self.status)
         self.record.event(state, at.step, {"reason": at.reason} if at.reason else {})

@@ -102,5 +102,7 @@ def _over_capacity(run: Run) -> str | None:
         return f"launcher.devices must be at most {found}, the accelerators of this machine, got {devices}"
     cores = os.cpu_count() or 1
     if not found and devices > PER_CORE * cores:
-        return f"launcher.devices must be at most {PER_CORE * cores}, {PER_CORE} for each of {cores} cores, got {devices}"
+        return (
+            f"launcher.devices must be at most {PER_CORE * cores}, {PER_CORE} for each of {cores} cores, got {devices}"
+        )
     return None

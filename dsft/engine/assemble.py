@@ -110,7 +110,7 @@ def stream(*words: object) -> int:
 
 
 def _trained_weight(bones: Skeleton, values: Values, name: str) -> Tensor:
-    """Weight (out, in) of the linear called name as training sees it: packed and unpacked again where it is quantized."""
+    """Weight (out, in) of the linear called name as training sees it: packed and unpacked where it is quantized."""
     module = bones.model.get_submodule(name)
     weight = values.full(bones.origins[f"{name}.weight"])
     if isinstance(module, PackedLinear):

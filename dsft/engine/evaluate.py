@@ -68,7 +68,9 @@ def _answers(session: Session, data: Dataset) -> list[Answer]:
     turns = -(-len(rows) // ranks)
     padded = mine + rows[:1] * (turns - len(mine))
     texts: list[str] = []
-    session.model.set_attn_implementation("sdpa")  # a cache of keys needs padding, which the ragged attention has none of
+    session.model.set_attn_implementation(
+        "sdpa"
+    )  # a cache of keys needs padding, which the ragged attention has none of
     try:
         for start in range(0, turns, ANSWERS_AT_ONCE):
             texts += _generate(session, data, padded[start : start + ANSWERS_AT_ONCE])

@@ -22,9 +22,9 @@ def factory(optim: Optim) -> OptimizerFactory:
         adam = {"lr": optim.lr, "betas": optim.betas, "eps": optim.eps, "weight_decay": optim.weight_decay}
         if optim.name == "adamw":
             return torch.optim.AdamW(parts, **adam)  # type: ignore[arg-type]
-        import bitsandbytes
+        from bitsandbytes.optim.adamw import PagedAdamW8bit
 
-        made: torch.optim.Optimizer = bitsandbytes.optim.PagedAdamW8bit(parts, **adam)
+        made: torch.optim.Optimizer = PagedAdamW8bit(parts, **adam)
         return made
 
     return make

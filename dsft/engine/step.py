@@ -53,4 +53,3 @@ def train_step(session: Session, batches: Sequence[Batch], step: int, lr_scale: 
         supervised=int(totals[0]),
         moved=math.isfinite(loss) and math.isfinite(grad_norm),
     )
-

@@ -9,7 +9,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
 
 
 class StopFlag:
-    """Set by SIGTERM, Ctrl-C or SIGUSR2 (SLURM's preemption signal as submitit binds it). Nothing is done in a handler."""
+    """Set by SIGTERM, Ctrl-C or SIGUSR2 (preemption, as submitit binds it); the handlers do nothing else."""
 
     def __init__(self) -> None:
         self.reason: str | None = None

@@ -53,7 +53,7 @@ class Peft(Method):
         model = inject_adapter_in_model(self.config(targets), model, adapter_name=ADAPTER)
         for module in model.modules():
             if hasattr(module, "lora_A"):
-                module.cast_input_dtype_enabled = False  # autocast does it, without a copy in fp32
+                module.cast_input_dtype_enabled = False  # type: ignore[assignment]  # autocast casts, without an fp32 copy
         return model
 
     def config(self, targets: list[str]) -> Any:
@@ -84,7 +84,7 @@ class Peft(Method):
         """Write adapter_config.json and adapter_model.safetensors as PEFT reads them."""
         from safetensors.torch import save_file
 
-        config = model.peft_config[ADAPTER]  # type: ignore[index, union-attr]
+        config: Any = model.peft_config[ADAPTER]  # type: ignore[index]
         config.base_model_name_or_path = base
         config.inference_mode = True
         config.save_pretrained(str(folder))

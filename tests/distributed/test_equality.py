@@ -35,9 +35,7 @@ def test_a_sharded_run_equals_the_single_process(name: str, rows: Path, single: 
 
 @pytest.mark.parametrize("fault", ["local-counts", "lost-gradients"])
 @pytest.mark.parametrize("name", ["ddp x2", "fsdp x2", "zero3 x2"])
-def test_a_planted_fault_turns_every_cell_red(
-    name: str, fault: str, rows: Path, single: dict[str, Any]
-) -> None:
+def test_a_planted_fault_turns_every_cell_red(name: str, fault: str, rows: Path, single: dict[str, Any]) -> None:
     cells = run_column(BY_NAME[name], rows, models=("tiny",), methods=CORNER, fault=fault)
     for cell, found in cells.items():
         assert difference(found, single[cell]) > 100 * BOUND, cell

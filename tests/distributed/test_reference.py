@@ -94,7 +94,7 @@ def test_losses_equal_a_plain_transformers_and_peft_loop(tmp_path: Path) -> None
     base = json.loads((run_dir / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"]
     theirs = _plain_loop(base, chosen)
     worst = max(abs(a - b) / b for a, b in zip(ours, theirs, strict=True))
-    print(f"largest relative difference over {STEPS} steps: {worst:.1e}")  # noqa: T201 - the figure, with -s
+    print(f"largest relative difference over {STEPS} steps: {worst:.1e}")
     assert len(ours) == STEPS
     assert worst < 1e-4
 
@@ -157,7 +157,7 @@ def test_the_adapter_gives_the_trained_logits_in_a_fresh_process(words: list[str
     live = _logits(session, tokens)
     loaded = _in_a_fresh_process("adapter", tmp_path / "adapter", tokens, tmp_path)
     off = float((live - loaded).abs().max() / live.abs().max())
-    print(f"{' '.join(words)}: {off:.1e} of the largest logit")  # noqa: T201 - the figure, with -s
+    print(f"{' '.join(words)}: {off:.1e} of the largest logit")
     assert off < 1e-5
     learned = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     assert any(value.abs().max() > 1e-3 for name, value in learned.items() if "lora_B" in name)
@@ -184,5 +184,5 @@ def test_the_merged_export_gives_the_trained_logits_in_a_fresh_process(method: s
     merged(session.run, tmp_path / "run" / "adapter").save_pretrained(tmp_path / "merged")
     loaded = _in_a_fresh_process("merged", tmp_path / "merged", tokens, tmp_path)
     off = float((live - loaded).abs().max() / live.abs().max())
-    print(f"{method}: {off:.1e} of the largest logit")  # noqa: T201 - the figure, with -s
+    print(f"{method}: {off:.1e} of the largest logit")
     assert off < 1e-4

@@ -130,7 +130,7 @@ def test_is_refused_in_one_line(name: str, tmp_path: Path) -> None:
     assert done.stderr.count("\n") == 1, done.stderr
     assert done.stdout == ""
     assert (sorted(path.name for path in run_dir.iterdir()) if run_dir.exists() else None) == before
-    print(f"{name}: {seconds:.1f} s: {done.stderr.strip()}")  # noqa: T201 - the figure of the issue's list, with -s
+    print(f"{name}: {seconds:.1f} s: {done.stderr.strip()}")
 
 
 def test_an_absent_optional_package_is_named_with_its_install_command(tmp_path: Path) -> None:
