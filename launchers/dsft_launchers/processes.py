@@ -121,11 +121,15 @@ def pass_through(rank: Rank) -> list[Thread]:
 
 
 def _tee(source: IO[bytes], log: Path, terminal: int) -> None:
+    """Copy as it comes to the terminal; by whole lines to the log, where two streams meet."""
+    pending = b""
     with source, log.open("ab", buffering=0) as file:
         while chunk := os.read(source.fileno(), TAIL_BYTES):
-            file.write(chunk)
+            whole, end, pending = (pending + chunk).rpartition(b"\n")
+            file.write(whole + end)
             try:
                 while chunk:
                     chunk = chunk[os.write(terminal, chunk) :]
             except OSError:  # the terminal is gone; the log goes on
                 continue
+        file.write(pending)
