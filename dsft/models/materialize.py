@@ -93,15 +93,17 @@ def _allocate(param: nn.Parameter, device: torch.device) -> tuple[Tensor, tuple[
 
     Swapping is what nn.Module.to_empty does for DTensors; the attributes set on the parameter come along.
     """
-    real = nn.Parameter(torch.empty_like(param, device=device), requires_grad=param.requires_grad)
+    offsets: tuple[int, ...] = (0,) * param.ndim
+    whole = torch.empty_like(param, device=device)
+    local = whole
+    if isinstance(whole, DTensor):
+        local = whole.to_local()
+        shape, offsets = compute_local_shape_and_global_offset(whole.shape, whole.device_mesh, whole.placements)
+        assert tuple(shape) == tuple(local.shape), (shape, local.shape)
+    real = nn.Parameter(whole, requires_grad=param.requires_grad)
     for key, value in param.__dict__.items():
         real.__dict__.setdefault(key, value)
     torch.utils.swap_tensors(param, real)
-    if not isinstance(param, DTensor):
-        return param.detach(), (0,) * param.ndim
-    local = param.to_local().detach()
-    shape, offsets = compute_local_shape_and_global_offset(param.shape, param.device_mesh, param.placements)
-    assert tuple(shape) == tuple(local.shape), (shape, local.shape)
     return local, tuple(offsets)
 
 
