@@ -184,9 +184,10 @@ class Footprint:
         """One line for the terminal."""
         total = max(1, self.packed_parameters + self.plain_parameters)
         size = self.packed_bytes + self.plain_bytes
+        shown = f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
         line = (
             f"{self.packed_parameters / total:.1%} of {total:,} parameters packed, "
-            f"{self.plain_parameters / total:.1%} left as they are: {size / 2**30:.2f} GiB, "
+            f"{self.plain_parameters / total:.1%} left as they are: {shown}, "
             f"{self.plain_bytes / max(1, size):.1%} of it not packed"
         )
         if self.expert_parameters and self.packed_parameters:
