@@ -1,8 +1,9 @@
 """ZeRO 1, 2 and 3 by DeepSpeed: Rajbhandari et al. 2020, arXiv:1910.02054. The only file that knows DeepSpeed.
 
-What trains is kept in fp32 (values, gradients, moments), what is frozen in the dtype in which it was loaded; in bf16 the
-forward pass runs under torch.autocast, as under every other strategy. DeepSpeed's own bf16 mode is not used: it would
-round the trainable values to bf16 and cast the buffers, so that its numbers would be those of no other strategy.
+What trains is kept in fp32 (values, gradients, moments), what is frozen in the dtype that was loaded; in bf16 the
+forward pass runs under torch.autocast, as under every other strategy. DeepSpeed's own bf16 mode is not used: it rounds
+what trains to bf16 before the first step. The price, at stage 3: what trains is gathered in fp32, and autocast's bf16
+copies of it live until backward, unless activations are recomputed (with autocast's cache off).
 """
 
 import gc
@@ -124,12 +125,18 @@ class Zero(Strategy):
             return _on_cpu(param)
 
     def close(self) -> None:
-        """Free the engine, and what DeepSpeed keeps of it in its modules."""
+        """Free the engine, its state and, at stage 3, this rank's parts of the parameters."""
         run = self._run
+        object.__delattr__(self, "_run")
         if run.engine is not None:
             run.engine.destroy()
-        _deepspeed().runtime.zero.parameter_offload.FWD_MODULE_STACK.clear()
-        object.__delattr__(self, "_run")
+            _deepspeed().runtime.zero.parameter_offload.FWD_MODULE_STACK.clear()
+            # Nodes of autograd may keep engine and model alive where gc cannot see it: empty what is large.
+            for param in run.engine.module.parameters():
+                vars(param).clear()
+            run.optimizer.optimizer.state.clear()
+            run.optimizer.optimizer.param_groups.clear()
+            vars(run.optimizer).clear()
         if run.owns_group:
             _deepspeed().comm.destroy_process_group()
             _deepspeed().comm.comm.cdb = None
@@ -215,7 +222,8 @@ def _start(world: World) -> bool:
     _deepspeed().ops.__compatible_ops__["deepspeed_shm_comm"] = False
     alone = not dist.is_initialized()
     if alone:
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        store = dist.HashStore()  # type: ignore[attr-defined]
+        dist.init_process_group("gloo", store=store, rank=0, world_size=1)
     _deepspeed().comm.init_distributed(dist_init_required=False)
     return alone
 
