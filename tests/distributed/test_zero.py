@@ -5,7 +5,7 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,10 @@ from dsft.strategies.zero import Zero
 
 STEPS = 6
 RANKS = 2
+OPTIMIZERS = {
+    "sgd": functools.partial(torch.optim.SGD, momentum=0.9),
+    "adamw": functools.partial(torch.optim.AdamW, weight_decay=0.01),
+}
 TOLERANCE = 1e-5  # the house's: fp32, adamw at lr 1e-3
 
 # method, optimizer, stage, offload, extra
@@ -28,12 +32,10 @@ CASES = {
     "lora-zero2": ("lora", "adamw", 2, "none", ""),
     "lora-zero3": ("lora", "adamw", 3, "none", ""),
     "full-zero1": ("full", "adamw", 1, "none", ""),
-    "full-zero2": ("full", "adamw", 2, "none", ""),
     "full-zero3": ("full", "adamw", 3, "none", ""),
     "bf16-zero2": ("lora", "adamw", 2, "none", "bf16"),
     "bf16-zero3": ("packed", "adamw", 3, "none", "bf16"),
     "sgd-clipped-zero1": ("full", "sgd", 1, "none", "clip"),
-    "sgd-clipped-zero2": ("full", "sgd", 2, "none", "clip"),
     "sgd-clipped-zero3": ("full", "sgd", 3, "none", "clip"),
     "packed-zero3": ("packed", "adamw", 3, "none", ""),
     "experts-zero3": ("moe", "adamw", 3, "none", ""),
@@ -53,9 +55,9 @@ class Bytes(PackedLinear):
     def __init__(self, linear: nn.Linear) -> None:
         nn.Module.__init__(self)
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        shape = linear.weight.shape
-        self.bytes = nn.Parameter(torch.empty(shape, dtype=torch.uint8, device="meta"), requires_grad=False)
-        self.tail = nn.Parameter(torch.empty(7, dtype=torch.uint8, device="meta"), requires_grad=False)
+        for name, shape in (("bytes", linear.weight.shape), ("tail", (7,))):
+            empty = torch.empty(shape, dtype=torch.uint8, device="meta")
+            self.register_parameter(name, nn.Parameter(empty, requires_grad=False))
         self.register_parameter("bias", None)
 
     @property
@@ -74,7 +76,6 @@ class Bytes(PackedLinear):
 
 
 def _model(method: str) -> nn.Module:
-    """A tiny model on meta with its method attached."""
     from peft import LoraConfig, inject_adapter_in_model
     from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
@@ -89,23 +90,14 @@ def _model(method: str) -> nn.Module:
         if method == "full":
             return model
         if method == "packed":
-            for block in model.model.layers:
-                for parent in (block.self_attn, block.mlp):
-                    for name, child in list(parent.named_children()):
-                        if isinstance(child, nn.Linear):
-                            setattr(parent, name, Bytes(child))
+            for name, child in list(model.model.layers.named_modules()):
+                if isinstance(child, nn.Linear):
+                    model.model.layers.set_submodule(name, Bytes(child))
         model.requires_grad_(False)
         return inject_adapter_in_model(LoraConfig(r=5, target_modules=r".*(q|v|down)_proj"), model)
 
 
-def _anatomy(model: nn.Module) -> Anatomy:
-    """As much of it as the strategy reads."""
-    experts = tuple(name for name, _ in model.named_modules() if name.endswith("experts"))
-    return Anatomy(blocks=(), linears={}, embedding="", head="", tied=False, experts=experts)
-
-
 def _value(module: nn.Module, name: str, own: str, param: Tensor, precision: str) -> Tensor:
-    """The first value of a parameter, the same wherever it is asked for."""
     generator = torch.Generator().manual_seed(sum(map(ord, name)))
     if isinstance(module, Bytes):
         return module.pack(torch.randn(module.out_features, module.in_features, generator=generator) * 0.08)[own]
@@ -123,10 +115,7 @@ def _fill(model: nn.Module, place: Callable[[nn.Module], None], precision: str) 
                 done[id(param)] = nn.Parameter(value, requires_grad=param.requires_grad)
             setattr(module, own, done[id(param)])
         place(module)
-    rotary = model.model.rotary_emb
-    fresh = type(rotary)(model.config)
-    for own, buffer in fresh.named_buffers():
-        rotary.register_buffer(own, buffer, persistent=False)
+    model.model.rotary_emb = type(model.model.rotary_emb)(model.config)
 
 
 def _micro_batches(step: int, rank: int) -> list[tuple[Tensor, Tensor]]:
@@ -143,8 +132,7 @@ def _micro_batches(step: int, rank: int) -> list[tuple[Tensor, Tensor]]:
     return batches
 
 
-def _count(step: int) -> int:
-    return sum(int((t != -100).sum()) for rank in range(RANKS) for _, t in _micro_batches(step, rank))
+COUNTS = [sum(int((t != -100).sum()) for r in range(RANKS) for _, t in _micro_batches(s, r)) for s in range(STEPS)]
 
 
 def _loss(model: nn.Module, batch: tuple[Tensor, Tensor], precision: str) -> Tensor:
@@ -155,52 +143,38 @@ def _loss(model: nn.Module, batch: tuple[Tensor, Tensor], precision: str) -> Ten
     return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum")
 
 
-def _optimizer(name: str) -> Callable[[Sequence[dict[str, Any]]], torch.optim.Optimizer]:
-    if name == "sgd":
-        return lambda groups: torch.optim.SGD(groups, momentum=0.9)
-    return lambda groups: torch.optim.AdamW(groups, weight_decay=0.01)
-
-
 def _groups(model: nn.Module, lr: float) -> list[dict[str, Any]]:
-    """Two groups with rates of their own."""
     params = [param for param in model.parameters() if param.requires_grad]
     return [{"params": params[::2], "lr": lr}, {"params": params[1::2], "lr": 0.5 * lr}]
 
 
-def _recompute(model: nn.Module, reentrant: bool) -> None:
-    model.activation_checkpointing_enable({"use_reentrant": reentrant})
-    model.enable_input_require_grads()
-
-
-def _scale(step: int) -> float:
-    return 1.0 - 0.1 * step
-
-
 @functools.cache
 def single(method: str, optim: str, extra: str) -> dict[str, Any]:
-    """The run on one process, in plain torch."""
+    """The run on one process, in plain torch; one thread, as on the ranks."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     precision = "bf16" if extra == "bf16" else "fp32"
     model = _model(method)
     _fill(model, lambda module: None, precision)
     model.train()
-    optimizer = _optimizer(optim)(_groups(model, 1e-2 if optim == "sgd" else 1e-3))
+    optimizer = OPTIMIZERS[optim](_groups(model, 1e-2 if optim == "sgd" else 1e-3))
     rates = [group["lr"] for group in optimizer.param_groups]
-    params = [param for param in model.parameters() if param.requires_grad]
     losses, norms = [], []
     for step in range(STEPS):
         total = 0.0
         for rank in range(RANKS):
             for batch in _micro_batches(step, rank):
-                loss = _loss(model, batch, precision) / _count(step)
+                loss = _loss(model, batch, precision) / COUNTS[step]
                 loss.backward()
                 total += loss.item()
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate * _scale(step)
-        norm = torch.nn.utils.clip_grad_norm_(params, 0.5 if extra == "clip" else float("inf"))
+            group["lr"] = rate * (1.0 - 0.1 * step)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5 if extra == "clip" else float("inf"))
         optimizer.step()
         optimizer.zero_grad()
         losses.append(total)
         norms.append(float(norm))
+    torch.set_num_threads(threads)
     return {"losses": losses, "norms": norms, "weights": dict(model.named_parameters())}
 
 
@@ -210,14 +184,17 @@ def sharded(case: str, world: World) -> dict[str, Any]:
     precision = "bf16" if extra == "bf16" else "fp32"
     strategy = Zero(stage=stage, offload=offload)
     model = _model(method)
-    model = strategy.shard(model, _anatomy(model), world, precision)
+    experts = tuple(name for name, _ in model.named_modules() if name.endswith("experts"))
+    anatomy = Anatomy(blocks=(), linears={}, embedding="", head="", tied=False, experts=experts)
+    model = strategy.shard(model, anatomy, world, precision)
     _fill(model, strategy.place, precision)
     if extra == "recompute":
-        _recompute(model, bool(int(os.environ.get("RE", strategy.reentrant_recompute))))
+        model.activation_checkpointing_enable({"use_reentrant": strategy.reentrant_recompute})
+        model.enable_input_require_grads()
     first = dict(model.named_parameters())
-    held = sum(p.numel() for p in model.parameters())
+    held = sum(param.numel() for param in model.parameters())
     model.train()
-    engine = strategy.prepare(model, _groups(model, 1e-2 if optim == "sgd" else 1e-3), _optimizer(optim))
+    engine = strategy.prepare(model, _groups(model, 1e-2 if optim == "sgd" else 1e-3), OPTIMIZERS[optim])
     losses, norms = [], []
     spoilt = True
     for step in range(STEPS):
@@ -226,10 +203,10 @@ def sharded(case: str, world: World) -> dict[str, Any]:
         total = torch.zeros((), dtype=torch.float64)
         batches = _micro_batches(step, world.rank)
         for index, batch in enumerate(batches):
-            loss = _loss(engine, batch, precision) / _count(step)
+            loss = _loss(engine, batch, precision) / COUNTS[step]
             strategy.backward(loss, last=index == len(batches) - 1)
             total += loss.item()
-        norms.append(strategy.step(0.5 if extra == "clip" else float("inf"), _scale(step)))
+        norms.append(strategy.step(0.5 if extra == "clip" else float("inf"), 1.0 - 0.1 * step))
         losses.append(world.sum(total).item())
     weights = {name: strategy.full(param) for name, param in first.items()}
     kept = sum(param.numel() for param in model.parameters())
@@ -260,7 +237,6 @@ def _spoil(strategy: Zero, engine: nn.Module, params: dict[str, nn.Parameter], w
 
 
 def _serve(folder: Path) -> None:
-    """One rank: every case in turn, in the same process group."""
     world = join()
     for case in CASES:
         result = sharded(case, world)
@@ -269,50 +245,42 @@ def _serve(folder: Path) -> None:
     leave()
 
 
-def _port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
-
-
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     folder = tmp_path_factory.mktemp("zero")
-    port, ranks = _port(), []
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    ranks = []
     for rank in range(RANKS):
         env = os.environ | {
             "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(RANKS), "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2]),
         }  # fmt: skip
-        command = [sys.executable, __file__, str(folder)]
-        ranks.append(subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
+        pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        ranks.append(subprocess.Popen([sys.executable, __file__, str(folder)], env=env, **pipes))
     printed = "".join(rank.communicate(timeout=300)[0] for rank in ranks)
     assert all(rank.returncode == 0 for rank in ranks), printed[-6000:]
     return folder, printed
-
-
-def _worst(found: Sequence[float], wanted: Sequence[float]) -> float:
-    return max(abs(a - b) / abs(b) for a, b in zip(found, wanted, strict=True))
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_zero_equals_single(case: str, results: tuple[Path, str]) -> None:
     method, optim, stage, _, extra = CASES[case]
     found, wanted = torch.load(results[0] / f"{case}.pt"), single(method, optim, extra.replace("recompute", ""))
-    bf16 = extra == "bf16"
-    tolerance = 5e-3 if bf16 else TOLERANCE  # bf16: another order of sums moves a rounding of 2^-8
-    loss, norm = _worst(found["losses"], wanted["losses"]), _worst(found["norms"], wanted["norms"])
+    tolerance = 5e-3 if extra == "bf16" else TOLERANCE  # bf16: another order of sums moves a rounding of 2^-8
     weight = 0.0
-    for name, value in found["weights"].items():
-        other = wanted["weights"][name].detach()
-        assert value.dtype == other.dtype
-        if not wanted["weights"][name].requires_grad:
-            assert torch.equal(value, other), f"{name} is frozen and moved"
+    for name, other in wanted["weights"].items():
+        value = found["weights"][name]
+        if other.requires_grad:
+            weight = max(weight, ((value - other.detach()).norm() / other.norm()).item())
         else:
-            weight = max(weight, float((value - other).norm() / other.norm()))
+            assert value.dtype == other.dtype
+            assert torch.equal(value, other), f"{name} is frozen and moved"
     assert abs(wanted["losses"][-1] / wanted["losses"][0] - 1) > 0.01, "the loss must move"
     assert found["spoilt"], "a spoilt or dropped step moved something"
-    assert max(loss, norm) < tolerance * (10 if bf16 else 1)
+    assert found["losses"] == pytest.approx(wanted["losses"], rel=tolerance)
+    assert found["norms"] == pytest.approx(wanted["norms"], rel=tolerance)
     assert weight < tolerance
     if stage == 3:
         assert found["held"] == found["kept"] == 0, "a whole parameter stayed on a rank"
@@ -322,11 +290,10 @@ def test_deepspeed_prints_nothing(results: tuple[Path, str]) -> None:
     assert results[1] == ""
 
 
-def test_offload_of_parameters_needs_stage_3() -> None:
-    with pytest.raises(ValueError, match="zero3"):
-        Zero(stage=2, offload="parameters")
-    with pytest.raises(ValueError, match=r"strategy\.stage"):
-        Zero(stage=4, offload="none")
+@pytest.mark.parametrize(("stage", "offload", "message"), [(2, "parameters", "zero3"), (4, "none", "1, 2 or 3")])
+def test_what_deepspeed_has_not_is_refused(stage: int, offload: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Zero(stage=stage, offload=offload)
 
 
 if __name__ == "__main__":
