@@ -4,6 +4,7 @@ import copy
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor, nn
 
 from dsft.models import attention as ragged
 
@@ -42,3 +43,8 @@ def build_meta(files: "ModelFiles", dtype: torch.dtype, attention: str = ragged.
         )
     model.config.use_cache = False
     return model
+
+
+def base_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Name -> parameter or persistent buffer, every name of a tied one included."""
+    return dict(model.state_dict(keep_vars=True))

@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from dsft.models.build import base_tensors
 from dsft.models.recipes import plan, tolerated
-from dsft.models.values import base_tensors
 from dsft.models.weights import Weights
 
 if TYPE_CHECKING:
@@ -47,15 +47,13 @@ class CheckpointValues:
         if recipe.converter is None:
             self._weights.fill(recipe.sources[0][1], out, start)
             return
-        count = out.shape[0] if out.ndim else 1
-        if count == 0:
-            return
-        if recipe.rows_are_sources():  # each rank reads its own experts only
-            made = recipe.convert(self._model, self._weights.read, rows=slice(start, start + count))
-            out.copy_(made[recipe.target])
-        else:
-            made = recipe.convert(self._model, self._weights.read)
-            out.copy_(made[recipe.target][start : start + count] if out.ndim else made[recipe.target])
+        if recipe.rows_are_sources():  # expert by expert, those of these rows only
+            for row, expert in enumerate(out, start):
+                made = recipe.convert(self._model, self._weights.read, rows=slice(row, row + 1))
+                expert.copy_(made[recipe.target][0])
+        elif out.numel() > 0:
+            whole = recipe.convert(self._model, self._weights.read)[recipe.target]
+            out.copy_(whole[start : start + len(out)] if out.ndim else whole)
 
     def _share_tied(self) -> None:
         """Give every name of a tied tensor the recipe that one of its names has."""

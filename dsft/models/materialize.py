@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from dsft.comm.world import World
+from dsft.models.transients import returned_at_once
 from dsft.models.values import Values
 from dsft.protocols import PackedLinear
 
@@ -40,23 +41,24 @@ def materialize(
     if values.unexpected and world.rank == 0:
         count, first = len(values.unexpected), values.unexpected[0]
         sys.stderr.write(f"warning: model.path holds {count} tensor(s) that the model does not use, first {first}\n")
-    owner = model
-    for path, module in list(model.named_modules()):
-        owner = module if hasattr(module, "_init_weights") else owner
-        names = {key: f"{path}.{key}" if path else key for key in (*module._parameters, *module._buffers)}
-        _fill_buffers(module, owner, names, values, world, origins, initial)
-        packed = _packed(module, path, values, world, origins)
-        for key, param in module._parameters.items():
-            if param is None or not param.is_meta:  # not meta: the other end of a tie, already filled
-                continue
-            name = names[key]
-            if key in packed:
-                _set(param, packed.pop(key), world.device)
-            elif name in origins and origins[name] in values:
-                _fill(param, world.device, values, origins[name])
-            else:
-                _set(param, initial(name, param), world.device)
-        place(module)
+    with returned_at_once():
+        owner = model
+        for path, module in list(model.named_modules()):
+            owner = module if hasattr(module, "_init_weights") else owner
+            names = {key: f"{path}.{key}" if path else key for key in (*module._parameters, *module._buffers)}
+            _fill_buffers(module, owner, names, values, world, origins=origins, initial=initial)
+            packed = _packed(module, path, values, world, origins)
+            for key, param in module._parameters.items():
+                if param is None or not param.is_meta:  # not meta: the other end of a tie, already filled
+                    continue
+                name = names[key]
+                if key in packed:
+                    _set(param, packed.pop(key), world.device)
+                elif name in origins and origins[name] in values:
+                    _fill(param, world.device, values, origins[name])
+                else:
+                    _set(param, initial(name, param), world.device)
+            place(module)
 
 
 def _packed(
@@ -117,6 +119,7 @@ def _fill_buffers(
     names: Mapping[str, str],
     values: Values,
     world: World,
+    *,
     origins: Mapping[str, str],
     initial: Initial,
 ) -> None:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from dsft.models.values import base_tensors
+from dsft.models.build import base_tensors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

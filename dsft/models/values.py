@@ -3,8 +3,11 @@
 from typing import TYPE_CHECKING, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from dsft.models.build import build_meta
+from dsft.models.checkpoint_values import CheckpointValues
+from dsft.models.random_values import RandomValues
 from dsft.models.weights import Weights
 
 if TYPE_CHECKING:
@@ -34,10 +37,6 @@ def open_values(files: "ModelFiles", dtype: torch.dtype, seed: int) -> Values:
     files.init = pretrained: from files.folder; raises ValueError if a tensor is missing or has another shape.
     files.init = random: from (seed, name), the same for every number of ranks.
     """
-    from dsft.models.build import build_meta
-    from dsft.models.checkpoint_values import CheckpointValues
-    from dsft.models.random_values import RandomValues
-
     twin = build_meta(files, dtype, attention="eager")  # never changed by a method, unlike the model to be filled
     if files.init == "random":
         return RandomValues(twin, seed)
@@ -47,8 +46,3 @@ def open_values(files: "ModelFiles", dtype: torch.dtype, seed: int) -> Values:
             "set model.path to its folder, or model.init=random"
         )
     return CheckpointValues(twin, Weights(files.folder))
-
-
-def base_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Name -> parameter or persistent buffer, every name of a tied one included."""
-    return dict(model.state_dict(keep_vars=True))
