@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from dsft_launchers.join import count_devices
@@ -88,9 +89,21 @@ def repair(tree: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
     if train["steps"] is None and train["epochs"] is None:
         train["epochs"] = 1.0
         said.append("train.epochs=1: neither train.steps nor train.epochs was given")
+    if train["precision"] == "auto":
+        train["precision"] = "bf16" if computes_bf16() else "fp32"
+        said.append(f"train.precision=auto: {train['precision']}, as this machine computes")
     if isinstance(train["epochs"], int):
         train["epochs"] = float(train["epochs"])
     return fixed, tuple(said)
+
+
+def computes_bf16() -> bool:
+    """True with an accelerator, or a CPU whose instructions include bf16; other CPUs emulate it many times slower."""
+    if count_devices(os.environ):
+        return True
+    info = Path("/proc/cpuinfo")
+    words = set(info.read_text().split()) if info.is_file() else set()
+    return bool(words & {"avx512_bf16", "amx_bf16", "bf16"})
 
 
 def _over_capacity(run: Run) -> str | None:
