@@ -199,6 +199,9 @@ class DataSource(Protocol):
 class Tracker(Protocol):
     """Where metrics go besides metrics.jsonl."""
 
+    def check(self) -> None:
+        """Raise ValueError, one line, if it cannot work here; cheap, nothing started."""
+
     def open(self, run_dir: Path, config: Mapping[str, Any], run_id: str | None) -> str | None:
         """Start; return the tracker's run id, or None if it has none."""
 

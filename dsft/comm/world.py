@@ -57,7 +57,8 @@ def join(timeout_s: float = 1800.0) -> World:
     rank = int(os.environ.get("RANK", "0"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     cuda = torch.cuda.is_available()
-    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    # under srun --gpus-per-task=1 each task sees one accelerator, whatever its local rank
+    device = torch.device("cuda", local_rank % torch.cuda.device_count()) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
     if size > 1 and not dist.is_initialized():

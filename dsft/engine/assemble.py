@@ -87,7 +87,8 @@ def assemble(run: Run, files: ModelFiles, world: World) -> Session:
 def autocast(session: Session) -> torch.autocast:
     """The precision of a forward pass."""
     bf16 = session.run.train.precision == "bf16"
-    return torch.autocast(session.world.device.type, torch.bfloat16, enabled=bf16)
+    # no cache: the bf16 copies of all that trains would otherwise live until the end of backward
+    return torch.autocast(session.world.device.type, torch.bfloat16, enabled=bf16, cache_enabled=False)
 
 
 class seeded:  # noqa: N801  # a context, used like a function

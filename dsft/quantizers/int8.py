@@ -16,6 +16,9 @@ from dsft.quantizers.packed import (
     swap_linears,
 )
 
+CHUNK = 2**20
+"""Weights packed at once."""
+
 LEVELS = 127
 """Largest magnitude of a stored integer; -128 is not used (LLM.int8(), section 2)."""
 
@@ -55,10 +58,15 @@ class Int8Linear(ByteLinear):
     def pack(self, weight: Tensor) -> dict[str, Tensor]:
         """Weight (out, in) -> payload, absmax. Raises RuntimeError for another shape or numbers that are not finite."""
         self.check(weight)
-        weight = weight.detach().float()
-        absmax = weight.abs().amax(dim=1, keepdim=True)  # (out, 1)
-        share = weight / absmax.clamp(min=torch.finfo(torch.float32).tiny)  # a row of zeros stays zeros
-        payload = torch.round(share * LEVELS).to(torch.int8)
+        payload = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
+        absmax = torch.empty(weight.shape[0], 1, dtype=torch.float32, device=weight.device)
+        rows = max(1, CHUNK // weight.shape[1])
+        for first in range(0, weight.shape[0], rows):  # in parts: the temporaries are several times their size
+            part = weight[first : first + rows].detach().float()
+            largest = part.abs().amax(dim=1, keepdim=True)
+            share = part / largest.clamp(min=torch.finfo(torch.float32).tiny)  # a row of zeros stays zeros
+            payload[first : first + rows] = torch.round(share * LEVELS).to(torch.int8)
+            absmax[first : first + rows] = largest
         return {"payload": payload.view(torch.uint8), "absmax": raw_bytes(absmax)}
 
     def decode(self, parts: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:

@@ -26,6 +26,10 @@ NESTED_BLOCK = 256
 """Absmax values that share one scale under double quantization (QLoRA, section 3)."""
 
 
+CHUNK = 2**20
+"""Weights packed at once, a multiple of BLOCK: bounds the temporaries, which are several times their size."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class NF4(Quantizer):
     """Weights in 4 bits: per block of 64 the nearest of 16 levels of w / absmax; equal to bitsandbytes' Linear4bit."""
@@ -73,17 +77,18 @@ class NF4Linear(ByteLinear):
     def pack(self, weight: Tensor) -> dict[str, Tensor]:
         """Weight (out, in) -> payload, absmax[, nested]. Raises RuntimeError for another shape or if not finite."""
         self.check(weight)
-        weight = weight.detach().contiguous()
-        if weight.dtype is torch.float64:  # bitsandbytes takes 16- and 32-bit floats
-            weight = weight.float()
-        payload, state = _bitsandbytes().quantize_4bit(
-            weight, blocksize=BLOCK, compress_statistics=self.double_quant, quant_type="nf4"
-        )
-        parts = {"payload": payload.reshape(-1)}
-        if self.double_quant:
-            nested = torch.cat([state.offset.reshape(1), state.state2.absmax])
-            return {**parts, "absmax": state.absmax, "nested": raw_bytes(nested)}
-        return {**parts, "absmax": raw_bytes(state.absmax)}
+        bnb = _bitsandbytes()
+        chunks = [
+            bnb.quantize_4bit(chunk.float(), blocksize=BLOCK, compress_statistics=False, quant_type="nf4")
+            for chunk in weight.detach().reshape(-1).split(CHUNK)
+        ]
+        parts = {"payload": torch.cat([payload.reshape(-1) for payload, _ in chunks])}
+        absmax = torch.cat([state.absmax for _, state in chunks])
+        if not self.double_quant:
+            return {**parts, "absmax": raw_bytes(absmax)}
+        offset = absmax.mean()
+        levels, nested = bnb.quantize_blockwise(absmax - offset, blocksize=NESTED_BLOCK)
+        return {**parts, "absmax": levels, "nested": raw_bytes(torch.cat([offset.reshape(1), nested.absmax]))}
 
     def decode(self, parts: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
         """Weight (out, in) by bitsandbytes, its QuantState built from the bytes for this one call."""
