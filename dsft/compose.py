@@ -208,7 +208,7 @@ def _checked(value: Any, hint: Any, path: str) -> Any:
     try:
         return TypeAdapter(hint).validate_json(text, strict=True)
     except ValidationError as error:
-        rule = error.errors()[0]["msg"].removeprefix("Input should be ").replace("valid ", "")
+        rule = error.errors()[0]["msg"].removeprefix("Input should be ").replace("a valid integer", "an integer").replace("valid ", "")
         raise ValueError(f"{path} must be {rule}, got {value!r}") from error
 
 

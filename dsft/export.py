@@ -42,9 +42,11 @@ def export(run_dir: Path, what: str, out: Path) -> None:
     if what == "adapter" or run.method.whole:
         shutil.copytree(run_dir / "adapter", out)
         return
-    model = merged(run, run_dir / "adapter")
-    model.save_pretrained(out)
-    run.model.resolve().tokenizer().save_pretrained(out)
+    from dsft.models.progress import no_progress_bars
+
+    with no_progress_bars():
+        merged(run, run_dir / "adapter").save_pretrained(out)
+        run.model.resolve().tokenizer().save_pretrained(out)
 
 
 def merged(run: Run, adapter: Path) -> Any:

@@ -1,0 +1,134 @@
+"""The loop: steps that are not finite, early stopping, requests to stop, evaluation, all on a real tiny model."""
+
+import math
+import os
+import signal
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+import torch
+
+from dsft.comm.world import World
+from dsft.compose import compose
+from dsft.data.open import Dataset, open_data
+from dsft.engine.assemble import Session, assemble
+from dsft.engine.evaluate import Evaluation
+from dsft.engine.loop import fit
+from dsft.engine.stop import StopFlag
+
+
+class Seen:
+    """A watch that keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.steps: list[Mapping[str, float]] = []
+        self.evaluations: list[tuple[int, Evaluation]] = []
+        self.events: list[str] = []
+
+    def begin_step(self) -> None: ...
+
+    def step(self, step: int, values: Mapping[str, float], ids: list[str]) -> None:
+        assert len(ids) == 4
+        self.steps.append(values)
+
+    def evaluation(self, step: int, evaluation: Evaluation) -> None:
+        self.evaluations.append((step, evaluation))
+
+    def event(self, event: str, step: int, details: Mapping[str, object]) -> None:
+        self.events.append(event)
+
+
+def _session(*words: str) -> tuple[Session, Dataset]:
+    composed = compose([
+        "model=tiny", "data=reasoning_gym", "data.size=32", "data.eval_size=5", "train.precision=fp32",
+        "train.global_batch_size=4", "launcher=local", "method=lora", "optim.lr=1e-3", "train.steps=6", *words,
+    ])  # fmt: skip
+    files = composed.run.model.resolve()
+    data = open_data(composed.run.data, files.tokenizer(), max_length=512, seed=0)
+    return assemble(composed.run, files, World(0, 1, 0, torch.device("cpu"))), data
+
+
+def _poison(session: Session, at: int) -> dict[str, Any]:
+    """Make the gradients of one step NaN, as an overflow would."""
+    calls = {"count": 0}
+    whole = session.run.strategy.backward
+
+    def backward(loss: torch.Tensor, *, last: bool) -> None:
+        calls["count"] += last
+        whole(loss * math.nan if calls["count"] == at else loss, last=last)
+
+    object.__setattr__(session.run.strategy, "backward", backward)
+    return calls
+
+
+def test_evaluates_before_and_after_and_loss_falls() -> None:
+    session, data = _session()
+    seen = Seen()
+    at = fit(session, data, 6, seen, StopFlag())
+    assert (at.state, at.step) == ("done", 6)
+    assert [step for step, _ in seen.evaluations] == [0, 6]
+    first, last = (evaluation.values for _, evaluation in seen.evaluations)
+    assert last["eval/loss"] < first["eval/loss"]
+    assert 0 <= last["eval/accuracy"] <= 1
+    assert len(seen.evaluations[0][1].answers) == 5
+
+
+def test_a_step_that_is_not_finite_moves_nothing_and_is_skipped() -> None:
+    session, data = _session("train.on_nonfinite=skip")
+    _poison(session, at=2)
+    seen = Seen()
+    at = fit(session, data, 4, seen, StopFlag())
+    assert (at.step, at.skipped, seen.events) == (4, 1, ["nonfinite"])
+    assert math.isnan(seen.steps[1]["grad_norm"])
+    assert all(math.isfinite(values["grad_norm"]) for values in (seen.steps[0], *seen.steps[2:]))
+    assert all(torch.isfinite(param).all() for param in session.model.parameters() if param.is_floating_point())
+
+
+def test_a_step_that_is_not_finite_ends_the_run_by_default() -> None:
+    session, data = _session()
+    _poison(session, at=2)
+    with pytest.raises(RuntimeError, match=r"step 2: .*nothing was updated"):
+        fit(session, data, 4, Seen(), StopFlag())
+
+
+def test_the_budget_of_skipped_steps_ends_the_run() -> None:
+    session, data = _session("train.on_nonfinite=skip", "train.max_nonfinite=0")
+    _poison(session, at=1)
+    with pytest.raises(RuntimeError, match=r"train\.max_nonfinite=0"):
+        fit(session, data, 4, Seen(), StopFlag())
+
+
+def test_stops_early_when_the_metric_gets_no_better() -> None:
+    session, data = _session(
+        "train.eval_every=1", "train.early_stop_metric=eval/accuracy", "train.early_stop_patience=2"
+    )
+    seen = Seen()
+    at = fit(session, data, 6, seen, StopFlag())
+    assert at.step == 3  # the first evaluation sets the mark, the next two are no better than 0 %
+    assert "early_stop" in seen.events
+
+
+def test_a_signal_stops_the_run_at_the_next_step() -> None:
+    session, data = _session()
+    stop = StopFlag()
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)}
+    try:
+        stop.bind()
+        os.kill(os.getpid(), signal.SIGUSR2)
+        at = fit(session, data, 6, Seen(), stop)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert (at.state, at.step, at.reason) == ("stopped", 0, "SIGUSR2")
+
+
+def test_random_streams_depend_on_seed_and_step_alone() -> None:
+    losses = []
+    for _ in range(2):
+        session, data = _session("method.dropout=0.3")
+        torch.manual_seed(torch.randint(0, 1000, ()).item())  # whatever the process drew before
+        seen = Seen()
+        fit(session, data, 3, seen, StopFlag())
+        losses.append([values["loss"] for values in seen.steps])
+    assert losses[0] == losses[1]

@@ -1,0 +1,58 @@
+"""What method.target_modules and method.trainable mean on a real anatomy."""
+
+import pytest
+from torch import nn
+
+from dsft.compose import compose
+from dsft.methods.freeze import Freeze
+from dsft.methods.peft_bridge import resolve_targets
+from dsft.models.anatomy import dissect
+from dsft.protocols import Anatomy
+
+
+def _bones(model: str) -> tuple[nn.Module, Anatomy]:
+    import torch
+
+    from dsft.models.build import build_meta
+
+    meta = build_meta(compose([f"model={model}"]).run.model.resolve(), torch.float32)
+    return meta, dissect(meta)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "suffixes"),
+    [
+        ("all-linear", ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]),
+        ("attention", ["k_proj", "o_proj", "q_proj", "v_proj"]),
+        (("mlp", "q_proj"), ["down_proj", "gate_proj", "q_proj", "up_proj"]),
+        (r".*\.(q|v)_proj", ["q_proj", "v_proj"]),
+    ],
+)
+def test_targets_become_the_shortest_names(wanted: str | tuple[str, ...], suffixes: list[str]) -> None:
+    assert resolve_targets(wanted, *_bones("tiny")) == suffixes
+
+
+def test_some_blocks_only_keep_their_full_names() -> None:
+    found = resolve_targets(r"model\.layers\.0\..*q_proj", *_bones("tiny"))
+    assert found == ["model.layers.0.self_attn.q_proj"]
+
+
+def test_a_word_that_matches_nothing_is_refused_with_the_choice() -> None:
+    with pytest.raises(ValueError, match=r"q_prj matches no linear; there are: all-linear, attention"):
+        resolve_targets("q_prj", *_bones("tiny"))
+
+
+def test_freeze_takes_blocks_head_norms_and_patterns() -> None:
+    model, anatomy = _bones("tiny")
+    Freeze(trainable=(1, "head", "*.0.*.q_proj.weight")).attach(model, anatomy)
+    learning = {name for name, param in model.named_parameters() if param.requires_grad}
+    last = anatomy.blocks[-1]
+    assert {name for name in learning if not name.startswith(f"{last}.")} == {
+        "lm_head.weight",
+        "model.layers.0.self_attn.q_proj.weight",
+    }
+
+
+def test_freeze_refuses_more_blocks_than_there_are() -> None:
+    with pytest.raises(ValueError, match=r"method\.trainable must be at most"):
+        Freeze(trainable=(99,)).attach(*_bones("tiny"))
