@@ -17,9 +17,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     try:
         flags, overrides = hydra_flags(words)
-        composed = compose([] if flags else overrides)
         if flags:
             return hand_to_hydra(flags)
+        composed = compose(overrides)
         if composed.start.variables:
             return _join(composed)
         return _start(composed)

@@ -57,8 +57,19 @@ class DsftLauncher(Launcher):
         from dsft.sweep import run_points
 
         points = [list(overrides) for overrides in job_overrides]
-        codes = run_points(points, Path(self.sweep), first=initial_job_idx)
+        try:
+            codes = run_points(points, Path(self.sweep), first=initial_job_idx)
+        except ValueError:
+            _unwrite(Path(self.sweep))
+            raise
         return [_returned(point, code) for point, code in zip(points, codes, strict=True)]
+
+
+def _unwrite(sweep: Path) -> None:
+    """Take back what Hydra's sweeper wrote before the points were checked."""
+    (sweep / "multirun.yaml").unlink(missing_ok=True)
+    if sweep.is_dir() and not any(sweep.iterdir()):
+        sweep.rmdir()
 
 
 def _returned(overrides: list[str], code: int) -> JobReturn:
