@@ -115,14 +115,14 @@ def _local(value: Tensor) -> Tensor:
 
 
 def main() -> None:
-    """cells.py JOB: JOB is JSON with cells {name: overrides}, fault, out."""
+    """cells.py JOB: JOB is JSON with cells {name: [overrides, planted fault or null]} and out."""
     job = json.loads(Path(sys.argv[1]).read_text())
     torch.set_num_threads(1)
     world = join()
     results: dict[str, Any] = {}
-    for name, overrides in job["cells"].items():
+    for name, (overrides, fault) in job["cells"].items():
         try:
-            results[name] = vars(measure(overrides, world, job["fault"]))
+            results[name] = vars(measure(overrides, world, fault))
         except ValueError as error:  # a refused combination is a result
             results[name] = {"refused": str(error)}
         if world.rank == 0:

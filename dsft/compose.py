@@ -1,10 +1,9 @@
 """From what was typed to a frozen Run: the only importer of Hydra and OmegaConf."""
 
-import difflib
 import importlib
 import json
+import math
 import os
-import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
@@ -14,11 +13,10 @@ from typing import Any, get_type_hints
 from dsft_launchers.join import count_devices, resolve
 
 from dsft import config, rules
+from dsft.wording import OWN_CONF, one_line, suggest
 
-OWN_CONF = next(
-    path for path in (Path(__file__).parent / "conf", Path(__file__).parent.parent / "conf") if path.is_dir()
-)
-"""The YAML tree: beside the code in an installed wheel, at the top of a checkout."""
+CLASSES = ("model", "method", "quantization", "strategy", "objective", "data")
+"""Groups whose option is a class that its YAML names."""
 
 _PLAIN = {"optim": config.Optim, "train": config.Train, "launcher": config.Launcher}
 
@@ -116,6 +114,7 @@ def _compose_tree(overrides: list[str]) -> tuple[dict[str, Any], list[Choice]]:
     from hydra.errors import HydraException
     from omegaconf import OmegaConf, open_dict
     from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
 
     GlobalHydra.instance().clear()
     try:
@@ -130,8 +129,11 @@ def _compose_tree(overrides: list[str]) -> tuple[dict[str, Any], list[Choice]]:
         if missing:
             raise ValueError(f"{missing[0]} must be given; add {missing[0]}=VALUE")
         tree: dict[str, Any] = {"tracker": {}, **plain(cfg)}
-    except (HydraException, OmegaConfBaseException) as error:
-        raise ValueError(_one_line(error)) from error
+    except (HydraException, OmegaConfBaseException, YAMLError) as error:
+        raise ValueError(one_line(error)) from error
+    for group in CLASSES:
+        if not isinstance(tree.get(group), dict) or "_target_" not in tree[group]:
+            raise ValueError(f"{group} must be an option whose YAML names its class with _target_; choose one")
     return tree, choices
 
 
@@ -201,6 +203,8 @@ def _build_dataclass(cls: type, values: Mapping[str, Any], path: str) -> Any:
 def _checked(value: Any, hint: Any, path: str) -> Any:
     from pydantic import TypeAdapter, ValidationError
 
+    if isinstance(value, float) and not math.isfinite(value) and not (value > 0 and path == "train.max_grad_norm"):
+        raise ValueError(f"{path} must be a finite number, got {value}")
     try:
         text = json.dumps(value)
     except TypeError:  # already an instance that _build made
@@ -208,42 +212,10 @@ def _checked(value: Any, hint: Any, path: str) -> Any:
     try:
         return TypeAdapter(hint).validate_json(text, strict=True)
     except ValidationError as error:
-        rule = error.errors()[0]["msg"].removeprefix("Input should be ").replace("a valid integer", "an integer").replace("valid ", "")
+        rule = error.errors()[0]["msg"].removeprefix("Input should be ").replace("valid ", "")
+        rule = rule.replace("a integer", "an integer").replace("a array", "a list in [ ]")
+        rule = "complete" if rule == "Field required" else rule
         raise ValueError(f"{path} must be {rule}, got {value!r}") from error
-
-
-def suggest(word: str, options: set[str] | Sequence[str]) -> str:
-    """The end of a refusal: the closest option, or all of them."""
-    close = difflib.get_close_matches(word, sorted(options), n=1, cutoff=0.6)
-    return f"; did you mean {close[0]}?" if close else f"; there are: {', '.join(sorted(options))}"
-
-
-def _one_line(error: Exception) -> str:
-    """Hydra's and OmegaConf's messages, cut to what the user needs."""
-    text = str(error)
-    if found := re.search(r"Could not find '([^']+)/([^'/]+)'(?:\s+Available options in '[^']+':((?:\s+\S+)*))?", text):
-        group, option, listed = found.groups()
-        return f"{group}={option} does not exist{suggest(option, (listed or '').split())}"
-    if found := re.search(r"Could not override '([^']+)'. No match in the defaults list", text):
-        groups = {path.name for path in OWN_CONF.iterdir() if path.is_dir()}
-        return f"{found[1]} is not a group{suggest(found[1], groups)}"
-    if found := re.search(r"Could not override '([^']+)'", text):
-        return f"{found[1]} is not a key{_near_key(found[1])}"
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return " ".join(lines[:2])
-
-
-def _near_key(key: str) -> str:
-    """The keys beside a misspelt one, read from our own YAML of that group."""
-    group, _, leaf = key.partition(".")
-    if not leaf:
-        return suggest(group, {path.name for path in OWN_CONF.iterdir() if path.is_dir()} | {"run_dir"})
-    names: set[str] = set()
-    for path in (OWN_CONF / group).glob("*.yaml") if (OWN_CONF / group).is_dir() else ():
-        names |= {str(name) for name in load_yaml(path) if name not in ("_target_", "defaults")}
-    if not names:
-        return suggest(group, {path.name for path in OWN_CONF.iterdir() if path.is_dir()})
-    return suggest(leaf, names).replace("did you mean ", f"did you mean {group}.")
 
 
 def hydra_flags(argv: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -281,7 +253,7 @@ def hand_to_hydra(argv: Sequence[str]) -> int:
         main = hydra.main(config_path=str(OWN_CONF), config_name="config", version_base="1.3")(codes.append)
         main()
     except (HydraException, OmegaConfBaseException) as error:
-        raise ValueError(_one_line(error)) from error
+        raise ValueError(one_line(error)) from error
     return max(codes, default=0)
 
 

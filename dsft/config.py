@@ -38,6 +38,12 @@ class Train:
         for name in ("global_batch_size", "micro_batch_tokens", "early_stop_patience"):
             _at_least(f"train.{name}", getattr(self, name), 1)
         _at_least("train.max_length", self.max_length, 2)
+        if self.early_stop_metric not in (None, "eval/loss", "eval/accuracy"):
+            raise ValueError(
+                f"train.early_stop_metric must be eval/loss or eval/accuracy, got {self.early_stop_metric}"
+            )
+        if self.early_stop_metric is not None and self.eval_every == 0:
+            raise ValueError("train.early_stop_metric needs evaluations to look at, got train.eval_every=0; set it")
         for name in ("seed", "eval_every", "max_nonfinite"):
             _at_least(f"train.{name}", getattr(self, name), 0)
         if not self.max_grad_norm > 0:
@@ -72,6 +78,12 @@ class Optim:
         for name, value in (("betas[0]", self.betas[0]), ("betas[1]", self.betas[1]), ("momentum", self.momentum)):
             if not 0 <= value < 1:
                 raise ValueError(f"optim.{name} must be in [0, 1), got {value}")
+        if not self.eps > 0:
+            raise ValueError(f"optim.eps must be above 0, got {self.eps}")
+        if self.momentum and self.name != "sgd":
+            raise ValueError(f"optim.momentum is sgd's, got it with optim.name={self.name}; leave it at 0")
+        if self.schedule == "wsd" and self.decay_steps == 0:
+            raise ValueError("optim.schedule=wsd needs the length of its decay, got optim.decay_steps=0; set it")
         if not 0 <= self.min_lr_ratio <= 1:
             raise ValueError(f"optim.min_lr_ratio must be in [0, 1], got {self.min_lr_ratio}")
 

@@ -5,7 +5,7 @@ import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from dsft.compose import read
 from dsft.config import Run
@@ -19,13 +19,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("run", type=Path, help="a run folder that is done")
     parser.add_argument("--to", choices=("adapter", "merged"), required=True)
     parser.add_argument("out", type=Path, help="a folder that does not exist yet")
-    args = parser.parse_args(argv)
+    parser.error = _raise  # type: ignore[method-assign]
     try:
+        args = parser.parse_args(argv)
         export(args.run, args.to, args.out)
     except ValueError as error:
         return refuse(error)
     print(f"{args.to} written to {args.out}")
     return 0
+
+
+def _raise(message: str) -> NoReturn:
+    raise ValueError(f"{message}; usage: dsft export RUN --to adapter|merged OUT")
 
 
 def export(run_dir: Path, what: str, out: Path) -> None:

@@ -5,6 +5,7 @@ import json
 import os
 import platform
 import subprocess
+import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -25,8 +26,12 @@ def check(run_dir: Path, resolved: Mapping[str, Any]) -> None:
         place = place.parent
     if not place.is_dir():
         raise ValueError(f"run_dir must be a folder, got {run_dir}: {place} is a file; choose another run_dir")
-    if not os.access(place, os.W_OK | os.X_OK):
-        raise ValueError(f"run_dir must be writable, got {run_dir}: no permission in {place}; choose another run_dir")
+    try:
+        with tempfile.TemporaryFile(dir=place):  # os.access tells nothing to root, nor of a full or odd file system
+            pass
+    except OSError as error:
+        reason = error.strerror or error
+        raise ValueError(f"run_dir must be writable, got {run_dir}: {reason} in {place}; choose another") from error
     if (run_dir / "config.yaml").is_file():
         different = list(_differences(load_yaml(run_dir / "config.yaml"), resolved))
         if different:
@@ -34,6 +39,16 @@ def check(run_dir: Path, resolved: Mapping[str, Any]) -> None:
             raise ValueError(f"run_dir {run_dir} holds another configuration ({shown}); choose another run_dir")
     elif run_dir.is_dir() and any(run_dir.iterdir()):
         raise ValueError(f"run_dir must be empty or a run's folder, got {run_dir} with other files; choose another")
+
+
+def check_length(run_dir: Path, resolved: Mapping[str, Any]) -> None:
+    """Refuse another length for a run that is done: it could only be trained anew."""
+    old, new = load_yaml(run_dir / "config.yaml")["train"], resolved["train"]
+    for key in ("steps", "epochs"):
+        if old[key] != new[key]:
+            raise ValueError(
+                f"run_dir {run_dir} is done with train.{key}={old[key]}, got {new[key]}; choose another run_dir"
+            )
 
 
 def create(run_dir: Path, composed: Composed, plan: Mapping[str, Any], digests: Mapping[str, str]) -> None:

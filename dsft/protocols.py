@@ -152,6 +152,10 @@ class Strategy(ABC):
     def shard(self, model: nn.Module, anatomy: Anatomy, world: World, precision: str) -> nn.Module:
         """Lay the model (on meta) out over the ranks."""
 
+    def home(self, world: World) -> torch.device:
+        """Where this rank's parameters live between uses."""
+        return world.device
+
     def place(self, module: nn.Module) -> None:
         """The module's own parameters now hold their values, in full: keep this rank's part (ZeRO-3)."""
 

@@ -6,10 +6,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+
 from dsft import folder
 from dsft.compose import Composed, compose, hand_to_hydra, hydra_flags
 
-USER_ERROR = 2
+USER_ERROR, STOPPED = 2, 75
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -25,6 +27,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _start(composed)
     except ValueError as error:
         return refuse(error)
+    except KeyboardInterrupt:  # before the ranks are bound to it; afterwards it stops them at the next step
+        print("dsft: stopped before the run began", file=sys.stderr)
+        return STOPPED
 
 
 def refuse(error: ValueError) -> int:
@@ -85,6 +90,7 @@ def _preflight(composed: Composed) -> dict[str, Any] | None:
     run, run_dir = composed.run, Path(composed.run.run_dir)
     folder.check(run_dir, composed.resolved)
     if folder.state(run_dir).get("state") == "done":
+        folder.check_length(run_dir, composed.resolved)
         print(f"{run_dir} is done already; its result is in {run_dir / 'adapter'}")
         return None
     run.model.check()
@@ -95,6 +101,11 @@ def _preflight(composed: Composed) -> dict[str, Any] | None:
     from dsft.data.open import open_data
 
     data = open_data(run.data, files.tokenizer(), max_length=run.train.max_length, seed=run.train.seed)
+    metric = run.train.early_stop_metric
+    if metric is not None and (data.eval is None or (metric == "eval/accuracy" and not data.verifiable)):
+        raise ValueError(
+            f"train.early_stop_metric={metric} needs held-out rows that give it; hold some out or unset it"
+        )
     from dsft.plan import make_plan
 
     plan = make_plan(composed, files)
@@ -107,6 +118,9 @@ def _announce(composed: Composed, prepared: Mapping[str, Any]) -> None:
     print(as_text(prepared["plan"]))
     for line in prepared["audit"].lines():
         print(line)
+    console = Console(highlight=False, soft_wrap=True)
+    console.print("an example, what is supervised in green:", style="bold")
+    console.print(prepared["audit"].coloured())
     print(f"run folder   {composed.run.run_dir}", flush=True)
 
 

@@ -1,7 +1,7 @@
 """The order of construction: meta model -> quantize -> method -> recompute -> shard -> read weights -> optimizer."""
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -74,7 +74,11 @@ def assemble(run: Run, files: ModelFiles, world: World) -> Session:
             value: Tensor = run.method.initial(model, name, param, read)
             return value
 
-    materialize(model, values, world, origins=bones.origins, initial=initial, place=run.strategy.place)
+    home = replace(world, device=run.strategy.home(world))
+    materialize(model, values, home, origins=bones.origins, initial=initial, place=run.strategy.place)
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            module._buffers[name] = None if buffer is None else buffer.to(world.device)
     if first is not None:
         _check_bytes(run, bones, first, values)
     learning = [param for param in model.parameters() if param.requires_grad]

@@ -39,6 +39,10 @@ class FSDP(Strategy):
         """All of them: replicas and shards alike see different examples."""
         return world.size
 
+    def home(self, world: World) -> torch.device:
+        """Host memory if parameters are offloaded: FSDP2 moves them itself."""
+        return torch.device("cpu") if self.offload == "parameters" else world.device
+
     def mesh(self, world: World) -> DeviceMesh:
         """One axis `shard`, or two: `replicate`, `shard`."""
         kind = world.device.type

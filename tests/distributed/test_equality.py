@@ -9,6 +9,7 @@ from benchmarks.cells import write_rows
 from benchmarks.matrix import BOUND, COLUMNS, SINGLE, difference, faults, run_column
 
 CORNER = ("full", "qlora")
+PLANTED = ("local-counts", "lost-gradients")
 BY_NAME = {column.name: column for column in COLUMNS}
 
 
@@ -25,17 +26,14 @@ def single(rows: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", ["ddp x2", "fsdp x2", "hsdp 2x2", "zero2 x2", "zero3 x2"])
-def test_a_sharded_run_equals_the_single_process(name: str, rows: Path, single: dict[str, Any]) -> None:
+def test_a_column_equals_one_process_and_planted_faults_turn_it_red(
+    name: str, rows: Path, single: dict[str, Any]
+) -> None:
     column = BY_NAME[name]
-    cells = run_column(column, rows, models=("tiny",), methods=CORNER)
-    assert set(cells) == set(single)
-    wrong = {cell: faults(found, single[cell], column) for cell, found in cells.items()}
+    cells = run_column(column, rows, models=("tiny",), methods=CORNER, planted=PLANTED)
+    assert len(cells) == 3 * len(single)
+    wrong = {cell: faults(cells[cell], alone, column) for cell, alone in single.items()}
     assert not any(wrong.values()), wrong
-
-
-@pytest.mark.parametrize("fault", ["local-counts", "lost-gradients"])
-@pytest.mark.parametrize("name", ["ddp x2", "fsdp x2", "zero3 x2"])
-def test_a_planted_fault_turns_every_cell_red(name: str, fault: str, rows: Path, single: dict[str, Any]) -> None:
-    cells = run_column(BY_NAME[name], rows, models=("tiny",), methods=CORNER, fault=fault)
-    for cell, found in cells.items():
-        assert difference(found, single[cell]) > 100 * BOUND, cell
+    for cell, alone in single.items():
+        for fault in PLANTED:
+            assert difference(cells[f"{cell}!{fault}"], alone) > 100 * BOUND, (cell, fault)

@@ -1,0 +1,56 @@
+"""What a mistake is called: Hydra's and OmegaConf's messages cut to one line, with the nearest right word."""
+
+import difflib
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import yaml
+
+OWN_CONF = next(
+    path for path in (Path(__file__).parent / "conf", Path(__file__).parent.parent / "conf") if path.is_dir()
+)
+"""The YAML tree: beside the code in an installed wheel, at the top of a checkout."""
+
+
+def suggest(word: str, options: set[str] | Sequence[str]) -> str:
+    """The end of a refusal: the closest option, or all of them."""
+    close = difflib.get_close_matches(word, sorted(options), n=1, cutoff=0.6)
+    return f"; did you mean {close[0]}?" if close else f"; there are: {', '.join(sorted(options))}"
+
+
+def one_line(error: Exception) -> str:
+    """Hydra's and OmegaConf's messages, cut to what the user needs."""
+    text = str(error)
+    if found := re.search(r"Could not (?:find|load) '([a-z]+)/([^']+)'", text):
+        group, option = found.groups()
+        if group == "model" and "/" in option:
+            return f"model={option} is no option; for a folder or hub id: model=custom model.path={option}"
+        return f"{group}={option} does not exist{suggest(option, [p.stem for p in (OWN_CONF / group).glob('*.yaml')])}"
+    if found := re.search(r"Ambiguous value for argument '([^']+)'", text):
+        return f"{found[1]} holds several values; add -m to run one after another, or write a list as key=[a,b]"
+    if found := re.search(r"Error parsing override '([^']+)'|LexerNoViableAltException: (\S+)", text):
+        return f"{found[1] or found[2]} must read KEY=VALUE; put quotes around values with ~, spaces or brackets"
+    if found := re.search(r"Could not override '([^']+)'. No match in the defaults list", text):
+        groups = {path.name for path in OWN_CONF.iterdir() if path.is_dir()}
+        return f"{found[1]} is not a group{suggest(found[1], groups)}"
+    if found := re.search(r"Could not override '([^']+)'", text):
+        return f"{found[1]} is not a key{_near_key(found[1])}"
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return " ".join(lines[:2])
+
+
+def _near_key(key: str) -> str:
+    """The keys beside a misspelt one, read from our own YAML of that group."""
+    group, _, leaf = key.partition(".")
+    groups = {path.name for path in OWN_CONF.iterdir() if path.is_dir()}
+    if not leaf or group not in groups:
+        return suggest(group, groups | {"run_dir"})
+    owners: dict[str, list[str]] = {}
+    for path in sorted((OWN_CONF / group).glob("*.yaml")):
+        for name in yaml.safe_load(path.read_text()) or {}:
+            owners.setdefault(str(name), []).append(path.stem)
+    if leaf in owners:
+        return f" of the chosen option: {group}={', '.join(owners[leaf])} has it, with its own kind of value"
+    names = set(owners) - {"_target_", "defaults"}
+    return suggest(leaf, names).replace("did you mean ", f"did you mean {group}.")
