@@ -20,7 +20,7 @@ FLOORS = (
     ("protocols",),
     LEAVES,
     ("engine",),
-    ("rules",),
+    ("rules", "wording"),
     ("compose",),
     ("folder",),
     VERBS,
