@@ -31,7 +31,7 @@ from dsft.compose import compose
         (["method=qlora", "quantization=none"], "method=qlora means a 4-bit base"),
         (["strategy=fsdp", "launcher.devices=2", "optim.name=adafactor"], "take optim.name=adamw or strategy=ddp"),
         (["data=local"], "data.path must be given"),
-        (["method.rank"], "missing EQUAL"),
+        (["method.rank"], "method.rank must read KEY=VALUE"),
         (["+method.extra=1"], "method.extra is not a key of method"),
     ],
 )  # fmt: skip
