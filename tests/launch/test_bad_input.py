@@ -140,7 +140,7 @@ def test_an_absent_optional_package_is_named_with_its_install_command(tmp_path: 
         "import importlib.machinery\n\nfind = importlib.machinery.PathFinder.find_spec\n\n\n"
         "def without(name, path=None, target=None):\n"
         "    return None if name.split('.')[0] == 'tensorboard' else find(name, path, target)\n\n\n"
-        "importlib.machinery.PathFinder.find_spec = without\n"
+        "importlib.machinery.PathFinder.find_spec = staticmethod(without)\n"
     )
     words = ["model=tiny", "tracker=[tensorboard]", "launcher=local", f"run_dir={tmp_path / 'run'}", *_good(tmp_path)]
     done = subprocess.run(
