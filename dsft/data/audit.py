@@ -14,9 +14,9 @@ class Counts:
     """One set's rows: rows = kept + duplicates + over_long + zero_mask.
 
     duplicates: rows dropped because an earlier one has the same tokens and mask; over_long: dropped, longer than
-    max_length; zero_mask: dropped, nothing in them is supervised. truncated: kept rows whose supervised part does not
-    end with a special token, so that nothing teaches the model to stop. tokens, supervised: of the kept rows.
-    shortest: tokens of the shortest row, kept or not.
+    max_length; zero_mask: dropped, nothing in them but ends of turns is supervised. truncated: kept rows whose
+    supervised part does not end with a special token, so that nothing teaches the model to stop. tokens, supervised:
+    of the kept rows. shortest: tokens of the shortest row, kept or not.
     """
 
     rows: int
@@ -45,7 +45,7 @@ class Counts:
             )
         if self.supervised == 0:
             raise ValueError(
-                f"{what} must supervise at least one token, got a loss mask of zeros in all {self.rows} rows; "
+                f"{what} must supervise at least one token, got a loss mask of zeros in all {self.rows} rows, ends of turns aside; "
                 "give the conversations assistant turns, or correct the chat template's {% generation %} part"
             )
 

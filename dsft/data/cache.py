@@ -13,7 +13,7 @@ from filelock import FileLock
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-VERSION = 1
+VERSION = 2
 """Raise it when the same input must give other tokens, masks or files than the code before."""
 
 

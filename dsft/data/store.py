@@ -45,7 +45,7 @@ class SetWriter:
         digest = hashlib.blake2b(encoded.tokens.tobytes() + encoded.mask.tobytes(), digest_size=16).digest()
         if length > self.max_length:
             self.dropped["over_long"] += 1
-        elif not encoded.mask.any():
+        elif np.isin(encoded.tokens[encoded.mask], list(self.stop_tokens)).all():
             self.dropped["zero_mask"] += 1
         elif digest in self.seen:
             self.dropped["duplicates"] += 1

@@ -49,6 +49,13 @@ def test_conversations_without_an_answer_are_dropped_and_counted(opened: Any, so
         opened(source("local", path=jsonl([question])))
 
 
+def test_empty_answers_are_dropped_and_counted(opened: Any, source: Any, jsonl: Any) -> None:
+    empty = {"question": "what?", "answer": ""}
+    assert opened(source("local", path=jsonl([ROWS[0], empty]))).audit.train.zero_mask == 1
+    with pytest.raises(ValueError, match="must supervise at least one token"):
+        opened(source("local", path=jsonl([empty])))
+
+
 def test_max_length_below_every_row_is_refused_with_the_shortest(opened: Any, source: Any, jsonl: Any) -> None:
     local = source("local", path=jsonl(ROWS))
     shortest = int(opened(local).train.lengths.min())
