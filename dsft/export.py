@@ -3,6 +3,7 @@
 import argparse
 import shutil
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -49,7 +50,9 @@ def export(run_dir: Path, what: str, out: Path) -> None:
         return
     from dsft.models.progress import no_progress_bars
 
-    with no_progress_bars():
+    with no_progress_bars(), warnings.catch_warnings():
+        # PEFT 0.21 asks transformers 5.23 by a name that it gives up in version 6
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
         merged(run, run_dir / "adapter").save_pretrained(out)
         run.model.resolve().tokenizer().save_pretrained(out)
 

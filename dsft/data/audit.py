@@ -45,7 +45,8 @@ class Counts:
             )
         if self.supervised == 0:
             raise ValueError(
-                f"{what} must supervise at least one token, got a loss mask of zeros in all {self.rows} rows, ends of turns aside; "
+                f"{what} must supervise at least one token, got a loss mask of zeros in all {self.rows} rows, "
+                "ends of turns aside; "
                 "give the conversations assistant turns, or correct the chat template's {% generation %} part"
             )
 
