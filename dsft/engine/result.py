@@ -1,5 +1,6 @@
 """The result of a run: an adapter in PEFT's format, or a whole transformers folder, gathered tensor by tensor."""
 
+import copy
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -50,8 +51,8 @@ def _write_model(session: Session, folder: Path) -> None:
     if session.world.rank == 0:
         index_file = {"metadata": {"total_size": total}, "weight_map": where}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index_file, indent=1))
-        config = session.model.config
-        config.dtype, config._attn_implementation = dtype, None
+        config = copy.deepcopy(session.model.config)  # the live model goes on with its own
+        config.dtype, config.use_cache = dtype, True
         config.save_pretrained(folder)
         session.model.generation_config.save_pretrained(folder)
 
