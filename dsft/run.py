@@ -76,10 +76,12 @@ def _join(composed: Composed) -> int:
         except ValueError as error:
             refusal = str(error)
     refusal, run_dir, done = world.gather((refusal, run_dir, done))[0]
+    if refusal is None and not done:
+        return job.guarded(Path(run_dir))
     leave()
     if refusal is not None:
         return refuse(ValueError(refusal)) if world.rank == 0 else USER_ERROR
-    return 0 if done else job.guarded(Path(run_dir))
+    return 0
 
 
 def _preflight(composed: Composed) -> dict[str, Any] | None:

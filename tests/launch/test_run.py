@@ -137,7 +137,7 @@ def test_composing_the_main_job_takes_no_torch(tmp_path: Path) -> None:
 def test_joins_processes_that_others_started(kind: str, tmp_path: Path) -> None:
     words = [*SMALL[:-2], "launcher=auto", "train.steps=1", "data.eval_size=0", f"run_dir={tmp_path / 'run'}"]
     done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0", "-m", "dsft.run",
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "dsft.run",
          *words],
         capture_output=True, text=True, check=False,
     )  # fmt: skip
