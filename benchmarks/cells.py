@@ -21,7 +21,7 @@ from dsft.engine.assemble import Session, assemble
 from dsft.engine.loop import step_batches
 from dsft.engine.step import train_step
 
-STEPS = 10
+STEPS, STEPS_PLANTED = 10, 2
 
 
 class LocalCounts(World):
@@ -57,7 +57,7 @@ def write_rows(path: Path, batches: int) -> None:
 
 
 def measure(overrides: list[str], world: World, fault: str | None) -> Measured:
-    """STEPS optimizer steps of one configuration. Collective."""
+    """Some optimizer steps of one configuration. Collective."""
     started = time.monotonic()
     composed = compose(overrides)
     files = composed.run.model.resolve()
@@ -65,7 +65,7 @@ def measure(overrides: list[str], world: World, fault: str | None) -> Measured:
     session = assemble(composed.run, files, world)
     session = _plant(session, fault)
     losses, norms, base, ratio = [], [], 0, math.inf
-    for step in range(1, STEPS + 1):
+    for step in range(1, (STEPS_PLANTED if fault else STEPS) + 1):
         _, batches = step_batches(session, data, step)
         labels = [float(sum(composed.run.objective.count(batch).sum() for batch in batches)) for _ in (0,)]
         counts = [value for part in world.gather(labels) for value in part]
@@ -119,6 +119,8 @@ def main() -> None:
     job = json.loads(Path(sys.argv[1]).read_text())
     torch.set_num_threads(1)
     world = join()
+    gc.collect()
+    gc.freeze()  # what was imported stays: collections between cells need not look at it
     results: dict[str, Any] = {}
     for name, (overrides, fault) in job["cells"].items():
         try:

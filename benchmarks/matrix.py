@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,7 @@ class Column:
 
 
 SINGLE = Column("single", "single", 1, None)
+SINGLE_SGD = Column("single sgd", "single", 1, None, optim="sgd")
 COLUMNS = (
     Column("ddp x2", "ddp", 2, None),
     Column("fsdp x2", "fsdp", 2, 1),
@@ -57,51 +59,65 @@ COLUMNS = (
 )
 
 
-def cells(column: Column, data: Path, models: tuple[str, ...], methods: tuple[str, ...]) -> dict[str, list[str]]:
+def cells(
+    column: Column, data: Path, models: tuple[str, ...], methods: tuple[str, ...], recompute: tuple[str, ...]
+) -> dict[str, list[str]]:
     """Cell name -> overrides, for one column."""
+    sgd = column.optim == "sgd"
     shared = [
-        "data=local", f"data.path={data}", "data.shuffle=false", "train.precision=fp32", f"train.steps={10}",
+        "data=local", f"data.path={data}", "data.shuffle=false", "train.precision=fp32", "train.steps=10",
         "train.global_batch_size=4", "train.micro_batch_tokens=300", "train.max_length=512", "tracker=[]",
-        f"optim.name={column.optim}", "optim.lr=1e-3", "optim.schedule=constant", f"strategy={column.strategy}",
-        "train.max_grad_norm=inf" if column.optim == "sgd" else "train.max_grad_norm=1.0", *column.extra,
+        f"optim.name={column.optim}", f"optim.lr={0.05 if sgd else 1e-3}", "optim.schedule=constant",
+        f"train.max_grad_norm={'inf' if sgd else 1.0}", f"strategy={column.strategy}", *column.extra,
     ]  # fmt: skip
-    if column.optim == "sgd":
-        shared[shared.index("optim.lr=1e-3")] = "optim.lr=0.05"
     return {
         f"{model} {method} {again}": [
             f"model={model}", *METHODS[method], f"train.gradient_checkpointing={again}", *shared,
         ]
-        for model in models for method in methods for again in RECOMPUTE
+        for model in models for method in methods for again in recompute
     }  # fmt: skip
 
 
-def run_column(
-    column: Column, data: Path, *, models: tuple[str, ...] = MODELS, methods: tuple[str, ...] = tuple(METHODS),
-    planted: tuple[str, ...] = (),
-) -> dict[str, Any]:  # fmt: skip
-    """Run one column's cells in one warm group of processes; then each once more for each planted fault.
+def run_columns(
+    columns: Sequence[Column], data: Path, *, models: tuple[str, ...] = MODELS,
+    methods: tuple[str, ...] = tuple(METHODS), recompute: tuple[str, ...] = RECOMPUTE, planted: tuple[str, ...] = (),
+) -> dict[str, dict[str, Any]]:  # fmt: skip
+    """Run the cells of columns of one size in one warm group of processes, or each planted fault in them instead.
 
-    Returns cell name -> measured or refused; with a planted fault the name ends in "!FAULT".
+    Returns column name -> cell name -> measured or refused; with planted faults the cell's name ends in "!FAULT".
     """
+    (size,) = {column.size for column in columns}
+    todo: dict[str, Any] = {}
+    for column in columns:
+        for name, words in cells(column, data, models, methods, recompute).items():
+            for fault in planted or (None,):
+                todo[f"{column.name}|{name}{f'!{fault}' if fault else ''}"] = [words, fault]
     with tempfile.TemporaryDirectory() as folder:
-        job, out = Path(folder) / "job.json", Path(folder) / "out.json"
-        chosen = cells(column, data, models, methods)
-        todo: dict[str, Any] = {name: [words, None] for name, words in chosen.items()}
-        todo |= {f"{name}!{fault}": [words, fault] for fault in planted for name, words in chosen.items()}
+        job, out, logs = (Path(folder) / name for name in ("job.json", "out.json", "logs"))
         job.write_text(json.dumps({"cells": todo, "out": str(out)}))
         command = [sys.executable, "-m", "benchmarks.cells", str(job)]
-        code = launch(command, num_processes=column.size, log_dir=Path(folder) / "logs", env={"OMP_NUM_THREADS": "1"})
+        code = launch(command, num_processes=size, log_dir=logs, env={"OMP_NUM_THREADS": "1"})
         if code != 0:
-            raise RuntimeError(f"column {column.name} ended with {code}: {sorted(Path(folder, 'logs').iterdir())}")
-        results: dict[str, Any] = json.loads(out.read_text())
-        return results
+            raise RuntimeError(f"{', '.join(column.name for column in columns)} ended with {code}: {_tail(logs)}")
+        measured: dict[str, Any] = json.loads(out.read_text())
+    results: dict[str, dict[str, Any]] = {column.name: {} for column in columns}
+    for name, cell in measured.items():
+        results[name.split("|")[0]][name.split("|")[1]] = cell
+    return results
+
+
+def _tail(logs: Path) -> str:
+    return "\n".join(path.read_text()[-1500:] for path in sorted(logs.iterdir()))
 
 
 def difference(cell: dict[str, Any], single: dict[str, Any]) -> float:
-    """Largest relative difference of any step's loss or gradient norm; inf if a value is not finite."""
+    """Largest relative difference of any step's loss or gradient norm; inf if a value is not finite.
+
+    A planted fault's cell has fewer steps, and is compared in those.
+    """
     worst = 0.0
     for key in ("losses", "norms"):
-        for mine, theirs in zip(cell[key], single[key], strict=True):
+        for mine, theirs in zip(cell[key], single[key], strict=False):
             off = abs(mine - theirs) / abs(theirs)
             worst = max(worst, off if math.isfinite(off) else math.inf)
     return worst
@@ -133,13 +149,13 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder) / "rows.jsonl"
         write_rows(data, 10)
-        single = {
-            optim: run_column(Column("single", "single", 1, None, optim=optim), data) for optim in ("adamw", "sgd")
-        }
-        table = {}
-        for column in COLUMNS:
-            table[column] = run_column(column, data)
-            print(f"{column.name}: {time.monotonic() - started:.0f} s", flush=True)
+        alone = run_columns((SINGLE, SINGLE_SGD), data)
+        results: dict[str, dict[str, Any]] = {}
+        for size in sorted({column.size for column in COLUMNS}):
+            results |= run_columns([column for column in COLUMNS if column.size == size], data)
+            print(f"{size} processes: {time.monotonic() - started:.0f} s", flush=True)
+    single = {SINGLE.optim: alone[SINGLE.name], SINGLE_SGD.optim: alone[SINGLE_SGD.name]}
+    table = {column: results[column.name] for column in COLUMNS}
     red = write_table(args.out, single, table, time.monotonic() - started)
     print(args.out.read_text())
     return 1 if red else 0

@@ -46,9 +46,9 @@ class Peft(Method):
 
     def attach(self, model: nn.Module, anatomy: Anatomy) -> nn.Module:
         """Freeze the base and put PEFT's layers around the targets, on meta."""
-        from peft import inject_adapter_in_model
-
         targets = resolve_targets(self.target_modules, model, anatomy)
+        from peft import inject_adapter_in_model  # seconds: after what can be refused without it
+
         model.requires_grad_(False)
         model = inject_adapter_in_model(self.config(targets), model, adapter_name=ADAPTER)
         for module in model.modules():

@@ -6,11 +6,11 @@ from typing import Any
 import pytest
 
 from benchmarks.cells import write_rows
-from benchmarks.matrix import BOUND, COLUMNS, SINGLE, difference, faults, run_column
+from benchmarks.matrix import BOUND, COLUMNS, METHODS, MODELS, SINGLE, SINGLE_SGD, difference, faults, run_columns
 
-CORNER = ("full", "qlora")
+CORNER: dict[str, Any] = {"models": ("tiny",), "methods": ("full", "qlora")}
 PLANTED = ("local-counts", "lost-gradients")
-BY_NAME = {column.name: column for column in COLUMNS}
+SIZES = sorted({column.size for column in COLUMNS})
 
 
 @pytest.fixture(scope="module")
@@ -22,18 +22,40 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def single(rows: Path) -> dict[str, Any]:
-    return run_column(SINGLE, rows, models=("tiny",), methods=CORNER)
+    alone = run_columns((SINGLE, SINGLE_SGD), rows, **CORNER)
+    return {SINGLE.optim: alone[SINGLE.name], SINGLE_SGD.optim: alone[SINGLE_SGD.name]}
 
 
-@pytest.mark.parametrize("name", ["ddp x2", "fsdp x2", "hsdp 2x2", "zero2 x2", "zero3 x2"])
-def test_a_column_equals_one_process_and_planted_faults_turn_it_red(
-    name: str, rows: Path, single: dict[str, Any]
-) -> None:
-    column = BY_NAME[name]
-    cells = run_column(column, rows, models=("tiny",), methods=CORNER, planted=PLANTED)
-    assert len(cells) == 3 * len(single)
-    wrong = {cell: faults(cells[cell], alone, column) for cell, alone in single.items()}
-    assert not any(wrong.values()), wrong
-    for cell, alone in single.items():
-        for fault in PLANTED:
-            assert difference(cells[f"{cell}!{fault}"], alone) > 100 * BOUND, (cell, fault)
+@pytest.mark.parametrize("size", SIZES)
+def test_every_strategy_equals_one_process(size: int, rows: Path, single: dict[str, Any]) -> None:
+    columns = [column for column in COLUMNS if column.size == size]
+    results = run_columns(columns, rows, **CORNER)
+    for column in columns:
+        alone = single[column.optim]
+        assert results[column.name].keys() == alone.keys()
+        wrong = {cell: faults(results[column.name][cell], alone[cell], column) for cell in alone}
+        assert not any(wrong.values()), (column.name, wrong)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_planted_faults_turn_every_strategy_red(size: int, rows: Path, single: dict[str, Any]) -> None:
+    _all_red(size, rows, single, {**CORNER, "recompute": ("none",)})
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("size", SIZES)
+def test_planted_faults_turn_every_distributed_cell_red(size: int, rows: Path) -> None:
+    whole: dict[str, Any] = {"models": MODELS, "methods": tuple(METHODS)}
+    alone = run_columns((SINGLE, SINGLE_SGD), rows, **whole)
+    _all_red(size, rows, {"adamw": alone[SINGLE.name], "sgd": alone[SINGLE_SGD.name]}, whole)
+
+
+def _all_red(size: int, rows: Path, single: dict[str, Any], corner: dict[str, Any]) -> None:
+    columns = [column for column in COLUMNS if column.size == size]
+    results = run_columns(columns, rows, **corner, planted=PLANTED)
+    for column in columns:
+        assert results[column.name]
+        for cell, measured in results[column.name].items():
+            off = difference(measured, single[column.optim][cell.split("!")[0]])
+            assert off > 100 * BOUND, (column.name, cell, off)
