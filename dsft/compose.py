@@ -18,7 +18,13 @@ from dsft.wording import OWN_CONF, one_line, suggest
 CLASSES = ("model", "method", "quantization", "strategy", "objective", "data")
 """Groups whose option is a class that its YAML names."""
 
-_PLAIN = {"optim": config.Optim, "train": config.Train, "launcher": config.Launcher}
+_PLAIN = {
+    "optim": config.Optim,
+    "train": config.Train,
+    "checkpoint": config.Checkpoint,
+    "resume": config.Resume,
+    "launcher": config.Launcher,
+}
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ class Train:
 
     steps: int | None
     epochs: float | None
+    max_minutes: float | None
     global_batch_size: int
     micro_batch_tokens: int
     max_length: int
@@ -35,6 +36,8 @@ class Train:
         _at_least("train.steps", self.steps, 1)
         if self.epochs is not None and self.epochs <= 0:
             raise ValueError(f"train.epochs must be above 0, got {self.epochs}")
+        if self.max_minutes is not None and self.max_minutes <= 0:
+            raise ValueError(f"train.max_minutes must be above 0, got {self.max_minutes}")
         for name in ("global_batch_size", "micro_batch_tokens", "early_stop_patience"):
             _at_least(f"train.{name}", getattr(self, name), 1)
         _at_least("train.max_length", self.max_length, 2)
@@ -104,6 +107,29 @@ class Launcher:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """When state is saved and what stays; every 0: never."""
+
+    every: int
+    keep: int
+    keep_every: int
+    background: bool
+
+    def __post_init__(self) -> None:
+        """Refuse counts that would keep nothing."""
+        _at_least("checkpoint.every", self.every, 0)
+        _at_least("checkpoint.keep", self.keep, 1)
+        _at_least("checkpoint.keep_every", self.keep_every, 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resume:
+    """Keys that may differ from those of the run being resumed, although they change its numbers."""
+
+    allow: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Run:
     """One run, resolved: everything that decides its numbers, and where it writes.
 
@@ -119,6 +145,8 @@ class Run:
     data: Any
     optim: Optim
     train: Train
+    checkpoint: Checkpoint
+    resume: Resume
     launcher: Launcher
     tracker: dict[str, Any]
     run_dir: str

@@ -1,19 +1,25 @@
 """The run folder: what is written before a run starts, and whether a folder may be used for it."""
 
+import hashlib
 import importlib.metadata
 import json
 import os
 import platform
 import subprocess
 import tempfile
-from collections.abc import Iterator, Mapping
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from dsft import __version__
+from dsft.checkpoint.manifest import Identity
 from dsft.compose import Composed, dump_yaml, load_yaml
 
-FREE = ("run_dir", "launcher", "tracker", "strategy", "train.steps", "train.micro_batch_tokens")
+FREE = (
+    "run_dir", "launcher", "tracker", "strategy", "checkpoint", "resume",
+    "train.steps", "train.epochs", "train.max_minutes", "train.micro_batch_tokens", "train.log_samples",
+)  # fmt: skip
 """Keys that may differ from those that a folder was made with: none of them changes the maths."""
 
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "deepspeed", "hydra-core", "numpy")
@@ -33,22 +39,49 @@ def check(run_dir: Path, resolved: Mapping[str, Any]) -> None:
         reason = error.strerror or error
         raise ValueError(f"run_dir must be writable, got {run_dir}: {reason} in {place}; choose another") from error
     if (run_dir / "config.yaml").is_file():
-        different = list(_differences(load_yaml(run_dir / "config.yaml"), resolved))
-        if different:
-            shown = "; ".join(different[:5]) + (f"; and {len(different) - 5} more" if len(different) > 5 else "")
-            raise ValueError(f"run_dir {run_dir} holds another configuration ({shown}); choose another run_dir")
+        allowed = (*FREE, *resolved["resume"]["allow"])
+        _refuse_others(run_dir, list(_differences(load_yaml(run_dir / "config.yaml"), resolved, allowed)))
     elif run_dir.is_dir() and any(run_dir.iterdir()):
         raise ValueError(f"run_dir must be empty or a run's folder, got {run_dir} with other files; choose another")
 
 
-def check_length(run_dir: Path, resolved: Mapping[str, Any]) -> None:
-    """Refuse another length for a run that is done: it could only be trained anew."""
-    old, new = load_yaml(run_dir / "config.yaml")["train"], resolved["train"]
-    for key in ("steps", "epochs"):
-        if old[key] != new[key]:
-            raise ValueError(
-                f"run_dir {run_dir} is done with train.{key}={old[key]}, got {new[key]}; choose another run_dir"
-            )
+def check_digests(run_dir: Path, digests: Mapping[str, str], resolved: Mapping[str, Any]) -> None:
+    """Refuse to resume on a base model or data whose content has changed under its name."""
+    old = provenance(run_dir)
+    different = [
+        f"{group} was {old[key][:12]}, is {digest[:12]}"
+        for (key, digest), group in zip(digests.items(), ("model", "data"), strict=True)
+        if key in old and old[key] != digest and group not in resolved["resume"]["allow"]
+    ]
+    _refuse_others(run_dir, different)
+
+
+def _refuse_others(run_dir: Path, different: list[str]) -> None:
+    if different:
+        shown = "; ".join(different[:5]) + (f"; and {len(different) - 5} more" if len(different) > 5 else "")
+        keys = ",".join(line.split(" was ")[0] for line in different)
+        raise ValueError(
+            f"run_dir {run_dir} holds another configuration ({shown}); choose another run_dir, or go on with it all "
+            f"the same by resume.allow=[{keys}]"
+        )
+
+
+def check_length(run_dir: Path, resolved: Mapping[str, Any]) -> bool:
+    """True if the run is done and as long as asked for. Refuses one that is shorter than what was trained already."""
+    old, new, status = load_yaml(run_dir / "config.yaml"), resolved, state(run_dir)
+    lengths = [[tree["train"][key] for key in ("steps", "epochs")] for tree in (old, new)]
+    steps = new["train"]["steps"]
+    if steps is not None and steps < status.get("step", 0):
+        raise ValueError(
+            f"train.steps must be at least {status['step']}, the steps of {run_dir} so far, got {steps}; choose "
+            "another run_dir"
+        )
+    if lengths[0] != lengths[1] and new["optim"]["schedule"] != "constant":
+        print(f"train.steps changes: the {new['optim']['schedule']} schedule is computed anew for the new length")
+    done = status.get("state") == "done"
+    if done and lengths[0] != lengths[1] and status.get("checkpoint") is None:
+        raise ValueError(f"run_dir {run_dir} is done and holds no checkpoint to go on from; choose another run_dir")
+    return done and lengths[0] == lengths[1]
 
 
 def create(run_dir: Path, composed: Composed, plan: Mapping[str, Any], digests: Mapping[str, str]) -> None:
@@ -57,7 +90,9 @@ def create(run_dir: Path, composed: Composed, plan: Mapping[str, Any], digests: 
     dump_yaml(composed.resolved, run_dir / "config.yaml")
     dump_yaml(list(composed.overrides), run_dir / "overrides.yaml")
     (run_dir / "plan.json").write_text(json.dumps(plan, indent=1) + "\n")
-    provenance = {
+    before = provenance(run_dir)
+    content = {
+        "run": before.get("run", uuid.uuid4().hex),
         "dsft": __version__,
         "commit": _commit(),
         "python": platform.python_version(),
@@ -67,7 +102,21 @@ def create(run_dir: Path, composed: Composed, plan: Mapping[str, Any], digests: 
         "job": {key: value for key, value in os.environ.items() if key in ("SLURM_JOB_ID", "SLURM_ARRAY_TASK_ID")},
         **digests,
     }
-    (run_dir / "provenance.json").write_text(json.dumps(provenance, indent=1) + "\n")
+    (run_dir / "provenance.json").write_text(json.dumps(content, indent=1) + "\n")
+
+
+def provenance(run_dir: Path) -> dict[str, Any]:
+    """The run's provenance.json, or {} if it was never made."""
+    path = run_dir / "provenance.json"
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def identity(run_dir: Path, resolved: Mapping[str, Any]) -> Identity:
+    """What this run's checkpoints belong to; config is the SHA-256 of all keys that decide its numbers."""
+    decisive = {path: value for path, value in _leaves(resolved) if not _free(path, FREE)}
+    digest = hashlib.sha256(json.dumps(decisive, sort_keys=True, default=str).encode()).hexdigest()
+    known = provenance(run_dir)
+    return Identity(run=known["run"], config=digest, base=known["base_digest"])
 
 
 def state(run_dir: Path) -> dict[str, Any]:
@@ -76,15 +125,24 @@ def state(run_dir: Path) -> dict[str, Any]:
     return json.loads(path.read_text()) if path.is_file() else {}
 
 
-def _differences(old: Any, new: Any, path: str = "") -> Iterator[str]:
-    """One line per key whose value differs, free keys left out."""
-    if path in FREE:
-        return
-    if isinstance(old, Mapping) and isinstance(new, Mapping):
-        for key in [*old, *(key for key in new if key not in old)]:
-            yield from _differences(old.get(key), new.get(key), f"{path}.{key}" if path else str(key))
-    elif old != new:
-        yield f"{path} was {old}, is {new}"
+def _differences(old: Mapping[str, Any], new: Mapping[str, Any], allowed: Sequence[str]) -> Iterator[str]:
+    """One line per key whose value differs, allowed ones left out."""
+    before, after = dict(_leaves(old)), dict(_leaves(new))
+    for path in [*before, *(path for path in after if path not in before)]:
+        if before.get(path) != after.get(path) and not _free(path, allowed):
+            yield f"{path} was {before.get(path)}, is {after.get(path)}"
+
+
+def _leaves(tree: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            yield from _leaves(value, f"{path}{key}.")
+        else:
+            yield f"{path}{key}", value
+
+
+def _free(path: str, allowed: Sequence[str]) -> bool:
+    return any(path == key or path.startswith(f"{key}.") for key in allowed)
 
 
 def _versions() -> Iterator[tuple[str, str]]:

@@ -1,41 +1,64 @@
 """python -m dsft.job RUN: one process of a run, from its folder alone; the launchers start it on every rank."""
 
 import contextlib
+import errno
+import io
 import os
-import socket
 import sys
 import traceback
-from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from dsft_launchers import verdict
+
+from dsft import folder
 from dsft.compose import load_yaml, read
-from dsft.config import Run
-from dsft.telemetry.record import State, Status, read_status, write_status
+from dsft.telemetry.record import State, read_status, write_status
 
 if TYPE_CHECKING:
-    from dsft.comm.world import World
-    from dsft.data.open import Dataset
-    from dsft.engine.evaluate import Evaluation
-    from dsft.engine.loop import Progress
+    from dsft.engine.keep import Keeper
 
 DONE, STOPPED, CRASHED = 0, 75, 76
 
 
+@dataclass
+class Attempt:
+    """What a crash is counted against. started: the step of the checkpoint resumed from, 0 for none."""
+
+    number: int = 0
+    started: int = 0
+    keeper: "Keeper | None" = None
+
+    @property
+    def made_no_progress(self) -> bool:
+        """It started from a checkpoint and crashed before it had saved another."""
+        return self.started > 0 and (self.keeper is None or self.keeper.saved == self.started)
+
+
 def main() -> int:
     """Run the rank that the environment names."""
+    sys.stdout, sys.stderr = Spoken(sys.stdout), Spoken(sys.stderr)
     return guarded(Path(sys.argv[1]))
 
 
 def guarded(run_dir: Path) -> int:
     """Work, and turn what happened into the exit code; a crash leaves its traceback on stderr and in status.json."""
+    from dsft.checkpoint.lease import LeaseLostError
+    from dsft.checkpoint.store import Store
+
+    attempt = Attempt()
     try:
-        return work(run_dir)
+        return work(run_dir, attempt)
+    except LeaseLostError as error:  # the folder is another's now: say so, write nothing
+        print(f"dsft: {error}", file=sys.stderr)
+        return CRASHED
     except Exception as error:  # the last fence: whatever went wrong is this attempt's end
         traceback.print_exc()
         if int(os.environ.get("RANK", "0")) == 0:
             fail(run_dir, f"{type(error).__name__}: {error}")
+        if attempt.made_no_progress and not verdict.CONSEQUENCE.search(str(error)):
+            Store(run_dir).mark_crash(attempt.started, attempt.number)
         return CRASHED
 
 
@@ -46,41 +69,55 @@ def fail(run_dir: Path, reason: str) -> None:
         write_status(run_dir, replace(status, state="failed", reason=reason))
 
 
-def settle(run_dir: Path, code: int) -> None:
-    """After the ranks have gone: a run that still says running did not end by itself."""
+def settle(run_dir: Path, code: int, attempt: int) -> None:
+    """After the ranks of attempt have gone: a run that still says running did not end by itself."""
     status = read_status(run_dir)
-    if status is not None and status.state == "running":
+    if status is not None and status.state == "running" and status.attempts == attempt:
         state: State = "stopped" if code == STOPPED else "failed"
         write_status(run_dir, replace(status, state=state, reason=f"the launcher ended with code {code}"))
 
 
-def work(run_dir: Path) -> int:
-    """Train, write the result, and return the exit code. Collective over the ranks."""
+def work(run_dir: Path, attempt: Attempt) -> int:
+    """Resume or begin, train, write the result, and return the exit code. Collective over the ranks."""
     _quiet()
+    from dsft.checkpoint import lease as leases
     from dsft.comm.world import join, leave
     from dsft.data.open import open_data
     from dsft.data.order import steps_for
     from dsft.engine.assemble import assemble
-    from dsft.engine.loop import STOPPED as ASKED
     from dsft.engine.loop import fit
+    from dsft.engine.progress import STOPPED as ASKED
     from dsft.engine.result import write_result
+    from dsft.engine.resume import keeper_for, resume
     from dsft.engine.stop import StopFlag
+    from dsft.recorder import Recorder
 
     run = read(run_dir)
-    stop = StopFlag()
+    stop = StopFlag(run.train.max_minutes)
     stop.bind()
     world = join()
+    lease, holder = leases.acquire(run_dir / "checkpoints") if world.rank == 0 else (None, None)
     files = run.model.resolve()
     data = open_data(run.data, files.tokenizer(), max_length=run.train.max_length, seed=run.train.seed)
     rows, batch = len(data.train), run.train.global_batch_size
     total = run.train.steps or steps_for(run.train.epochs or 1.0, num_rows=rows, batch_size=batch)
-    with Recorder(run, run_dir, world, data, total) as recorder:
+    with Recorder(run, run_dir, world, total, lease) as recorder:
+        attempt.number = recorder.attempt
+        if holder is not None and recorder.overtakes:
+            recorder.event("takeover", 0, {"holder": holder})
         session = assemble(run, files, world)
-        recorder.event("assembled", 0, {})
-        at = fit(session, data, total, recorder, stop)
+        who = folder.identity(run_dir, load_yaml(run_dir / "config.yaml"))
+        at = resume(session, run_dir, who, total, recorder)
+        attempt.started = at.step
+        recorder.begin(at.step)
+        recorder.event("assembled", at.step, {})
+        attempt.keeper = keeper = keeper_for(session, run_dir, who, lease, saved=at.step)
+        at = fit(session, data, recorder, stop, keeper, at)
         if at.state != ASKED:
             write_result(session, run_dir / "adapter")
-        recorder.end(at)
+        elif run.checkpoint.every and keeper.saved != at.step:
+            raise RuntimeError(f"stopped at step {at.step}, which could not be saved; step {keeper.saved} was")
+        recorder.end(at, data, keeper.saved)
     session.run.strategy.close()
     leave()
     return STOPPED if at.state == ASKED else DONE
@@ -94,107 +131,38 @@ def _quiet() -> None:
     logging.disable_progress_bar()
 
 
-class Recorder:
-    """What the run tells the outside; only rank 0 writes. A Watch for the loop."""
+class Spoken(io.TextIOBase):
+    """A rank's output: a log on a full disk loses lines and does not end the run."""
 
-    def __init__(self, run: Run, run_dir: Path, world: "World", data: "Dataset", total: int) -> None:
-        from dsft.telemetry.meter import Meter
-        from dsft.telemetry.progress import ProgressLine
-        from dsft.telemetry.record import RunRecord
-        from dsft.telemetry.trackers import Trackers
+    def __init__(self, stream: Any) -> None:
+        self.stream = stream
 
-        self.run, self.run_dir, self.world, self.data, self.total = run, run_dir, world, data, total
-        self.meter = Meter()
-        who = world.gather({"rank": world.rank, "pid": os.getpid(), "host": socket.gethostname()})
-        self.writes = world.rank == 0
-        if not self.writes:
-            return
-        before = read_status(run_dir)
-        attempts = before.attempts + 1 if before else 1
-        self.record = RunRecord(run_dir, resumed_from=0)
-        self.line = ProgressLine(total, done=0, stream=sys.stdout)
-        self.trackers = Trackers(run.tracker, lambda name, message: self.line.say(message))
-        known = before.wandb_id if before else None
-        wandb_id = self.trackers.open(run_dir, load_yaml(run_dir / "config.yaml"), known)
-        self.status = Status(
-            state="running", step=0, attempts=attempts, checkpoint=None, reason=None, wandb_id=wandb_id
-        )
-        write_status(run_dir, self.status)
-        self.record.event("start", 0, {"ranks": who, "steps": total, "attempt": attempts})
+    def write(self, text: str) -> int:
+        """Pass on."""
+        with self._forgiven():
+            self.stream.write(text)
+        return len(text)
 
-    def __enter__(self) -> "Recorder":
-        return self
+    def flush(self) -> None:
+        """Pass on."""
+        with self._forgiven():
+            self.stream.flush()
 
-    def __exit__(self, *_: object) -> None:
-        if self.writes:
-            self.trackers.close()
-            self.line.close()
-            self.record.close()
+    def fileno(self) -> int:
+        """The stream's."""
+        return int(self.stream.fileno())
 
-    def begin_step(self) -> None:
-        """A step begins."""
-        self.meter.start()
+    def isatty(self) -> bool:
+        """The stream's."""
+        return bool(self.stream.isatty())
 
-    def step(self, step: int, values: Mapping[str, float], ids: list[str]) -> None:
-        """One training step is over. Collective: the memory is the largest of all ranks."""
-        from dsft.telemetry.meter import peak_memory_bytes
-
-        timed = self.meter.stop(values["tokens"])
-        peak = self.world.max(peak_memory_bytes(self.world.device))
-        if not self.writes:
-            return
-        line = {**values, **timed, "peak_memory_bytes": int(peak)}
-        self.record.metrics(step, line)
-        if self.run.train.log_samples:
-            self.record.samples(step, ids)
-        self.trackers.log(step, line)
-        self.line.step(step, line)
-        self.status = replace(self.status, step=step)
-        write_status(self.run_dir, self.status)
-
-    def evaluation(self, step: int, evaluation: "Evaluation") -> None:
-        """One evaluation is over."""
-        if self.writes:
-            self.record.metrics(step, evaluation.values)
-            self.trackers.log(step, evaluation.values)
-            said = "  ".join(f"{key} {value:.4f}" for key, value in evaluation.values.items())
-            self.line.say(f"step {step}  {said}")
-
-    def event(self, event: str, step: int, details: Mapping[str, object]) -> None:
-        """Something happened."""
-        if self.writes:
-            self.record.event(event, step, details)
-            if event in ("nonfinite", "early_stop"):
-                self.line.say(f"step {step}  {event}  " + "  ".join(f"{key} {value}" for key, value in details.items()))
-
-    def end(self, at: "Progress") -> None:
-        """The run is over: done, or stopped on request."""
-        if not self.writes:
-            return
-        state: State = "done" if at.state == "done" else "stopped"
-        self.status = replace(self.status, state=state, step=at.step, reason=at.reason or None)
-        write_status(self.run_dir, self.status)
-        self.record.event(state, at.step, {"reason": at.reason} if at.reason else {})
-        self.line.close()
-        for line in closing(self.run_dir, self.data, at):
-            print(line, flush=True)
-
-
-def closing(run_dir: Path, data: "Dataset", at: "Progress") -> Iterator[str]:
-    """What a person wants to see at the end: before and after, answers side by side, where the result is."""
-    if at.state != "done":
-        yield f"stopped at step {at.step} ({at.reason}); the same command starts it again from step 1"
-        return
-    if at.evaluations:
-        first, last = at.evaluations[0][1], at.evaluations[-1][1]
-        for key, before in first.values.items():
-            yield f"{key:<14} {before:.4f} before, {last.values[key]:.4f} after"
-        assert data.eval is not None
-        for before_answer, after_answer in list(zip(first.answers, last.answers, strict=True))[:5]:
-            row = before_answer.row
-            yield f"  right answer {data.eval.reference(row)!r}"
-            yield f"    before {before_answer.text[:70]!r}  after {after_answer.text[:70]!r}"
-    yield f"result         {run_dir / 'adapter'}"
+    @contextlib.contextmanager
+    def _forgiven(self) -> Any:
+        try:
+            yield
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
 
 
 if __name__ == "__main__":

@@ -20,6 +20,9 @@ Metrics = Mapping[str, tuple[Tensor, Tensor]]
 OptimizerFactory = Callable[[Sequence[dict[str, Any]]], torch.optim.Optimizer]
 """Parameter groups -> optimizer."""
 
+Shape = tuple[torch.Size, torch.dtype]
+"""Of a saved tensor as a whole, whatever the ranks hold of it."""
+
 
 ROLES = ("attention", "mlp", "other")
 """Roles of linears: inside a module named *attn*/*attention*, inside *mlp*/*feed_forward*/*expert*, elsewhere."""
@@ -186,6 +189,23 @@ class Strategy(ABC):
     @abstractmethod
     def full(self, param: nn.Parameter) -> Tensor:
         """The whole parameter on CPU (fp32 master value where one exists). Collective: every rank must call it."""
+
+    @abstractmethod
+    def export_state(self) -> dict[str, Tensor]:
+        """What learns and the optimizer's state, under names and shapes that hold no rank. Collective.
+
+        "param/NAME" (fp32) and "KEY/NAME" ("exp_avg/NAME", ...): DTensors, tensors that every rank has alike, or whole
+        tensors that only this rank gives. "KEY": (P,) the optimizer's numbers, one per parameter in order.
+        They may be live: use them before the next step. A state says the same under every strategy.
+        """
+
+    @abstractmethod
+    def state_template(self, shapes: Mapping[str, Shape]) -> dict[str, Tensor]:
+        """Tensors on this rank to fill with a saved state of these shapes; not filled, they change nothing."""
+
+    @abstractmethod
+    def import_state(self, state: dict[str, Tensor]) -> None:
+        """Go on from a template that has been filled. Collective."""
 
     def close(self) -> None:
         """Free what prepare built, so that another run can follow in this process."""

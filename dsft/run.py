@@ -53,8 +53,9 @@ def _start(composed: Composed) -> int:
     from dsft_launchers.local import launch
 
     command = [sys.executable, "-m", "dsft.job", str(run_dir)]
+    attempt = folder.state(run_dir).get("attempts", 0) + 1
     code = launch(command, num_processes=composed.start.size, log_dir=run_dir / "logs", env={})
-    job.settle(run_dir, code)
+    job.settle(run_dir, code, attempt)
     return code
 
 
@@ -91,8 +92,7 @@ def _preflight(composed: Composed) -> dict[str, Any] | None:
     """
     run, run_dir = composed.run, Path(composed.run.run_dir)
     folder.check(run_dir, composed.resolved)
-    if folder.state(run_dir).get("state") == "done":
-        folder.check_length(run_dir, composed.resolved)
+    if folder.state(run_dir) and folder.check_length(run_dir, composed.resolved):
         print(f"{run_dir} is done already; its result is in {run_dir / 'adapter'}")
         return None
     run.model.check()
@@ -108,10 +108,11 @@ def _preflight(composed: Composed) -> dict[str, Any] | None:
         raise ValueError(
             f"train.early_stop_metric={metric} needs held-out rows that give it; hold some out or unset it"
         )
+    digests = {"base_digest": files.digest(), "data_digest": data.digest}
+    folder.check_digests(run_dir, digests, composed.resolved)
     from dsft.plan import make_plan
 
-    plan = make_plan(composed, files)
-    return {"plan": plan, "digests": {"base_digest": files.digest(), "data_digest": data.digest}, "audit": data.audit}
+    return {"plan": make_plan(composed, files), "digests": digests, "audit": data.audit}
 
 
 def _announce(composed: Composed, prepared: Mapping[str, Any]) -> None:

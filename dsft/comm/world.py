@@ -29,13 +29,13 @@ class World:
         dist.all_reduce(total)
         return total.to(value.device)
 
-    def max(self, value: float) -> float:
-        """Largest value over all ranks."""
+    def max(self, *values: float) -> list[float]:
+        """Largest of each value over all ranks, in one message."""
         if self.size == 1:
-            return value
-        largest = torch.tensor(value, dtype=torch.float64, device=self.device)
+            return list(values)
+        largest = torch.tensor(values, dtype=torch.float64, device=self.device)
         dist.all_reduce(largest, op=dist.ReduceOp.MAX)
-        return largest.item()
+        return [float(value) for value in largest.tolist()]
 
     def gather(self, value: T) -> list[T]:
         """Every rank's value, in rank order, on every rank; any picklable value."""

@@ -81,7 +81,7 @@ def assemble(run: Run, files: ModelFiles, world: World) -> Session:
             module._buffers[name] = None if buffer is None else buffer.to(world.device)
     if first is not None:
         _check_bytes(run, bones, first, values)
-    learning = [param for param in model.parameters() if param.requires_grad]
+    learning = [(name, param) for name, param in model.named_parameters() if param.requires_grad]
     module = run.strategy.prepare(model, [{"params": learning}], factory(run.optim))
     return Session(
         run=run, files=files, world=world, tokenizer=files.tokenizer(), model=model, module=module, anatomy=anatomy

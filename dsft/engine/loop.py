@@ -1,78 +1,41 @@
 """The training loop: evaluate, step, record, decide together, evaluate."""
 
-import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Protocol
-
 from dsft.data.batch import build_batch
 from dsft.data.open import Dataset
 from dsft.data.order import batch_rows
 from dsft.data.packing import plan_step
 from dsft.engine.assemble import Session
-from dsft.engine.evaluate import Evaluation, evaluate
+from dsft.engine.evaluate import evaluate
+from dsft.engine.keep import Keeper
 from dsft.engine.optimizers import rate
+from dsft.engine.progress import STOPPED, Progress, Watch
 from dsft.engine.step import StepResult, train_step
 from dsft.engine.stop import StopFlag
 from dsft.protocols import Batch
 
-DONE, STOPPED = "done", "stopped"
 
-
-class Watch(Protocol):
-    """What the loop tells the outside, on every rank."""
-
-    def begin_step(self) -> None:
-        """A step begins."""
-
-    def step(self, step: int, values: Mapping[str, float], ids: list[str]) -> None:
-        """A step is over; ids of its examples in global order."""
-
-    def evaluation(self, step: int, evaluation: Evaluation) -> None:
-        """An evaluation after step is over."""
-
-    def event(self, event: str, step: int, details: Mapping[str, object]) -> None:
-        """Something else happened."""
-
-
-@dataclass
-class Progress:
-    """Where the loop is. state and reason: how it ended."""
-
-    step: int = 0
-    skipped: int = 0
-    best: float = math.inf
-    worse: int = 0
-    state: str = DONE
-    reason: str = ""
-    evaluations: list[tuple[int, Evaluation]] = field(default_factory=list)
-
-
-def fit(session: Session, data: Dataset, total: int, watch: Watch, stop: StopFlag) -> Progress:
-    """Train for total steps, or until a stop is agreed. Collective."""
-    train = session.run.train
-    at = Progress()
-    _evaluate(session, data, at, watch)
-    while at.step < total:
-        if stop.agreed(session.world):
+def fit(session: Session, data: Dataset, watch: Watch, stop: StopFlag, keeper: Keeper, at: Progress) -> Progress:
+    """Train from where at is to its last step, or until a stop is agreed. Collective."""
+    if at.step == 0:
+        _evaluate(session, data, at, watch)
+    while True:
+        asked, busy = session.world.max(stop.reason is not None, keeper.busy)
+        ends = at.over or at.step >= at.total
+        keeper.tend(at, watch, busy=busy > 0, last=ends or asked > 0)
+        if ends:
+            return at
+        if asked:
             at.state, at.reason = STOPPED, stop.reason or "another rank was asked to stop"
             return at
         at.step += 1
         watch.begin_step()
         rows, batches = step_batches(session, data, at.step)
-        scale = rate(session.run.optim, at.step, total)
+        scale = rate(session.run.optim, at.step, at.total)
         result = train_step(session, batches, at.step, scale)
         watch.step(at.step, _values(session, result, scale), [data.train.id(row) for row in rows])
         if not result.moved:
             _survive(session, at, result, watch)
-        if train.eval_every and at.step % train.eval_every == 0 and at.step < total:
-            _evaluate(session, data, at, watch)
-            if _no_better(session, at):
-                watch.event("early_stop", at.step, {"metric": train.early_stop_metric, "best": abs(at.best)})
-                break
-    if at.evaluations and at.evaluations[-1][0] != at.step:
-        _evaluate(session, data, at, watch)
-    return at
+        _look(session, data, at, watch, last=at.step == at.total)
 
 
 def step_batches(session: Session, data: Dataset, step: int) -> tuple[list[int], list[Batch]]:
@@ -108,6 +71,18 @@ def _survive(session: Session, at: Progress, result: StepResult, watch: Watch) -
         raise RuntimeError(f"{what}; train.on_nonfinite=skip goes on without such steps")
     if at.skipped > train.max_nonfinite:
         raise RuntimeError(f"{what}, and train.max_nonfinite={train.max_nonfinite} steps were skipped before")
+
+
+def _look(session: Session, data: Dataset, at: Progress, watch: Watch, *, last: bool) -> None:
+    """Evaluate where it is due, and see whether that ends the run."""
+    every = session.run.train.eval_every
+    if last:
+        _evaluate(session, data, at, watch)
+    elif every and at.step % every == 0:
+        _evaluate(session, data, at, watch)
+        if _no_better(session, at):
+            at.over = True
+            watch.event("early_stop", at.step, {"metric": session.run.train.early_stop_metric, "best": abs(at.best)})
 
 
 def _evaluate(session: Session, data: Dataset, at: Progress, watch: Watch) -> None:

@@ -1,18 +1,23 @@
-"""A request to stop: signals set one flag, and all ranks agree on the step at which they leave."""
+"""A request to stop: signals and the clock set one flag, and all ranks agree on the step at which they leave."""
 
 import signal
+import time
 from types import FrameType
-
-from dsft.comm.world import World
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
 
 
 class StopFlag:
-    """Set by SIGTERM, Ctrl-C or SIGUSR2 (preemption, as submitit binds it); the handlers do nothing else."""
+    """Set by SIGTERM, Ctrl-C or SIGUSR2 (preemption, as submitit binds it); the handlers do nothing else.
 
-    def __init__(self) -> None:
-        self.reason: str | None = None
+    max_minutes: as if asked that long after this object was made; None: never. Ranks whose clocks differ agree by the
+    loop's all-reduce, as for signals.
+    """
+
+    def __init__(self, max_minutes: float | None = None) -> None:
+        self.signal: str | None = None
+        self.max_minutes = max_minutes
+        self.deadline = None if max_minutes is None else time.monotonic() + 60 * max_minutes
 
     def bind(self) -> None:
         """Take over the signals of this process."""
@@ -20,8 +25,11 @@ class StopFlag:
             signal.signal(number, self._set)
 
     def _set(self, number: int, frame: FrameType | None) -> None:
-        self.reason = signal.Signals(number).name
+        self.signal = signal.Signals(number).name
 
-    def agreed(self, world: World) -> bool:
-        """True on every rank if any rank was asked to stop. Collective, once per step."""
-        return world.max(float(self.reason is not None)) > 0
+    @property
+    def reason(self) -> str | None:
+        """Why this rank wants to stop, None if it does not."""
+        if self.signal is None and self.deadline is not None and time.monotonic() > self.deadline:
+            return f"train.max_minutes={self.max_minutes:g} are over"
+        return self.signal

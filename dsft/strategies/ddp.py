@@ -1,8 +1,6 @@
 """Data parallel: every rank holds the whole model; gradients of what learns are summed in flat buckets."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -10,19 +8,18 @@ from torch import Tensor, nn
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 from dsft.comm.world import World
-from dsft.protocols import Anatomy, OptimizerFactory, Strategy
-from dsft.strategies.update import Update, whole
+from dsft.protocols import Anatomy
+from dsft.strategies.update import OnTensors
 
 
 @dataclass(kw_only=True)
-class DDP(Strategy):
+class DDP(OnTensors):
     """The sum runs over buckets that never change, so that a resumed run adds in the same order as an unbroken one.
 
     (torch's DistributedDataParallel rebuilds its buckets after the first step.)
     """
 
     bucket_mib: int
-    update: Update = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         """Refuse buckets that hold nothing."""
@@ -37,30 +34,11 @@ class DDP(Strategy):
         """Nothing to lay out: each rank reads the same values."""
         return model
 
-    def prepare(
-        self, model: nn.Module, groups: Sequence[dict[str, Any]], make_optimizer: OptimizerFactory
-    ) -> nn.Module:
-        """Build the optimizer."""
-        self.update = Update(groups, make_optimizer)
-        return model
-
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Accumulate; after the last micro-batch, sum over the ranks."""
         loss.backward()  # type: ignore[no-untyped-call]
         if last:
             self._sum_gradients()
-
-    def step(self, max_norm: float, lr_scale: float) -> float:
-        """Move; see Update."""
-        return self.update.step(max_norm, lr_scale)
-
-    def drop(self) -> None:
-        """Forget the gradients."""
-        self.update.drop()
-
-    def full(self, param: nn.Parameter) -> Tensor:
-        """The parameter."""
-        return whole(param)
 
     def _sum_gradients(self) -> None:
         """All buckets at once, then wait; a parameter that this rank did not use counts as zero."""

@@ -1,9 +1,8 @@
 """Fully sharded data parallel (torch's FSDP2), over one mesh axis or two (HSDP: replicate x shard)."""
 
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, cast
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -11,12 +10,12 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
 from dsft.comm.world import World
-from dsft.protocols import Anatomy, OptimizerFactory, Strategy
-from dsft.strategies.update import Update, whole
+from dsft.protocols import Anatomy
+from dsft.strategies.update import OnTensors
 
 
 @dataclass(kw_only=True)
-class FSDP(Strategy):
+class FSDP(OnTensors):
     """One group per block, one for the rest (so that a tied embedding and head stay together).
 
     FSDP2 averages gradients over the ranks; the loss is multiplied by their number instead of setting the divide
@@ -26,7 +25,6 @@ class FSDP(Strategy):
     reshard: bool
     offload: Literal["none", "parameters"]
     shard_size: int | Literal["node"] | None
-    update: Update = field(init=False, repr=False)
     root: FSDPModule = field(init=False, repr=False)
     ranks: int = field(init=False, repr=False)
 
@@ -71,26 +69,7 @@ class FSDP(Strategy):
     def _shard(self, module: nn.Module, mesh: DeviceMesh, policy: MixedPrecisionPolicy, offload: OffloadPolicy) -> None:
         fully_shard(module, mesh=mesh, reshard_after_forward=self.reshard, mp_policy=policy, offload_policy=offload)
 
-    def prepare(
-        self, model: nn.Module, groups: Sequence[dict[str, Any]], make_optimizer: OptimizerFactory
-    ) -> nn.Module:
-        """Build the optimizer on the shards."""
-        self.update = Update(groups, make_optimizer)
-        return model
-
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Accumulate; each micro-batch's gradients are reduced and sharded at once, so that none is kept whole."""
         self.root.set_is_last_backward(last)
         (loss * self.ranks).backward()  # type: ignore[no-untyped-call]
-
-    def step(self, max_norm: float, lr_scale: float) -> float:
-        """Move; see Update."""
-        return self.update.step(max_norm, lr_scale)
-
-    def drop(self) -> None:
-        """Forget the gradients."""
-        self.update.drop()
-
-    def full(self, param: nn.Parameter) -> Tensor:
-        """The parameter, gathered."""
-        return whole(param)

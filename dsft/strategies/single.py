@@ -1,21 +1,17 @@
 """One process."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 from torch import Tensor, nn
 
 from dsft.comm.world import World
-from dsft.protocols import Anatomy, OptimizerFactory, Strategy
-from dsft.strategies.update import Update, whole
+from dsft.protocols import Anatomy
+from dsft.strategies.update import OnTensors
 
 
 @dataclass(kw_only=True)
-class Single(Strategy):
+class Single(OnTensors):
     """Everything lives here."""
-
-    update: Update = field(init=False, repr=False)
 
     def data_ranks(self, world: World) -> int:
         """One."""
@@ -25,25 +21,6 @@ class Single(Strategy):
         """Nothing to lay out."""
         return model
 
-    def prepare(
-        self, model: nn.Module, groups: Sequence[dict[str, Any]], make_optimizer: OptimizerFactory
-    ) -> nn.Module:
-        """Build the optimizer."""
-        self.update = Update(groups, make_optimizer)
-        return model
-
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Accumulate."""
         loss.backward()  # type: ignore[no-untyped-call]
-
-    def step(self, max_norm: float, lr_scale: float) -> float:
-        """Move; see Update."""
-        return self.update.step(max_norm, lr_scale)
-
-    def drop(self) -> None:
-        """Forget the gradients."""
-        self.update.drop()
-
-    def full(self, param: nn.Parameter) -> Tensor:
-        """The parameter."""
-        return whole(param)

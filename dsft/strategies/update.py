@@ -1,14 +1,17 @@
-"""One optimizer step on this process's parameters or shards: global norm, clipping, rate, move."""
+"""One optimizer step on this process's parameters or shards: global norm, clipping, rate, move; and their state."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
-from dsft.protocols import OptimizerFactory
+from dsft.protocols import OptimizerFactory, Shape, Strategy
+
+PARAM = "param"
+"""Prefix of parameters in a state; the optimizer's tensors have their own key for prefix."""
 
 
 class Update:
@@ -17,7 +20,10 @@ class Update:
     def __init__(self, groups: Sequence[dict[str, Any]], make_optimizer: OptimizerFactory) -> None:
         self.optimizer = make_optimizer(groups)
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
-        self.params: list[nn.Parameter] = [p for group in self.optimizer.param_groups for p in group["params"]]
+        self.named: dict[str, nn.Parameter] = {}
+        for group in self.optimizer.param_groups:
+            self.named |= dict(zip(group["param_names"], group["params"], strict=True))
+        self.params = list(self.named.values())
 
     def step(self, max_norm: float, lr_scale: float) -> float:
         """Clip the gradients to max_norm, move, forget them. Returns the norm before clipping.
@@ -26,7 +32,7 @@ class Update:
         """
         grads = [p.grad for p in self.params if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(grads)
-        total = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
+        total = gathered(norm).item()
         if math.isfinite(total):
             torch.nn.utils.clip_grads_with_norm_(self.params, max_norm, norm)
             for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
@@ -39,8 +45,115 @@ class Update:
         """Forget the gradients."""
         self.optimizer.zero_grad(set_to_none=True)
 
+    def state(self) -> dict[str, Tensor]:
+        """All that a resumed run needs, live: PARAM/NAME, KEY/NAME of the optimizer's tensors, its numbers by KEY."""
+        tensors: dict[str, Tensor] = {f"{PARAM}/{name}": param.detach() for name, param in self.named.items()}
+        numbers: dict[str, dict[str, Any]] = {}
+        for name, param in self.named.items():
+            for key, value in self.optimizer.state.get(param, {}).items():
+                if isinstance(value, Tensor) and value.dim() > 0:
+                    tensors[f"{key}/{name}"] = value
+                elif value is not None:
+                    numbers.setdefault(key, {})[name] = value
+        return tensors | {key: pack_numbers(values, list(self.named)) for key, values in numbers.items()}
 
-def whole(param: Tensor) -> Tensor:
-    """The whole parameter on CPU; gathers a DTensor (collective)."""
-    value = param.detach()
-    return (value.full_tensor() if isinstance(value, DTensor) else value).cpu()
+    def template(self, shapes: Mapping[str, Shape]) -> dict[str, Tensor]:
+        """Tensors to fill with a saved state: live parameters, fresh optimizer tensors laid out as theirs."""
+        same_parameters(shapes, {name: param.shape for name, param in self.named.items()})
+        made: dict[str, Tensor] = {}
+        for key, (size, dtype) in shapes.items():
+            kind, _, name = key.partition("/")
+            param = self.named[name].detach() if name else None
+            if kind == PARAM and param is not None:
+                made[key] = param
+            elif param is not None and param.shape == size:
+                made[key] = torch.empty_like(param, dtype=dtype)
+            else:
+                made[key] = torch.empty(size, dtype=dtype, device=param.device if param is not None else None)
+        return made
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Take over a template that has been filled."""
+        for key, value in state.items():
+            kind, _, name = key.partition("/")
+            if not name:
+                for owner, number in unpack_numbers(value, list(self.named)).items():
+                    self.optimizer.state[self.named[owner]][kind] = number
+            elif kind != PARAM:
+                self.optimizer.state[self.named[name]][kind] = value
+
+
+def gathered(value: Tensor) -> Tensor:
+    """The whole of a DTensor (collective), any other tensor as it is. DTensor's import costs a second: not here."""
+    whole: Tensor = value.full_tensor() if hasattr(value, "full_tensor") else value
+    return whole
+
+
+def same_parameters(shapes: Mapping[str, Shape], named: Mapping[str, torch.Size]) -> None:
+    """Raise RuntimeError if a saved state does not hold the parameters that this run trains."""
+    saved = {key.partition("/")[2]: size for key, (size, _) in shapes.items() if key.startswith(f"{PARAM}/")}
+    for name in sorted(saved.keys() | named.keys()):
+        if saved.get(name) != named.get(name):
+            raise RuntimeError(
+                f"the checkpoint is of other parameters: {name} is {_said(saved.get(name))} in it and "
+                f"{_said(named.get(name))} in this run; choose another run_dir"
+            )
+
+
+def _said(size: torch.Size | None) -> str:
+    return "absent" if size is None else " x ".join(map(str, size)) or "a number"
+
+
+def pack_numbers(values: Mapping[str, Any], names: Sequence[str]) -> Tensor:
+    """(P,) one number per parameter, NaN where it has none: float32 tensors stay so, Python's integers become int64.
+
+    An integer that is missing is -1.
+    """
+    if any(isinstance(value, Tensor) for value in values.values()):
+        return torch.tensor([float(values.get(name, math.nan)) for name in names], dtype=torch.float32)
+    return torch.tensor([int(values.get(name, -1)) for name in names], dtype=torch.int64)
+
+
+def unpack_numbers(packed: Tensor, names: Sequence[str]) -> dict[str, Any]:
+    """The numbers that pack_numbers packed."""
+    if packed.dtype == torch.int64:
+        return {name: int(value) for name, value in zip(names, packed, strict=True) if value >= 0}
+    return {name: value.clone() for name, value in zip(names, packed, strict=True) if not value.isnan()}
+
+
+@dataclass(kw_only=True)
+class OnTensors(Strategy):
+    """A strategy whose optimizer is ours, on whole tensors or on DTensors; how they are laid out is its own."""
+
+    update: Update = field(init=False, repr=False)
+
+    def prepare(
+        self, model: nn.Module, groups: Sequence[dict[str, Any]], make_optimizer: OptimizerFactory
+    ) -> nn.Module:
+        """Build the optimizer."""
+        self.update = Update(groups, make_optimizer)
+        return model
+
+    def step(self, max_norm: float, lr_scale: float) -> float:
+        """Move; see Update."""
+        return self.update.step(max_norm, lr_scale)
+
+    def drop(self) -> None:
+        """Forget the gradients."""
+        self.update.drop()
+
+    def full(self, param: nn.Parameter) -> Tensor:
+        """The whole parameter on CPU; gathers a DTensor (collective)."""
+        return gathered(param.detach()).cpu()
+
+    def export_state(self) -> dict[str, Tensor]:
+        """The live state."""
+        return self.update.state()
+
+    def state_template(self, shapes: Mapping[str, Shape]) -> dict[str, Tensor]:
+        """The live parameters and fresh tensors beside them."""
+        return self.update.template(shapes)
+
+    def import_state(self, state: dict[str, Tensor]) -> None:
+        """Go on from it."""
+        self.update.restore(state)

@@ -1,4 +1,5 @@
-"""ZeRO 1, 2 and 3 by DeepSpeed: Rajbhandari et al. 2020, arXiv:1910.02054. The only file that knows DeepSpeed.
+"""ZeRO 1, 2 and 3 by DeepSpeed: Rajbhandari et al. 2020, arXiv:1910.02054. With zero_state.py the only
+file that knows DeepSpeed.
 
 What trains is kept in fp32 (values, gradients, moments), what is frozen in the dtype that was loaded; in bf16 the
 forward pass runs under torch.autocast, as under every other strategy. DeepSpeed's own bf16 mode is not used: it rounds
@@ -12,7 +13,7 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,7 +21,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dsft.comm.world import World
-from dsft.protocols import Anatomy, OptimizerFactory, Strategy
+from dsft.protocols import Anatomy, OptimizerFactory, Shape, Strategy
+from dsft.strategies.zero_state import ZeroState
 
 OFFLOADS = {1: ("none", "optimizer"), 2: ("none", "optimizer"), 3: ("none", "optimizer", "parameters")}
 """Stage -> what may live in host memory; with parameters there, DeepSpeed wants the optimizer there too."""
@@ -75,11 +77,13 @@ class Zero(Strategy):
     ) -> nn.Module:
         """Build the engine around model; call forward on what is returned."""
         run = self._run
+        run.named = {name: param for group in groups for name, param in group["params"]}
+        run.trained = {id(param) for param in run.named.values()}
+        run.make_optimizer = make_optimizer
         run.engine, *_ = _deepspeed().initialize(
             model=model, optimizer=make_optimizer(groups), config=run.config, dist_init_required=False
         )
         run.rates = [group["lr"] for group in run.optimizer.param_groups]
-        run.trained = {id(param) for group in groups for param in group["params"]}
         return run.engine  # type: ignore[no-any-return]
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
@@ -123,6 +127,23 @@ class Zero(Strategy):
             return _on_cpu(param)
         with _deepspeed().zero.GatheredParameters([param]):
             return _on_cpu(param)
+
+    def export_state(self) -> dict[str, Tensor]:
+        """Tensors are gathered one by one; each is kept, whole, by one rank."""
+        return self._state().export()
+
+    def state_template(self, shapes: Mapping[str, Shape]) -> dict[str, Tensor]:
+        """Tensors on CPU for what this rank is to read for all."""
+        return self._state().template(shapes)
+
+    def import_state(self, state: dict[str, Tensor]) -> None:
+        """Each tensor goes from the rank that read it to all, and each keeps its part."""
+        self._state().restore(state)
+
+    def _state(self) -> ZeroState:
+        run = self._run
+        assert run.make_optimizer is not None
+        return ZeroState(run.world, run.optimizer, run.named, run.make_optimizer)
 
     def close(self) -> None:
         """Free the engine, its state and, at stage 3, this rank's parts of the parameters."""
@@ -199,6 +220,8 @@ class _Run:
     engine: Any = None
     rates: list[float] = field(default_factory=list)
     trained: set[int] = field(default_factory=set)
+    named: dict[str, nn.Parameter] = field(default_factory=dict)
+    make_optimizer: OptimizerFactory | None = None
 
     @property
     def optimizer(self) -> Any:

@@ -7,11 +7,12 @@ read_lines gives them back as floats.
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
+from io import FileIO
 from pathlib import Path
-from typing import Any, Literal, TextIO, get_args
+from typing import Any, Literal, get_args
 
 METRICS, SAMPLES, EVENTS, STATUS = "metrics.jsonl", "samples.jsonl", "events.jsonl", "status.json"
 
@@ -41,11 +42,15 @@ def write_status(run_dir: Path, status: Status) -> None:
     """Replace run_dir/status.json at once: a reader sees the old one or the new one, whole, also after a crash."""
     path = run_dir / STATUS
     fresh = run_dir / f".{STATUS}.{os.getpid()}"
-    with fresh.open("w", encoding="ascii") as file:
-        file.write(_line(asdict(status)))
-        file.flush()
-        os.fsync(file.fileno())
-    fresh.replace(path)
+    try:
+        with fresh.open("w", encoding="ascii") as file:
+            file.write(_line(asdict(status)))
+            file.flush()
+            os.fsync(file.fileno())
+        fresh.replace(path)
+    except OSError:
+        fresh.unlink(missing_ok=True)
+        raise
 
 
 def read_status(run_dir: Path) -> Status | None:
@@ -61,19 +66,27 @@ def read_status(run_dir: Path) -> Status | None:
 
 
 class RunRecord:
-    """The open files metrics.jsonl, samples.jsonl and events.jsonl of one attempt of a run.
+    """metrics.jsonl, samples.jsonl and events.jsonl of one attempt of a run.
 
-    resumed_from: the step of the checkpoint that this attempt goes on from, 0 for a fresh start. Metrics and samples
-    of later steps are dropped, because they are run again; events are history and stay.
+    Lines that the disk does not take (it is full, it went away) wait in memory and follow when it takes them again, in
+    order and whole. troubled(error): told once when that begins.
     """
 
-    def __init__(self, run_dir: Path, *, resumed_from: int) -> None:
-        self.run_dir = run_dir
-        self.files: dict[str, TextIO] = {}
-        for name in (METRICS, SAMPLES):
-            rewind(run_dir / name, resumed_from)
+    def __init__(self, run_dir: Path, troubled: Callable[[OSError], None]) -> None:
+        self.run_dir, self.troubled = run_dir, troubled
+        self.files: dict[str, FileIO] = {}
+        self.waiting: dict[str, bytes] = {}
+        self.in_trouble = False
         if (run_dir / EVENTS).is_file():
             _rewrite(run_dir / EVENTS, _whole_lines(run_dir / EVENTS))
+
+    def resume(self, step: int) -> None:
+        """Drop the metrics and samples of later steps than step: they are run again. Events are history and stay.
+
+        step 0: a run that begins anew; its first evaluation is made again too.
+        """
+        for name in (METRICS, SAMPLES):
+            rewind(self.run_dir / name, step or -1)
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
         """Append one line to metrics.jsonl: step first, then values as they come."""
@@ -88,18 +101,42 @@ class RunRecord:
         time = datetime.now(UTC).isoformat(timespec="milliseconds")
         self._append(EVENTS, {"time": time, "event": event, "step": step, **details})
 
+    def status(self, status: Status) -> None:
+        """Replace status.json; one that the disk does not take is left as it is."""
+        self._tried(lambda: write_status(self.run_dir, status))
+
     def close(self) -> None:
-        """Close the files; nothing is buffered."""
+        """Write what waits, close the files. Raises OSError if lines would be lost."""
+        self._flush()
+        lost = sum(map(len, self.waiting.values()))
         for file in self.files.values():
             file.close()
         self.files.clear()
+        if lost:
+            raise OSError(f"{lost} bytes of {', '.join(self.waiting)} in {self.run_dir} could not be written")
 
     def _append(self, name: str, values: Mapping[str, Any]) -> None:
-        if name not in self.files:
-            self.files[name] = (self.run_dir / name).open("a", encoding="ascii")
-        file = self.files[name]
-        file.write(_line(values))
-        file.flush()
+        self.waiting[name] = self.waiting.get(name, b"") + _line(values).encode("ascii")
+        if self._tried(self._flush):
+            self.in_trouble = False
+
+    def _flush(self) -> None:
+        for name in list(self.waiting):
+            if name not in self.files:
+                self.files[name] = FileIO(self.run_dir / name, "a")
+            while self.waiting[name]:
+                self.waiting[name] = self.waiting[name][self.files[name].write(self.waiting[name]) or 0 :]
+            del self.waiting[name]
+
+    def _tried(self, write: Callable[[], None]) -> bool:
+        try:
+            write()
+        except OSError as error:
+            if not self.in_trouble:
+                self.in_trouble = True
+                self.troubled(error)
+            return False
+        return True
 
 
 def rewind(path: Path, step: int) -> None:

@@ -45,7 +45,7 @@ def launch(
     num_processes: int,
     log_dir: Path,
     env: Mapping[str, str],
-    grace_s: float = 30.0,
+    grace_s: float = 300.0,
     kill_after_s: float = 5.0,
 ) -> int:
     """Run num_processes of command on this machine, and return the launch's exit code.

@@ -22,7 +22,7 @@ FLOORS = (
     ("engine",),
     ("rules", "wording"),
     ("compose",),
-    ("folder",),
+    ("folder", "recorder"),
     VERBS,
     ("__main__",),
 )

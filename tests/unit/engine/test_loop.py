@@ -4,17 +4,21 @@ import math
 import os
 import signal
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from dsft.checkpoint.manifest import Identity
 from dsft.comm.world import World
 from dsft.compose import compose
 from dsft.data.open import Dataset, open_data
 from dsft.engine.assemble import Session, assemble
 from dsft.engine.evaluate import Evaluation
 from dsft.engine.loop import fit
+from dsft.engine.progress import Progress
+from dsft.engine.resume import keeper_for
 from dsft.engine.stop import StopFlag
 
 
@@ -42,11 +46,17 @@ class Seen:
 def _session(*words: str) -> tuple[Session, Dataset]:
     composed = compose([
         "model=tiny", "data=reasoning_gym", "data.size=32", "data.eval_size=5", "train.precision=fp32",
-        "train.global_batch_size=4", "launcher=local", "method=lora", "optim.lr=1e-3", "train.steps=6", *words,
+        "train.global_batch_size=4", "train.steps=6", "launcher=local", "method=lora", "optim.lr=1e-3",
+        "checkpoint=none", *words,
     ])  # fmt: skip
     files = composed.run.model.resolve()
     data = open_data(composed.run.data, files.tokenizer(), max_length=512, seed=0)
     return assemble(composed.run, files, World(0, 1, 0, torch.device("cpu"))), data
+
+
+def _fit(session: Session, data: Dataset, total: int, seen: Seen, stop: StopFlag) -> Progress:
+    keeper = keeper_for(session, Path("absent"), Identity("run", "config", "base"), None, saved=0)
+    return fit(session, data, seen, stop, keeper, Progress(total=total))
 
 
 def _poison(session: Session, at: int) -> dict[str, Any]:
@@ -65,7 +75,7 @@ def _poison(session: Session, at: int) -> dict[str, Any]:
 def test_evaluates_before_and_after_and_loss_falls() -> None:
     session, data = _session()
     seen = Seen()
-    at = fit(session, data, 6, seen, StopFlag())
+    at = _fit(session, data, 6, seen, StopFlag())
     assert (at.state, at.step) == ("done", 6)
     assert [step for step, _ in seen.evaluations] == [0, 6]
     first, last = (evaluation.values for _, evaluation in seen.evaluations)
@@ -78,7 +88,7 @@ def test_a_step_that_is_not_finite_moves_nothing_and_is_skipped() -> None:
     session, data = _session("train.on_nonfinite=skip")
     _poison(session, at=2)
     seen = Seen()
-    at = fit(session, data, 4, seen, StopFlag())
+    at = _fit(session, data, 4, seen, StopFlag())
     assert (at.step, at.skipped, seen.events) == (4, 1, ["nonfinite"])
     assert math.isnan(seen.steps[1]["grad_norm"])
     assert all(math.isfinite(values["grad_norm"]) for values in (seen.steps[0], *seen.steps[2:]))
@@ -89,14 +99,14 @@ def test_a_step_that_is_not_finite_ends_the_run_by_default() -> None:
     session, data = _session()
     _poison(session, at=2)
     with pytest.raises(RuntimeError, match=r"step 2: .*nothing was updated"):
-        fit(session, data, 4, Seen(), StopFlag())
+        _fit(session, data, 4, Seen(), StopFlag())
 
 
 def test_the_budget_of_skipped_steps_ends_the_run() -> None:
     session, data = _session("train.on_nonfinite=skip", "train.max_nonfinite=0")
     _poison(session, at=1)
     with pytest.raises(RuntimeError, match=r"train\.max_nonfinite=0"):
-        fit(session, data, 4, Seen(), StopFlag())
+        _fit(session, data, 4, Seen(), StopFlag())
 
 
 def test_stops_early_when_the_metric_gets_no_better() -> None:
@@ -104,7 +114,7 @@ def test_stops_early_when_the_metric_gets_no_better() -> None:
         "train.eval_every=1", "train.early_stop_metric=eval/accuracy", "train.early_stop_patience=2"
     )
     seen = Seen()
-    at = fit(session, data, 6, seen, StopFlag())
+    at = _fit(session, data, 6, seen, StopFlag())
     assert at.step == 3  # the first evaluation sets the mark, the next two are no better than 0 %
     assert "early_stop" in seen.events
 
@@ -116,7 +126,7 @@ def test_a_signal_stops_the_run_at_the_next_step() -> None:
     try:
         stop.bind()
         os.kill(os.getpid(), signal.SIGUSR2)
-        at = fit(session, data, 6, Seen(), stop)
+        at = _fit(session, data, 6, Seen(), stop)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -129,6 +139,6 @@ def test_random_streams_depend_on_seed_and_step_alone() -> None:
         session, data = _session("method.dropout=0.3")
         torch.manual_seed(torch.randint(0, 1000, ()).item())  # whatever the process drew before
         seen = Seen()
-        fit(session, data, 3, seen, StopFlag())
+        _fit(session, data, 3, seen, StopFlag())
         losses.append([values["loss"] for values in seen.steps])
     assert losses[0] == losses[1]

@@ -1,0 +1,1 @@
+"""Checkpoints: written aside, hashed, committed by a manifest; loaded only if every byte verifies."""

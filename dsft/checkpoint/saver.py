@@ -1,0 +1,168 @@
+"""Saving: written beside the training or in its way, seen alike by all ranks, at most one at a time."""
+
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from threading import Thread
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+
+from dsft.checkpoint import files
+from dsft.checkpoint.lease import Lease, LeaseLostError
+from dsft.checkpoint.manifest import Identity, Manifest, Written
+from dsft.checkpoint.store import Store
+from dsft.comm.world import World
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What became of a save. error: why it failed (one line); lost: because another process writes this run now.
+
+    seconds: from request to commit; stall_s: of these, how long the training waited.
+    """
+
+    step: int
+    nbytes: int = 0
+    seconds: float = 0.0
+    stall_s: float = 0.0
+    deleted: tuple[int, ...] = ()
+    error: str | None = None
+    lost: bool = False
+
+
+@dataclass(frozen=True)
+class Retention:
+    """The newest keep checkpoints stay, and every multiple of keep_every steps (0: none besides)."""
+
+    keep: int
+    keep_every: int
+
+
+class Saver:
+    """Writes checkpoints of one run. lease: rank 0's. Every method is called by all ranks alike."""
+
+    def __init__(
+        self, store: Store, lease: Lease | None, identity: Identity, world: World, retention: Retention
+    ) -> None:
+        self.store, self.lease, self.identity, self.world, self.retention = store, lease, identity, world, retention
+        # a group of its own: the training's collectives go on meanwhile
+        self.group = dist.new_group(backend="gloo") if world.size > 1 else None
+        pinned = world.device.type == "cuda"
+        self.stager = DefaultStager(StagingOptions(pinned, False, False, False))
+        self.thread: Thread | None = None
+        self.outcome: Outcome | None = None
+        self.crash: BaseException | None = None
+
+    @property
+    def busy(self) -> bool:
+        """A save is in flight on this rank."""
+        return self.thread is not None and self.thread.is_alive()
+
+    def start(self, step: int, state: Mapping[str, Tensor], progress: Mapping[str, Any], *, background: bool) -> None:
+        """Save state; with background it is copied now and written by a thread. Nothing may be in flight."""
+        assert self.thread is None, "take the last outcome first"
+        begun = time.monotonic()
+        if not background:
+            outcome = self._save(step, state, progress)
+            seconds = time.monotonic() - begun
+            self.outcome = replace(outcome, seconds=seconds, stall_s=seconds)
+            return
+        copied: Any = self.stager.stage(dict(state))
+        stall = time.monotonic() - begun
+
+        def work() -> None:
+            try:
+                outcome = self._save(step, copied, progress)
+                self.outcome = replace(outcome, seconds=time.monotonic() - begun, stall_s=stall)
+            except BaseException as error:  # handed to the training's thread, which raises it
+                self.crash = error
+
+        self.thread = Thread(target=work, name=f"save-{step}", daemon=True)
+        self.thread.start()
+
+    def take(self) -> Outcome | None:
+        """Wait for the save in flight, if there is one; its outcome, once. Raises LeaseLostError or its crash."""
+        if self.thread is not None:
+            self.thread.join()
+            self.thread = None
+        if self.crash is not None:
+            raise self.crash
+        outcome, self.outcome = self.outcome, None
+        if outcome is not None and outcome.lost:
+            raise LeaseLostError(outcome.error)
+        return outcome
+
+    def _save(self, step: int, state: Mapping[str, Tensor], progress: Mapping[str, Any]) -> Outcome:
+        """The protocol: files, hashes, manifest, rename. The same outcome on every rank."""
+        place, failed = self._gather(self._begin(step))[0]
+        if failed is not None:
+            return failed
+        written: dict[str, Written] = {}
+        error = None
+        try:
+            written = files.write(state, place, step, self.identity.run, self.group)
+        except OSError as failure:
+            error = str(failure)
+        parts = self._gather((written, error))
+        outcome = Outcome(step=step, error=next((said for _, said in parts if said is not None), None))
+        if self.lease is not None:
+            content = Manifest(
+                step=step,
+                identity=self.identity,
+                world_size=self.world.size,
+                lease=self.lease.token,
+                progress=progress,
+                files={name: file for part, _ in parts for name, file in part.items()},
+            )
+            outcome = self._finish(place, content, outcome, self.lease)
+        return self._gather(outcome)[0]
+
+    def _begin(self, step: int) -> tuple[Path, Outcome | None]:
+        """Rank 0: the folder to write into, or why there is none."""
+        if self.lease is not None:
+            try:
+                self.lease.check()
+                return self.store.begin(step), None
+            except LeaseLostError as error:
+                return Path(), Outcome(step=step, error=str(error), lost=True)
+            except OSError as error:
+                return Path(), Outcome(step=step, error=str(error))
+        return Path(), None
+
+    def _finish(self, place: Path, content: Manifest, outcome: Outcome, lease: Lease) -> Outcome:
+        """Rank 0: commit and tidy up, or leave nothing behind."""
+        try:
+            if outcome.error is None:
+                self.store.commit(place, content, lease)
+                return replace(outcome, nbytes=content.nbytes, deleted=self._tidy(content.step))
+        except OSError as error:
+            outcome = replace(outcome, error=str(error))
+        except LeaseLostError:
+            pass  # found again below
+        shutil.rmtree(place, ignore_errors=True)
+        try:
+            lease.check()  # a newer writer removes what this one has not finished: then that is the reason
+        except LeaseLostError as error:
+            outcome = replace(outcome, error=str(error), lost=True)
+        return outcome
+
+    def _tidy(self, step: int) -> tuple[int, ...]:
+        """Delete what need not stay; what cannot be deleted stays, and the checkpoint counts all the same."""
+        try:
+            return tuple(self.store.retain(self.retention.keep, self.retention.keep_every, step))
+        except OSError:
+            return ()
+
+    def _gather(self, value: T) -> list[T]:
+        if self.group is None:
+            return [value]
+        values: list[T] = [value] * self.world.size
+        dist.all_gather_object(values, value, group=self.group)
+        return values

@@ -1,0 +1,44 @@
+"""Where a run's loop is, and whom it tells."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from dsft.engine.evaluate import Evaluation
+
+DONE, STOPPED = "done", "stopped"
+
+
+class Watch(Protocol):
+    """What the loop tells the outside, on every rank."""
+
+    def begin_step(self) -> None:
+        """A step begins."""
+
+    def step(self, step: int, values: Mapping[str, float], ids: list[str]) -> None:
+        """A step is over; ids of its examples in global order."""
+
+    def evaluation(self, step: int, evaluation: Evaluation) -> None:
+        """An evaluation after step is over."""
+
+    def event(self, event: str, step: int, details: Mapping[str, object]) -> None:
+        """Something else happened."""
+
+
+@dataclass
+class Progress:
+    """Where the loop is. total: steps in all; over: it ended before them (early stop).
+
+    state and reason: how it ended.
+    """
+
+    total: int
+    step: int = 0
+    skipped: int = 0
+    best: float = math.inf
+    worse: int = 0
+    over: bool = False
+    state: str = DONE
+    reason: str = ""
+    evaluations: list[tuple[int, Evaluation]] = field(default_factory=list)

@@ -1,0 +1,149 @@
+"""What a run tells the outside: files, trackers, the terminal; and what a person sees at the end."""
+
+import os
+import socket
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from dsft.checkpoint.lease import Lease
+from dsft.comm.world import World
+from dsft.compose import load_yaml
+from dsft.config import Run
+from dsft.data.open import Dataset
+from dsft.engine.evaluate import Evaluation
+from dsft.engine.progress import Progress
+from dsft.telemetry.meter import Meter, peak_memory_bytes
+from dsft.telemetry.progress import ProgressLine
+from dsft.telemetry.record import RunRecord, State, Status, read_status
+from dsft.telemetry.trackers import Trackers
+
+SAID = {
+    "nonfinite": "nothing was updated: loss {loss}, gradient norm {grad_norm}; {skipped} such steps so far",
+    "early_stop": "stops early: {metric} has not improved on {best:.4f}",
+    "resume": "resumed from {checkpoint}",
+    "takeover": "took the run folder over from {holder}",
+    "quarantine": "CHECKPOINT SET ASIDE: {checkpoint}: {reason}; it is in {moved_to} now",
+    "save_failed": "SAVE FAILED: {error}; training goes on, the newest checkpoint is step {newest}",
+}
+"""Events that a person should see, in words."""
+
+
+class Recorder:
+    """A Watch for the loop. Rank 0 writes, and only while the run folder is its own: lease is rank 0's."""
+
+    def __init__(self, run: Run, run_dir: Path, world: World, total: int, lease: Lease | None) -> None:
+        self.run, self.run_dir, self.world, self.total, self.lease = run, run_dir, world, total, lease
+        self.meter = Meter()
+        who = world.gather({"rank": world.rank, "pid": os.getpid(), "host": socket.gethostname()})
+        before = read_status(run_dir) if lease is not None else None
+        self.overtakes = before is not None and before.state == "running"
+        self.attempt = world.gather(before.attempts + 1 if before else 1)[0]
+        if lease is None:
+            return
+        self.line = ProgressLine(total, done=0, stream=sys.stdout)
+        self.record = RunRecord(
+            run_dir, lambda error: self.line.say(f"THE DISK DOES NOT TAKE THE RUN'S RECORDS ({error}); they wait")
+        )
+        self.trackers = Trackers(run.tracker, lambda name, message: self.line.say(message))
+        known = before.wandb_id if before else None
+        wandb_id = self.trackers.open(run_dir, load_yaml(run_dir / "config.yaml"), known)
+        self.status = Status(
+            state="running",
+            step=before.step if before else 0,
+            attempts=self.attempt,
+            checkpoint=before.checkpoint if before else None,
+            reason=None,
+            wandb_id=wandb_id,
+        )
+        self.record.status(self.status)
+        self.record.event("start", 0, {"ranks": who, "steps": total, "attempt": self.attempt})
+
+    def __enter__(self) -> "Recorder":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.lease is not None:
+            self.trackers.close()
+            self.line.close()
+            self.record.close()
+
+    def begin(self, step: int) -> None:
+        """The loop begins after step: what was recorded of later steps is dropped, since they are run again."""
+        if self.lease is not None:
+            self.record.resume(step)
+            self.line.first = step + 1
+            self.status = replace(self.status, step=step)
+            self.record.status(self.status)
+
+    def begin_step(self) -> None:
+        """A step begins."""
+        self.meter.start()
+
+    def step(self, step: int, values: Mapping[str, float], ids: list[str]) -> None:
+        """One training step is over. Collective: the memory is the largest of all ranks."""
+        timed = self.meter.stop(values["tokens"])
+        peak = self.world.max(peak_memory_bytes(self.world.device))[0]
+        if self.lease is None:
+            return
+        self.lease.check()
+        line = {**values, **timed, "peak_memory_bytes": int(peak)}
+        self.record.metrics(step, line)
+        if self.run.train.log_samples:
+            self.record.samples(step, ids)
+        self.trackers.log(step, line)
+        self.line.step(step, line)
+        self.status = replace(self.status, step=step)
+        self.record.status(self.status)
+
+    def evaluation(self, step: int, evaluation: Evaluation) -> None:
+        """One evaluation is over."""
+        if self.lease is not None:
+            self.lease.check()
+            self.record.metrics(step, evaluation.values)
+            self.trackers.log(step, evaluation.values)
+            said = "  ".join(f"{key} {value:.4f}" for key, value in evaluation.values.items())
+            self.line.say(f"step {step}  {said}")
+
+    def event(self, event: str, step: int, details: Mapping[str, object]) -> None:
+        """Something happened."""
+        if self.lease is None:
+            return
+        self.lease.check()
+        self.record.event(event, step, details)
+        if event in SAID:
+            self.line.say(f"step {step}  {SAID[event].format(**details)}")
+        if event in ("save", "resume"):
+            self.status = replace(self.status, checkpoint=str(details["checkpoint"]))
+            self.record.status(self.status)
+
+    def end(self, at: Progress, data: Dataset, saved: int) -> None:
+        """The run is over: done, or stopped on request. saved: step of the newest checkpoint."""
+        if self.lease is None:
+            return
+        state: State = "done" if at.state == "done" else "stopped"
+        self.status = replace(self.status, state=state, step=at.step, reason=at.reason or None)
+        self.record.status(self.status)
+        self.record.event(state, at.step, {"reason": at.reason} if at.reason else {})
+        self.line.close()
+        for line in closing(self.run_dir, data, at, saved):
+            print(line, flush=True)
+
+
+def closing(run_dir: Path, data: Dataset, at: Progress, saved: int) -> Iterator[str]:
+    """What a person wants to see at the end: before and after, answers side by side, where the result is."""
+    if at.state != "done":
+        kept = f"saved; the same command goes on from step {saved}" if saved else "the same command starts it again"
+        yield f"stopped at step {at.step} ({at.reason}); {kept}"
+        return
+    if at.evaluations:
+        first, last = at.evaluations[0][1], at.evaluations[-1][1]
+        for key, before in first.values.items():
+            yield f"{key:<14} {before:.4f} before, {last.values[key]:.4f} after"
+        assert data.eval is not None
+        for before_answer, after_answer in list(zip(first.answers, last.answers, strict=False))[:5]:
+            row = before_answer.row
+            yield f"  right answer {data.eval.reference(row)!r}"
+            yield f"    before {before_answer.text[:70]!r}  after {after_answer.text[:70]!r}"
+    yield f"result         {run_dir / 'adapter'}"

@@ -1,0 +1,233 @@
+"""Runs that are killed, stopped, reshaped, robbed of their disk or of their folder, through real processes."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import faults
+from benchmarks.cells import write_rows
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
+    write_rows(path, 60)
+    return path
+
+
+def dsft(*words: str) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run([sys.executable, "-m", "dsft.run", *words], capture_output=True, text=True, check=False)
+
+
+@contextmanager
+def started(*words: str) -> "Iterator[subprocess.Popen[str]]":
+    """A run in the background; it is gone at the end."""
+    command = [sys.executable, "-m", "dsft.run", *words]
+    run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        yield run
+    finally:
+        if run.poll() is None:
+            run.send_signal(signal.SIGCONT)
+            run.kill()
+            run.wait()
+
+
+def wait_for(condition: Callable[[], Any], run: "subprocess.Popen[str]", seconds: float = 240.0) -> Any:
+    """What condition gives once it is true. Fails if the run ends before."""
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        if found := condition():
+            return found
+        assert run.poll() is None, run.stdout.read() if run.stdout else ""
+        time.sleep(0.005)
+    raise AssertionError("it did not come to pass")
+
+
+def events(run_dir: Path, name: str) -> list[dict[str, Any]]:
+    path = run_dir / "events.jsonl"
+    return [line for line in faults.lines(path) if line["event"] == name] if path.is_file() else []
+
+
+def steps(run_dir: Path) -> list[int]:
+    return [line["step"] for line in faults.lines(run_dir / "metrics.jsonl") if "loss" in line]
+
+
+def checkpoints(run_dir: Path) -> list[int]:
+    return sorted(int(path.name[5:]) for path in (run_dir / "checkpoints").glob("step-????????"))
+
+
+@pytest.mark.parametrize("name", ["lora ddp x2", "qlora fsdp x2"])
+def test_killed_runs_end_bit_equal_to_one_that_never_was(name: str, rows: Path, tmp_path: Path) -> None:
+    size, case = faults.CASES[name]
+    short = faults.words(rows, case, size, background=True, steps=40)
+    done = dsft(*short, f"run_dir={tmp_path / 'reference'}")
+    assert done.returncode == 0, done.stderr
+    dice = random.Random(name)
+    verdict = faults.survive(tmp_path / "reference", tmp_path / "run", short, size, 2, dice)
+    assert len(verdict.kills) == 2
+    assert verdict.resumed_from
+    assert not verdict.different
+    assert steps(tmp_path / "run") == list(range(1, 41))
+
+
+LEGS = ((1, "single"), (2, "ddp"), (4, "fsdp"), (3, "zero3"), (2, "zero2"), (1, "single"))
+
+
+def test_a_run_goes_on_under_other_strategies_and_numbers_of_ranks(rows: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    fixed = [*faults.words(rows, ["method=lora"], 1, background=False), "optim.schedule=constant", "checkpoint.keep=99"]
+    for leg, (size, strategy) in enumerate(LEGS, start=1):
+        done = dsft(
+            *fixed, f"strategy={strategy}", f"launcher.devices={size}", f"train.steps={3 * leg}", f"run_dir={run_dir}"
+        )
+        assert done.returncode == 0, (strategy, done.stderr)
+    reference = tmp_path / "reference"
+    assert dsft(*fixed, f"train.steps={3 * len(LEGS)}", f"run_dir={reference}").returncode == 0
+    assert [line["step"] for line in events(run_dir, "resume")] == [3, 6, 9, 12, 15]
+    assert (run_dir / "samples.jsonl").read_bytes() == (reference / "samples.jsonl").read_bytes()
+    ours, theirs = (
+        [line["loss"] for line in faults.lines(path / "metrics.jsonl") if "loss" in line]
+        for path in (run_dir, reference)
+    )
+    assert len(ours) == len(theirs) == 3 * len(LEGS)
+    assert max(abs(a - b) / b for a, b in zip(ours, theirs, strict=True)) < 1e-5
+    one, other = faults.saved_state(run_dir), faults.saved_state(reference)
+    assert one.keys() == other.keys()
+    moments = [name for name in one if name.startswith("exp_avg")]
+    assert len(moments) == 84
+    for name in moments:
+        assert (one[name] - other[name]).norm() <= 1e-3 * other[name].norm(), name
+    assert one["step"].equal(other["step"])
+
+
+def test_signals_to_some_ranks_stop_all_at_one_step_with_nothing_lost(rows: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    words = [*faults.words(rows, ["method=lora"], 2, background=True, steps=100_000), f"run_dir={run_dir}"]
+    with started(*words) as run:
+        wait_for(lambda: events(run_dir, "save"), run)
+        ranks = [rank["pid"] for rank in events(run_dir, "start")[0]["ranks"]]
+        os.kill(ranks[0], signal.SIGTERM)
+        time.sleep(0.2)
+        for number, pid in ((signal.SIGUSR2, ranks[1]), (signal.SIGTERM, ranks[0]), (signal.SIGUSR2, ranks[1])):
+            try:
+                os.kill(pid, number)
+            except ProcessLookupError:  # saved and gone already
+                break
+            time.sleep(0.02)
+        out, _ = run.communicate(timeout=120)
+    assert run.returncode == 75, out
+    at = steps(run_dir)[-1]
+    assert checkpoints(run_dir)[-1] == at
+    assert json.loads((run_dir / "status.json").read_text())["state"] == "stopped"
+    done = dsft(*words, f"train.steps={at + 2}")
+    assert done.returncode == 0, done.stderr
+    assert events(run_dir, "resume")[-1]["step"] == at
+    assert steps(run_dir) == list(range(1, at + 3))
+
+
+def test_a_writer_that_slept_through_anothers_start_commits_nothing(rows: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    words = [*faults.words(rows, ["method=lora"], 1, background=True, steps=100_000), f"run_dir={run_dir}"]
+    with started(*words) as sleeper:
+        wait_for(lambda: len(checkpoints(run_dir)) > 1, sleeper)
+        wait_for(lambda: list((run_dir / "checkpoints").glob("*.tmp-*")), sleeper)
+        sleeper.send_signal(signal.SIGSTOP)
+        until = checkpoints(run_dir)[-1] + 20
+        done = dsft(*words, f"train.steps={until}")
+        assert done.returncode == 0, done.stderr
+        before, metrics = checkpoints(run_dir), (run_dir / "metrics.jsonl").read_bytes()
+        sleeper.send_signal(signal.SIGCONT)
+        out, _ = sleeper.communicate(timeout=60)
+    assert sleeper.returncode == 76
+    assert "was taken over by process" in out
+    assert checkpoints(run_dir) == before
+    assert before[-1] == until
+    assert (run_dir / "metrics.jsonl").read_bytes() == metrics
+    assert steps(run_dir) == list(range(1, until + 1))
+    assert json.loads((run_dir / "status.json").read_text())["state"] == "done"
+    assert events(run_dir, "takeover")
+
+
+@contextmanager
+def on_small_disk(size: str, place: Path, *words: str) -> "Iterator[tuple[subprocess.Popen[str], Path]]":
+    """A run whose folder is RUN on a tmpfs of its own; the disk, seen from here, stays until the block ends."""
+    place.mkdir()
+    script = f'mount -t tmpfs -o size={size} tmpfs {place} || exit 99; "$@"; code=$?; echo ENDED; read; exit $code'
+    command = ["unshare", "-rm", "bash", "-c", script, "bash", sys.executable, "-m", "dsft.run", *words]
+    run = subprocess.Popen(
+        [*command, f"run_dir={place / 'run'}"],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    try:
+        yield run, Path(f"/proc/{run.pid}/root{place}")
+    finally:
+        if run.poll() is None:
+            run.communicate("\n", timeout=120)
+
+
+def said_until(run: "subprocess.Popen[str]", wanted: Callable[[str], bool]) -> str:
+    """What the run said until the text fulfils wanted."""
+    said = ""
+    assert run.stdout is not None
+    while not wanted(said):
+        line = run.stdout.readline()
+        assert line, said
+        said += line
+    return said
+
+
+def test_a_full_disk_costs_saves_and_no_step(rows: Path, tmp_path: Path) -> None:
+    words = faults.words(rows, ["method=lora", "checkpoint.every=1"], 1, background=True, steps=100_000)
+    with on_small_disk("12m", tmp_path / "disk", *words) as (run, disk):
+        run_dir = disk / "run"
+        wait_for(lambda: run_dir.is_dir() and len(events(run_dir, "save")) > 3, run)
+        _fill(disk / "filler")
+        good = checkpoints(run_dir)
+        said_until(run, lambda said: said.count("SAVE FAILED") == 2)
+        assert checkpoints(run_dir)[-1] >= good[-1]
+        (disk / "filler").unlink()
+        freed, in_flight = checkpoints(run_dir)[-1], []
+        wait_for(lambda: in_flight.append(len(_unfinished(run_dir))) or checkpoints(run_dir)[-1] > freed + 20, run)
+        assert max(in_flight) == 1  # never two, although a step is faster than a save
+        os.kill(events(run_dir, "start")[0]["ranks"][0]["pid"], signal.SIGTERM)
+        said_until(run, lambda said: "ENDED" in said)
+        at = json.loads((run_dir / "status.json").read_text())["step"]
+        assert events(run_dir, "save_failed")
+        assert steps(run_dir) == list(range(1, at + 1))
+        assert checkpoints(run_dir)[-1] == at
+        assert not _unfinished(run_dir)
+    assert run.returncode == 75
+
+
+def _unfinished(run_dir: Path) -> list[Path]:
+    return list((run_dir / "checkpoints").glob("*.tmp-*"))
+
+
+def _fill(path: Path) -> None:
+    with path.open("wb", buffering=0) as file:
+        for size in (2**16, 2**12, 1):
+            try:
+                while True:
+                    file.write(b"x" * size)
+            except OSError:
+                continue
+
+
+def test_the_first_save_proves_the_disk(rows: Path, tmp_path: Path) -> None:
+    words = faults.words(rows, ["method=lora"], 1, background=True, steps=100_000)
+    with on_small_disk("600k", tmp_path / "disk", *words) as (run, _):
+        said = said_until(run, lambda said: "ENDED" in said)
+    assert run.returncode == 76
+    assert "the first save failed" in said
+    assert "No space left on device" in said
