@@ -8,13 +8,15 @@ CONSTRAINTS = $(shell nvidia-smi -L >/dev/null 2>&1 || echo -c constraints.txt)
 # DeepSpeed builds an operator at first use and looks for ninja on PATH.
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: help demo test check matrix bench clean
+.PHONY: help demo test check slow matrix faults bench clean
 
 help:
 	@echo 'make demo     fine-tune a small real model on this machine, and see it before and after'
 	@echo 'make test     every test that is not slow'
 	@echo 'make check    lint, types, and the house, unit and contract tests'
 	@echo 'make matrix   every method x quantization x strategy: equal to the single process, or refused'
+	@echo 'make faults   runs killed at random moments, against one that never was; minutes'
+	@echo 'make slow     the tests that take minutes each'
 	@echo 'make bench    speed and memory, written to benchmarks/results/'
 	@echo 'make clean    remove caches and builds; .venv and runs/ stay'
 
@@ -32,6 +34,12 @@ check: $(READY)
 
 matrix: $(READY)
 	@.venv/bin/python -m benchmarks.matrix $(ARGS)
+
+slow: $(READY)
+	@.venv/bin/python -m pytest -m slow $(ARGS)
+
+faults: $(READY)
+	@.venv/bin/python -m benchmarks.faults $(ARGS)
 
 bench: $(READY)
 	@.venv/bin/python -m benchmarks $(ARGS)

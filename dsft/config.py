@@ -114,6 +114,7 @@ class Checkpoint:
     keep: int
     keep_every: int
     background: bool
+    verify_result: bool
 
     def __post_init__(self) -> None:
         """Refuse counts that would keep nothing."""

@@ -64,18 +64,28 @@ def merged(run: Run, adapter: Path) -> Any:
     """
     import torch
     from peft import PeftModel
+
+    base = unpacked_base(run)
+    dtype = base.dtype
+    whole = PeftModel.from_pretrained(base.to(torch.float32), adapter).merge_and_unload()
+    return whole.to(dtype)
+
+
+def unpacked_base(run: Run) -> Any:
+    """The base in the dtype of train.precision, each weight that training had packed as unpacking gives it."""
     from transformers import AutoModelForCausalLM
 
     from dsft.engine.assemble import DTYPES
 
     files = run.model.resolve()
-    dtype = DTYPES[run.train.precision]
     base: Any = AutoModelForCausalLM.from_pretrained(
-        files.folder, dtype=dtype, trust_remote_code=files.trust_remote_code, attn_implementation="sdpa"
+        files.folder,
+        dtype=DTYPES[run.train.precision],
+        trust_remote_code=files.trust_remote_code,
+        attn_implementation="sdpa",
     )
     _unpack(run, base)
-    whole = PeftModel.from_pretrained(base.to(torch.float32), adapter).merge_and_unload()
-    return whole.to(dtype)
+    return base
 
 
 def _unpack(run: Run, base: Any) -> None:

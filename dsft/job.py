@@ -91,6 +91,7 @@ def work(run_dir: Path, attempt: Attempt) -> int:
     from dsft.engine.resume import keeper_for, resume
     from dsft.engine.stop import StopFlag
     from dsft.recorder import Recorder
+    from dsft.verify import prove
 
     run = read(run_dir)
     stop = StopFlag(run.train.max_minutes)
@@ -114,7 +115,9 @@ def work(run_dir: Path, attempt: Attempt) -> int:
         attempt.keeper = keeper = keeper_for(session, run_dir, who, lease, saved=at.step)
         at = fit(session, data, recorder, stop, keeper, at)
         if at.state != ASKED:
-            write_result(session, run_dir / "adapter")
+            digest = write_result(session, run_dir / "adapter")
+            if run.checkpoint.verify_result:
+                prove(session, data, run_dir, digest, recorder)
         elif run.checkpoint.every and keeper.saved != at.step:
             raise RuntimeError(f"stopped at step {at.step}, which could not be saved; step {keeper.saved} was")
         recorder.end(at, data, keeper.saved)

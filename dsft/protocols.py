@@ -78,8 +78,11 @@ class Method(ABC):
         """
         raise NotImplementedError(f"{type(self).__name__} adds no parameter of its own, got {name}")
 
-    def save(self, model: nn.Module, weights: Mapping[str, Tensor], folder: Path, base: str) -> None:
-        """Write the result into folder: weights = trainable name -> full CPU tensor; base = where the base model is."""
+    def save(self, model: nn.Module, weights: Mapping[str, Tensor], folder: Path, base: str) -> Mapping[str, Tensor]:
+        """Write the result into folder: weights = trainable name -> full CPU tensor; base = where the base model is.
+
+        Returns what is in its files, by the names that it has there.
+        """
         raise NotImplementedError
 
     @property

@@ -25,6 +25,8 @@ SAID = {
     "resume": "resumed from {checkpoint}",
     "takeover": "took the run folder over from {holder}",
     "quarantine": "CHECKPOINT SET ASIDE: {checkpoint}: {reason}; it is in {moved_to} now",
+    "verified": "{result} was read back in a fresh process: it is the model that was trained",
+    "unverified": "the result was not read back: {reason}",
     "save_failed": "SAVE FAILED: {error}; training goes on, the newest checkpoint is step {newest}",
 }
 """Events that a person should see, in words."""
@@ -113,7 +115,8 @@ class Recorder:
         self.lease.check()
         self.record.event(event, step, details)
         if event in SAID:
-            self.line.say(f"step {step}  {SAID[event].format(**details)}")
+            where = f"step {step}  " if step else ""
+            self.line.say(where + SAID[event].format(**details))
         if event in ("save", "resume"):
             self.status = replace(self.status, checkpoint=str(details["checkpoint"]))
             self.record.status(self.status)

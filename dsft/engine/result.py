@@ -9,25 +9,51 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dsft.engine.assemble import DTYPES, Session
+from dsft.checkpoint.digests import of_all, of_tensor
+from dsft.engine.assemble import DTYPES, Session, autocast
+
+PROBED = 64
+"""Tokens of an example, at most, whose logits prove a result."""
 
 SHARD_BYTES = 2 * 2**30
 """A whole model is written in files of about this size, so that rank 0 never holds more than one of them."""
 
 
-def write_result(session: Session, folder: Path) -> None:
-    """Write the result into folder (rank 0). Collective: the other ranks give their shards."""
+def write_result(session: Session, folder: Path) -> str:
+    """Write the result into folder (rank 0). Collective: the other ranks give their shards.
+
+    Returns the digest of what the live model gave (see checkpoint.digests), on rank 0.
+    """
     if session.world.rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
     if session.run.method.whole:
-        _write_model(session, folder)
+        written = _write_model(session, folder)
     else:
         learned = dict(_gathered(session, trainable_only=True))
+        written = {}
         if session.world.rank == 0:
-            session.run.method.save(session.model, learned, folder, session.files.name_or_path)
+            saved = session.run.method.save(session.model, learned, folder, session.files.name_or_path)
+            written = {name: of_tensor(value) for name, value in saved.items()}
     if session.world.rank == 0:
         session.tokenizer.save_pretrained(folder)
     session.world.barrier()
+    return of_all(written)
+
+
+def write_probe(session: Session, tokens: Tensor, path: Path, digest: str) -> None:
+    """Leave the live model's logits for tokens (T,) in path, for a fresh process to compare. Collective."""
+    session.model.eval()
+    tokens = tokens[:PROBED]
+    with torch.no_grad(), autocast(session):
+        logits = session.module(
+            input_ids=tokens[None].to(session.world.device),
+            position_ids=torch.arange(len(tokens), device=session.world.device)[None],
+            segment_lengths=(len(tokens),),
+            use_cache=False,
+        ).logits.float()
+    if session.world.rank == 0:
+        probe = {"tokens": tokens[None].contiguous(), "logits": logits.cpu().contiguous()}
+        save_file(probe, path, metadata={"digest": digest})
 
 
 def _gathered(session: Session, *, trainable_only: bool) -> Iterator[tuple[str, Tensor]]:
@@ -38,15 +64,20 @@ def _gathered(session: Session, *, trainable_only: bool) -> Iterator[tuple[str, 
                 yield name, value
 
 
-def _write_model(session: Session, folder: Path) -> None:
-    """A folder that AutoModelForCausalLM loads: names as the hub has them, in the dtype of the run's precision."""
+def _write_model(session: Session, folder: Path) -> dict[str, str]:
+    """A folder that AutoModelForCausalLM loads: names as the hub has them, in the dtype of the run's precision.
+
+    Returns name -> digest of what is in its files.
+    """
     dtype = DTYPES[session.run.train.precision]
     where: dict[str, str] = {}
+    digests: dict[str, str] = {}
     total = 0
     for index, part in enumerate(_parts(session, dtype), start=1):
         file = f"model-{index:05d}.safetensors"
         save_file(part, folder / file, metadata={"format": "pt"})
         where |= dict.fromkeys(part, file)
+        digests |= {name: of_tensor(value) for name, value in part.items()}
         total += sum(tensor.nbytes for tensor in part.values())
     if session.world.rank == 0:
         index_file = {"metadata": {"total_size": total}, "weight_map": where}
@@ -55,6 +86,7 @@ def _write_model(session: Session, folder: Path) -> None:
         config.dtype, config.use_cache = dtype, True
         config.save_pretrained(folder)
         session.model.generation_config.save_pretrained(folder)
+    return digests
 
 
 def _parts(session: Session, dtype: torch.dtype) -> Iterator[dict[str, Tensor]]:

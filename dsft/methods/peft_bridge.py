@@ -80,7 +80,7 @@ class Peft(Method):
             value = torch.linalg.norm(read(f"{layer}.base_layer").float(), dim=1)
         return value
 
-    def save(self, model: nn.Module, weights: Mapping[str, Tensor], folder: Path, base: str) -> None:
+    def save(self, model: nn.Module, weights: Mapping[str, Tensor], folder: Path, base: str) -> Mapping[str, Tensor]:
         """Write adapter_config.json and adapter_model.safetensors as PEFT reads them."""
         from safetensors.torch import save_file
 
@@ -90,6 +90,7 @@ class Peft(Method):
         config.save_pretrained(str(folder))
         tensors = {_peft_name(name): value.contiguous() for name, value in weights.items()}
         save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        return tensors
 
 
 def _peft_name(name: str) -> str:

@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 LEAVES = ("models", "quantizers", "strategies", "methods", "objectives", "data", "telemetry", "checkpoint")
-VERBS = ("run", "job", "plan", "export", "chat", "report", "sweep")
+VERBS = ("run", "job", "plan", "export", "verify", "chat", "report", "sweep")
 
 FLOORS = (
     ("config",),
@@ -38,7 +38,7 @@ IMPORTERS = {
     "deepspeed": ("dsft/strategies/zero",),
     "wandb": ("dsft/telemetry/",),
     "tensorboard": ("dsft/telemetry/",),
-    "peft": ("dsft/methods/", "dsft/export.py"),
+    "peft": ("dsft/methods/", "dsft/export.py", "dsft/verify.py"),
     "submitit": (),
 }
 """A back end -> the only files (or beginnings of paths) that may import it."""

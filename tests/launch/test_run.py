@@ -13,6 +13,7 @@ import pytest
 SMALL = [
     "model=tiny", "method=lora", "data=reasoning_gym", "data.size=64", "data.eval_size=4", "train.precision=fp32",
     "train.global_batch_size=4", "tracker=[none]", "launcher=local", "optim.lr=1e-3",
+    "checkpoint.verify_result=false",
 ]  # fmt: skip
 
 
@@ -26,7 +27,8 @@ def lines(path: Path) -> list[dict[str, object]]:
 
 def test_the_run_folder_is_as_documented(tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
-    done = dsft(*SMALL, "train.steps=3", "train.log_samples=true", "launcher.devices=2", f"run_dir={run_dir}")
+    words = [*SMALL, "train.steps=3", "train.log_samples=true", "launcher.devices=2", f"run_dir={run_dir}"]
+    done = dsft(*words, "checkpoint.verify_result=true")
     assert done.returncode == 0, done.stderr
     metrics = lines(run_dir / "metrics.jsonl")
     assert [line["step"] for line in metrics if "loss" in line] == [1, 2, 3]
@@ -38,13 +40,17 @@ def test_the_run_folder_is_as_documented(tmp_path: Path) -> None:
     assert [len(line["ids"]) for line in samples] == [4, 4, 4]  # type: ignore[arg-type]
     status = json.loads((run_dir / "status.json").read_text())
     assert (status["state"], status["step"], status["attempts"]) == ("done", 3, 1)
-    assert [line["event"] for line in lines(run_dir / "events.jsonl")] == ["start", "assembled", "done"]
+    kinds = [line["event"] for line in lines(run_dir / "events.jsonl")]
+    assert kinds == ["start", "assembled", "save", "save", "verified", "done"]
+    assert status["checkpoint"] == "step-00000003"
+    assert (run_dir / "checkpoints" / "step-00000003" / "manifest.json").is_file()
+    assert json.loads((run_dir / "adapter" / "verified.json").read_text())["same"] is True
     assert len(lines(run_dir / "events.jsonl")[0]["ranks"]) == 2  # type: ignore[arg-type]
     assert json.loads((run_dir / "plan.json").read_text())["parameters"]["trainable"] == 89088
     assert json.loads((run_dir / "provenance.json").read_text())["data_digest"]
     assert (run_dir / "adapter" / "adapter_model.safetensors").is_file()
     assert (run_dir / "logs" / "rank-1.log").is_file()
-    again = dsft(*SMALL, "train.steps=3", "train.log_samples=true", "launcher.devices=2", f"run_dir={run_dir}")
+    again = dsft(*words)
     assert again.returncode == 0
     assert "done already" in again.stdout
 

@@ -1,0 +1,122 @@
+"""python -m dsft.verify RUN: reads a result back in a fresh process and compares it with the model that wrote it.
+
+A run starts this by itself when it has written its result, and leaves what was found in RUN/adapter/verified.json.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dsft.compose import read
+from dsft.config import Run
+from dsft.run import refuse
+
+if TYPE_CHECKING:
+    from dsft.data.open import Dataset
+    from dsft.engine.assemble import Session
+    from dsft.engine.progress import Watch
+
+FOUND, PROBE = "verified.json", "probe.safetensors"
+DIFFERENT = 1
+RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+BOUNDS = {"fp32": 1e-4, "bf16": 5e-2}
+"""Largest difference of the logits allowed, relative to the largest logit: another attention and batch layout round
+otherwise (fp32 differs by 1e-6 where both are the same; bf16 has 8 bits)."""
+
+
+def main() -> int:
+    """Compare and write what was found; 1 if the result is not the model that was trained."""
+    run_dir = Path(sys.argv[1]) if len(sys.argv) == 2 else Path()
+    if not (run_dir / "adapter" / PROBE).is_file():
+        return refuse(ValueError(f"RUN must be a run whose result was just written, got {run_dir}"))
+    found = compare(read(run_dir), run_dir / "adapter")
+    (run_dir / "adapter" / FOUND).write_text(json.dumps(found, indent=1) + "\n")
+    return 0 if found["same"] else DIFFERENT
+
+
+def prove(session: "Session", data: "Dataset", run_dir: Path, digest: str, watch: "Watch") -> None:
+    """Have a fresh process read the result back and compare it with the live model. Collective.
+
+    Raises RuntimeError if it is another one. A base that would take more than half of the free memory is not loaded a
+    second time, and a random one is nowhere to load from: that is said instead.
+    """
+    from dsft.data.batch import build_batch
+    from dsft.engine.result import write_probe
+
+    world, folder = session.world, run_dir / "adapter"
+    if why_not := world.gather(_cannot(session, run_dir))[0]:
+        watch.event("unverified", 0, {"reason": why_not})
+        return
+    write_probe(session, build_batch(data.train, [0]).tokens, folder / PROBE, digest)
+    failure = None
+    if world.rank == 0:
+        alone = {key: value for key, value in os.environ.items() if key not in RANK_VARIABLES}
+        done = subprocess.run(
+            [sys.executable, "-m", "dsft.verify", str(run_dir)],
+            env={**alone, "CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        (folder / PROBE).unlink()
+        if done.returncode != 0:
+            failure = (folder / FOUND).read_text() if done.returncode == DIFFERENT else done.stderr[-2000:]
+    if failure := world.gather(failure)[0]:
+        raise RuntimeError(f"{folder}, read back in a fresh process, is not the model that was trained: {failure}")
+    watch.event("verified", 0, {"result": str(folder)})
+
+
+def _cannot(session: "Session", run_dir: Path) -> str | None:
+    if session.files.init == "random":
+        return "the base is random, so there is nothing to load it from"
+    parameters = json.loads((run_dir / "plan.json").read_text())["parameters"]["total"]
+    needed = parameters * (4 if session.run.train.precision == "fp32" else 2)
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if needed > free / 2:
+        return f"the base takes {needed / 2**30:.1f} GiB of this machine's free {free / 2**30:.1f}"
+    return None
+
+
+def compare(run: Run, result: Path) -> dict[str, Any]:
+    """The tensors of result and its logits, against those that the live model left in the probe."""
+    import torch
+    from safetensors import safe_open
+
+    from dsft.checkpoint.digests import of_all, of_tensor
+
+    with safe_open(result / PROBE, "pt") as probe:
+        expected = {name: probe.get_tensor(name) for name in probe.keys()}  # no dict
+        digest = probe.metadata()["digest"]
+    written = {path.name: path for path in result.glob("*.safetensors") if path.name != PROBE}
+    tensors: dict[str, str] = {}
+    for path in written.values():
+        with safe_open(path, "pt") as file:
+            tensors |= {name: of_tensor(file.get_tensor(name)) for name in file.keys()}
+    found: dict[str, Any] = {"digest": of_all(tensors), "tensors": len(tensors), "expected_digest": digest}
+    same = found["digest"] == digest
+    model = load(run, result)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=run.train.precision == "bf16"):
+        logits = model(input_ids=expected["tokens"]).logits.float()
+    off = float((logits - expected["logits"]).abs().max() / expected["logits"].abs().max())
+    bound = BOUNDS[run.train.precision]
+    return {**found, "logits_off": off, "bound": bound, "same": same and off <= bound}
+
+
+def load(run: Run, result: Path) -> Any:
+    """The result on its base (as training saw it), by PEFT's or transformers' own loader, on CPU."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    from dsft.engine.assemble import DTYPES
+    from dsft.export import unpacked_base
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        if run.method.whole:
+            return AutoModelForCausalLM.from_pretrained(result, dtype=DTYPES[run.train.precision]).eval()
+        return PeftModel.from_pretrained(unpacked_base(run), result).eval()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
