@@ -120,7 +120,7 @@ def _same(one: Path, other: Path) -> bool:
 def _moment(run: "subprocess.Popen[bytes]", run_dir: Path, phase: str, dice: random.Random) -> int | None:
     """Wait for a random moment of this attempt, in a step or while a save is written; the step, None if it ended."""
     begun = _starts(run_dir)
-    after, wait = dice.randint(1, 5), dice.uniform(0, 0.06)
+    after, wait = dice.randint(4, 9), dice.uniform(0, 0.06)
     seen: list[int] = []
     while run.poll() is None:
         if _starts(run_dir) > begun or begun == 0:
