@@ -24,7 +24,7 @@ demo: $(READY)
 	@.venv/bin/python -m dsft.run experiment=demo
 
 test: $(READY)
-	@.venv/bin/python -m pytest -m 'not slow' -n 2 --dist loadfile $(ARGS)
+	@.venv/bin/python -m pytest -m 'not slow' -n 2 --dist worksteal $(ARGS)
 
 check: $(READY)
 	@.venv/bin/python -m ruff check .

@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 from dsft.compose import read
 from dsft.config import Run
 from dsft.folder import state
-from dsft.run import refuse
+from dsft.wording import refuse
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -15,6 +15,7 @@ from typing import Any
 from dsft import __version__
 from dsft.checkpoint.manifest import Identity
 from dsft.compose import Composed, dump_yaml, load_yaml
+from dsft.wording import suggest
 
 FREE = (
     "run_dir", "launcher", "tracker", "strategy", "checkpoint", "resume",
@@ -38,6 +39,10 @@ def check(run_dir: Path, resolved: Mapping[str, Any]) -> None:
     except OSError as error:
         reason = error.strerror or error
         raise ValueError(f"run_dir must be writable, got {run_dir}: {reason} in {place}; choose another") from error
+    paths = [path for path, _ in _leaves(resolved)]
+    for key in resolved["resume"]["allow"]:
+        if key not in ("model", "data") and not any(_free(path, [key]) for path in paths):
+            raise ValueError(f"resume.allow must hold keys of the configuration, got {key}{suggest(key, paths)}")
     if (run_dir / "config.yaml").is_file():
         allowed = (*FREE, *resolved["resume"]["allow"])
         _refuse_others(run_dir, list(_differences(load_yaml(run_dir / "config.yaml"), resolved, allowed)))

@@ -55,10 +55,13 @@ def guarded(run_dir: Path) -> int:
         return CRASHED
     except Exception as error:  # the last fence: whatever went wrong is this attempt's end
         traceback.print_exc()
-        if int(os.environ.get("RANK", "0")) == 0:
-            fail(run_dir, f"{type(error).__name__}: {error}")
-        if attempt.made_no_progress and not verdict.CONSEQUENCE.search(str(error)):
-            Store(run_dir).mark_crash(attempt.started, attempt.number)
+        try:
+            if int(os.environ.get("RANK", "0")) == 0:
+                fail(run_dir, f"{type(error).__name__}: {error}")
+            if attempt.made_no_progress and not verdict.CONSEQUENCE.search(str(error)):
+                Store(run_dir).mark_crash(attempt.started, attempt.number)
+        except OSError as full:
+            print(f"dsft: nothing more could be written to {run_dir}: {full}", file=sys.stderr)
         return CRASHED
 
 

@@ -44,7 +44,7 @@ class Recorder:
         self.attempt = world.gather(before.attempts + 1 if before else 1)[0]
         if lease is None:
             return
-        self.line = ProgressLine(total, done=0, stream=sys.stdout)
+        self.line = ProgressLine(total, stream=sys.stdout)
         self.record = RunRecord(
             run_dir, lambda error: self.line.say(f"THE DISK DOES NOT TAKE THE RUN'S RECORDS ({error}); they wait")
         )
@@ -75,7 +75,7 @@ class Recorder:
         """The loop begins after step: what was recorded of later steps is dropped, since they are run again."""
         if self.lease is not None:
             self.record.resume(step)
-            self.line.first = step + 1
+            self.line.begin(step)
             self.status = replace(self.status, step=step)
             self.record.status(self.status)
 

@@ -46,6 +46,12 @@ REFUSED = (
         "{run.train.global_batch_size}; raise it or lower launcher.devices",
     ),
     Rule(
+        "warm-up-without-end",
+        lambda run, names, size: run.train.steps is not None and run.optim.warmup_steps >= run.train.steps,
+        "optim.warmup_steps must be below train.steps, {run.train.steps}, got {run.optim.warmup_steps}: the rate would "
+        "never be reached",
+    ),
+    Rule(
         "optimizer-on-shards",
         lambda run, names, size: names["strategy"] in SHARDED and run.optim.name not in SHARD_WISE,
         "optim.name={run.optim.name} needs whole tensors (its blocks or factors cross shards) and "

@@ -4,14 +4,20 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
 from dsft import folder
 from dsft.compose import Composed, compose, hand_to_hydra, hydra_flags
+from dsft.config import Run
+from dsft.wording import USER_ERROR, refuse
 
-USER_ERROR, STOPPED = 2, 75
+if TYPE_CHECKING:
+    from dsft.data.open import Dataset
+    from dsft.models.files import ModelFiles
+
+STOPPED = 75
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -30,12 +36,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:  # before the ranks are bound to it; afterwards it stops them at the next step
         print("dsft: stopped before the run began", file=sys.stderr)
         return STOPPED
-
-
-def refuse(error: ValueError) -> int:
-    """The user's mistake in one line on stderr; exit code 2."""
-    print(f"dsft: {' '.join(str(error).split())}", file=sys.stderr)
-    return USER_ERROR
 
 
 def _start(composed: Composed) -> int:
@@ -103,11 +103,7 @@ def _preflight(composed: Composed) -> dict[str, Any] | None:
     from dsft.data.open import open_data
 
     data = open_data(run.data, files.tokenizer(), max_length=run.train.max_length, seed=run.train.seed)
-    metric = run.train.early_stop_metric
-    if metric is not None and (data.eval is None or (metric == "eval/accuracy" and not data.verifiable)):
-        raise ValueError(
-            f"train.early_stop_metric={metric} needs held-out rows that give it; hold some out or unset it"
-        )
+    _check_fit(run, files, data)
     digests = {"base_digest": files.digest(), "data_digest": data.digest}
     folder.check_digests(run_dir, digests, composed.resolved)
     from dsft.plan import make_plan
@@ -115,10 +111,29 @@ def _preflight(composed: Composed) -> dict[str, Any] | None:
     return {"plan": make_plan(composed, files), "digests": digests, "audit": data.audit}
 
 
+def _check_fit(run: Run, files: "ModelFiles", data: "Dataset") -> None:
+    """Refuse rows beyond the model's reach, and a metric that these data do not give."""
+    shape, longest = files.config, int(data.train.lengths.max())
+    reach = getattr(shape, "max_position_embeddings", None)
+    if reach is not None and longest > reach:
+        raise ValueError(
+            f"train.max_length must be at most {reach}, the positions that the model knows, got rows of {longest} "
+            f"tokens with train.max_length={run.train.max_length}; lower it"
+        )
+    metric = run.train.early_stop_metric
+    if metric is not None and (data.eval is None or (metric == "eval/accuracy" and not data.verifiable)):
+        raise ValueError(
+            f"train.early_stop_metric={metric} needs held-out rows that give it; hold some out or unset it"
+        )
+
+
 def _announce(composed: Composed, prepared: Mapping[str, Any]) -> None:
     from dsft.plan import as_text
 
     print(as_text(prepared["plan"]))
+    for tracker in composed.run.tracker.values():
+        if hasattr(tracker, "why"):
+            print(f"tracker      {tracker.why().removeprefix('tracker=')}")
     for line in prepared["audit"].lines():
         print(line)
     console = Console(highlight=False, soft_wrap=True)

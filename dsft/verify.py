@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from dsft.compose import read
 from dsft.config import Run
-from dsft.run import refuse
+from dsft.wording import refuse
 
 if TYPE_CHECKING:
     from dsft.data.open import Dataset

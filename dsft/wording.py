@@ -2,6 +2,7 @@
 
 import difflib
 import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,11 +13,26 @@ OWN_CONF = next(
 )
 """The YAML tree: beside the code in an installed wheel, at the top of a checkout."""
 
+USER_ERROR = 2
+MANY = 30
+"""Options that no one wants to read in one line."""
+
+
+def refuse(error: ValueError) -> int:
+    """The user's mistake in one line on stderr; exit code 2."""
+    print(f"dsft: {' '.join(str(error).split())}", file=sys.stderr)
+    return USER_ERROR
+
 
 def suggest(word: str, options: set[str] | Sequence[str]) -> str:
-    """The end of a refusal: the closest option, or all of them."""
+    """The end of a refusal: the closest option, or all of them, or the nearest few of very many."""
     close = difflib.get_close_matches(word, sorted(options), n=1, cutoff=0.6)
-    return f"; did you mean {close[0]}?" if close else f"; there are: {', '.join(sorted(options))}"
+    if close:
+        return f"; did you mean {close[0]}?"
+    if len(options) > MANY:
+        near = difflib.get_close_matches(word, sorted(options), n=5, cutoff=0.0)
+        return f"; there are {len(options)}, the nearest: {', '.join(near)}"
+    return f"; there are: {', '.join(sorted(options))}"
 
 
 def one_line(error: Exception) -> str:

@@ -55,7 +55,14 @@ class Saver:
         # a group of its own: the training's collectives go on meanwhile
         self.group = dist.new_group(backend="gloo") if world.size > 1 else None
         pinned = world.device.type == "cuda"
-        self.stager = DefaultStager(StagingOptions(pinned, False, False, False))
+        self.stager = DefaultStager(
+            StagingOptions(
+                use_pinned_memory=pinned,
+                use_shared_memory=False,
+                use_async_staging=False,
+                use_non_blocking_copy=False,
+            )
+        )
         self.thread: Thread | None = None
         self.outcome: Outcome | None = None
         self.crash: BaseException | None = None

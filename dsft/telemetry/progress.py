@@ -18,19 +18,25 @@ WINDOW = 20
 
 
 class ProgressLine:
-    """Shows steps out of total. done: steps of earlier attempts; interval_s: shortest time between lines of a log."""
+    """Shows steps out of total. interval_s: shortest time between lines of a log."""
 
-    def __init__(self, total: int, *, done: int, stream: TextIO, interval_s: float = 10.0) -> None:
+    def __init__(self, total: int, *, stream: TextIO, interval_s: float = 10.0) -> None:
         self.total, self.interval_s = total, interval_s
-        self.first, self.shown_at = done + 1, 0.0
+        self.first, self.shown_at = 1, 0.0
         self.seconds: deque[float] = deque(maxlen=WINDOW)
         self.console = Console(file=stream, highlight=False, soft_wrap=True)
         self.bar: Progress | None = None
         if self.console.is_terminal:
             columns = (BarColumn(bar_width=20), TaskProgressColumn(), TextColumn("{task.description}", markup=False))
             self.bar = Progress(*columns, console=self.console, auto_refresh=False, redirect_stderr=False)
-            self.task = self.bar.add_task(f"step {done}/{total}", total=total, completed=done)
+            self.task = self.bar.add_task(f"step 0/{total}", total=total)
             self.bar.start()
+
+    def begin(self, done: int) -> None:
+        """The training begins after done steps of earlier attempts."""
+        self.first = done + 1
+        if self.bar is not None:
+            self.bar.update(self.task, completed=done, description=f"step {done}/{self.total}", refresh=True)
 
     def step(self, step: int, values: Mapping[str, float]) -> None:
         """A step is done; values holds loss, tokens_per_s and step_s."""

@@ -108,6 +108,14 @@ CASES: dict[str, tuple[Prepare, str]] = {
         lambda folder: [*_good(folder), "method=full", "quantization=int8"],
         "method=full trains the base's own weights",
     ),
+    "warm-up without end": (
+        lambda folder: [*_good(folder), "optim.warmup_steps=5"],
+        "optim.warmup_steps must be below train.steps, 2, got 5",
+    ),
+    "misspelt key to allow": (
+        lambda folder: [*_good(folder), "resume.allow=[method.rnk]"],
+        "resume.allow must hold keys of the configuration, got method.rnk; did you mean method.rank?",
+    ),
     "optimizer that needs whole tensors": (
         lambda folder: [*_good(folder), "optim.name=paged_adamw8bit", "strategy=zero2", "launcher.devices=2"],
         "take optim.name=adamw",

@@ -117,7 +117,9 @@ def test_a_run_goes_on_under_other_strategies_and_numbers_of_ranks(
 
 def test_signals_to_some_ranks_stop_all_at_one_step_with_nothing_lost(rows: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
-    words = [*faults.words(rows, ["method=lora"], 2, background=True, steps=100_000), f"run_dir={run_dir}"]
+    plain = faults.words(rows, ["method=lora"], 2, background=True, steps=100_000)
+    words = [word.replace("tracker=[]", "tracker=[wandb]") for word in plain]
+    words += ["tracker.wandb.mode=offline", f"run_dir={run_dir}"]
     with started(*words) as run:
         wait_for(lambda: events(run_dir, "save"), run)
         ranks = [rank["pid"] for rank in events(run_dir, "start")[0]["ranks"]]
@@ -133,11 +135,16 @@ def test_signals_to_some_ranks_stop_all_at_one_step_with_nothing_lost(rows: Path
     assert run.returncode == 75, out
     at = steps(run_dir)[-1]
     assert checkpoints(run_dir)[-1] == at
-    assert json.loads((run_dir / "status.json").read_text())["state"] == "stopped"
+    status = json.loads((run_dir / "status.json").read_text())
+    assert status["state"] == "stopped"
     done = dsft(*words, f"train.steps={at + 2}")
     assert done.returncode == 0, done.stderr
     assert events(run_dir, "resume")[-1]["step"] == at
     assert steps(run_dir) == list(range(1, at + 3))
+    assert json.loads((run_dir / "status.json").read_text())["wandb_id"] == status["wandb_id"]
+    offline = [path.name for path in (run_dir / "wandb").glob("offline-run-*")]
+    assert len(offline) == 2
+    assert all(name.endswith(status["wandb_id"]) for name in offline)
 
 
 def test_a_writer_that_slept_through_anothers_start_commits_nothing(rows: Path, tmp_path: Path) -> None:

@@ -133,6 +133,14 @@ def test_a_signal_stops_the_run_at_the_next_step() -> None:
     assert (at.state, at.step, at.reason) == ("stopped", 0, "SIGUSR2")
 
 
+def test_the_clock_stops_the_run_like_a_signal() -> None:
+    session, data = _session()
+    at = _fit(session, data, 6, Seen(), StopFlag(max_minutes=1e-6))
+    assert (at.state, at.step) == ("stopped", 0)
+    assert at.reason == "train.max_minutes=1e-06 are over"
+    assert StopFlag(max_minutes=60).reason is None
+
+
 def test_random_streams_depend_on_seed_and_step_alone() -> None:
     losses = []
     for _ in range(2):

@@ -41,7 +41,8 @@ def test_peak_memory_grows_with_what_is_held_and_never_falls() -> None:
 
 def test_a_log_file_gets_first_last_and_spaced_lines() -> None:
     stream = io.StringIO()
-    progress = ProgressLine(100, done=40, stream=stream, interval_s=1e6)
+    progress = ProgressLine(100, stream=stream, interval_s=1e6)
+    progress.begin(40)
     for step in range(41, 101):
         progress.step(step, values())
     progress.say("eval loss 0.5 [bold]not markup[/bold]")
@@ -56,7 +57,7 @@ def test_a_log_file_gets_first_last_and_spaced_lines() -> None:
 def test_a_terminal_gets_one_moving_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", "xterm")
     stream = Terminal()
-    progress = ProgressLine(3, done=0, stream=stream)
+    progress = ProgressLine(3, stream=stream)
     for step in (1, 2, 3):
         progress.step(step, values(float("nan") if step == 2 else 1.0))
     progress.say("saved step 3")
