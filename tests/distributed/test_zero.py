@@ -144,7 +144,7 @@ def _loss(model: nn.Module, batch: tuple[Tensor, Tensor], precision: str) -> Ten
 
 
 def _groups(model: nn.Module, lr: float) -> list[dict[str, Any]]:
-    params = [param for param in model.parameters() if param.requires_grad]
+    params = [(name, param) for name, param in model.named_parameters() if param.requires_grad]
     return [{"params": params[::2], "lr": lr}, {"params": params[1::2], "lr": 0.5 * lr}]
 
 
