@@ -17,7 +17,7 @@ import torch
 
 from dsft.checkpoint.lease import acquire
 from dsft.checkpoint.manifest import Identity
-from dsft.checkpoint.restore import restore
+from dsft.checkpoint.restore import Search, restore
 from dsft.checkpoint.saver import Outcome, Retention, Saver
 from dsft.checkpoint.store import Store
 from dsft.comm.world import World
@@ -31,7 +31,7 @@ WORDS = [
     "model=smollm2_135m", "method=lora", "data=reasoning_gym", "data.size=256", "data.eval_size=0", "launcher=local",
     "train.global_batch_size=16", "train.steps=20", "tracker=[]",
 ]  # fmt: skip
-WHO = Identity("bench", "config", "base")
+WHO, PROGRESS = Identity("bench", "config", "base", "data"), {"optimizer": "adamw"}
 
 
 def main() -> int:
@@ -68,16 +68,16 @@ def _rounds(session: Session, data: Any, folder: Path, rounds: int, took: dict[s
         train_step(session, step_batches(session, data, 2 * turn + 1)[1], 2 * turn + 1, 1.0)
         seconds["step"] = time.perf_counter() - begun
         begun = time.perf_counter()
-        saver.start(2 * turn + 1, strategy.export_state(), {}, background=True)
+        saver.start(2 * turn + 1, strategy.export_state(), PROGRESS, background=True)
         seconds["stall"] = time.perf_counter() - begun
         outcome = _good(saver.take())
         seconds["background"], nbytes = outcome.seconds, outcome.nbytes
         begun = time.perf_counter()
-        saver.start(2 * turn + 2, strategy.export_state(), {}, background=False)
+        saver.start(2 * turn + 2, strategy.export_state(), PROGRESS, background=False)
         _good(saver.take())
         seconds["plain"] = time.perf_counter() - begun
         begun = time.perf_counter()
-        assert restore(strategy, store, WHO, session.world, lambda *_: None) is not None
+        assert restore(strategy, Search(store, lease, WHO, "adamw", session.world, lambda *_: None)) is not None
         seconds["load"] = time.perf_counter() - begun
         seconds |= _dd(folder / "plain", nbytes)
         for name, value in seconds.items():

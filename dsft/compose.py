@@ -106,11 +106,11 @@ def load_yaml(path: Path) -> Any:
     return OmegaConf.to_container(OmegaConf.load(path), resolve=False)
 
 
-def dump_yaml(tree: Any, path: Path) -> None:
-    """Write a plain tree as YAML."""
+def dump_yaml(tree: Any) -> str:
+    """A plain tree as YAML."""
     from omegaconf import OmegaConf
 
-    path.write_text(OmegaConf.to_yaml(OmegaConf.create(tree)))
+    return OmegaConf.to_yaml(OmegaConf.create(tree))
 
 
 def _compose_tree(overrides: list[str]) -> tuple[dict[str, Any], list[Choice]]:

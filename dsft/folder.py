@@ -1,10 +1,12 @@
 """The run folder: what is written before a run starts, and whether a folder may be used for it."""
 
+import contextlib
 import hashlib
 import importlib.metadata
 import json
 import os
 import platform
+import shutil
 import subprocess
 import tempfile
 import uuid
@@ -13,7 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from dsft import __version__
+from dsft.checkpoint import manifest
 from dsft.checkpoint.manifest import Identity
+from dsft.checkpoint.store import Store
 from dsft.compose import Composed, dump_yaml, load_yaml
 from dsft.wording import suggest
 
@@ -34,8 +38,10 @@ def check(run_dir: Path, resolved: Mapping[str, Any]) -> None:
     if not place.is_dir():
         raise ValueError(f"run_dir must be a folder, got {run_dir}: {place} is a file; choose another run_dir")
     try:
-        with tempfile.TemporaryFile(dir=place):  # os.access tells nothing to root, nor of a full or odd file system
-            pass
+        for probed in (place, place / "checkpoints"):  # os.access tells nothing to root, nor of an odd file system
+            if probed.is_dir():
+                with tempfile.TemporaryFile(dir=probed) as probe:
+                    probe.write(bytes(4096))
     except OSError as error:
         reason = error.strerror or error
         raise ValueError(f"run_dir must be writable, got {run_dir}: {reason} in {place}; choose another") from error
@@ -45,9 +51,20 @@ def check(run_dir: Path, resolved: Mapping[str, Any]) -> None:
             raise ValueError(f"resume.allow must hold keys of the configuration, got {key}{suggest(key, paths)}")
     if (run_dir / "config.yaml").is_file():
         allowed = (*FREE, *resolved["resume"]["allow"])
-        _refuse_others(run_dir, list(_differences(load_yaml(run_dir / "config.yaml"), resolved, allowed)))
+        _refuse_others(run_dir, list(_differences(_config(run_dir), resolved, allowed)))
     elif run_dir.is_dir() and any(run_dir.iterdir()):
         raise ValueError(f"run_dir must be empty or a run's folder, got {run_dir} with other files; choose another")
+
+
+def check_parameters(run_dir: Path, plan: Mapping[str, Any]) -> None:
+    """Refuse to resume a run that trained other parameters: no resume.allow can make them fit."""
+    old = _read_json(run_dir / "plan.json").get("parameters", {}).get("trainable")
+    new = plan["parameters"]["trainable"]
+    if old not in (None, new) and (run_dir / "status.json").is_file():
+        raise ValueError(
+            f"run_dir {run_dir} holds a run that trains {old:,} parameters, this one would train {new:,}; choose "
+            "another run_dir"
+        )
 
 
 def check_digests(run_dir: Path, digests: Mapping[str, str], resolved: Mapping[str, Any]) -> None:
@@ -73,7 +90,7 @@ def _refuse_others(run_dir: Path, different: list[str]) -> None:
 
 def check_length(run_dir: Path, resolved: Mapping[str, Any]) -> bool:
     """True if the run is done and as long as asked for. Refuses one that is shorter than what was trained already."""
-    old, new, status = load_yaml(run_dir / "config.yaml"), resolved, state(run_dir)
+    old, new, status = _config(run_dir), resolved, state(run_dir)
     lengths = [[tree["train"][key] for key in ("steps", "epochs")] for tree in (old, new)]
     steps = new["train"]["steps"]
     if steps is not None and steps < status.get("step", 0):
@@ -92,12 +109,8 @@ def check_length(run_dir: Path, resolved: Mapping[str, Any]) -> bool:
 def create(run_dir: Path, composed: Composed, plan: Mapping[str, Any], digests: Mapping[str, str]) -> None:
     """Write config.yaml, overrides.yaml, plan.json and provenance.json."""
     run_dir.mkdir(parents=True, exist_ok=True)
-    dump_yaml(composed.resolved, run_dir / "config.yaml")
-    dump_yaml(list(composed.overrides), run_dir / "overrides.yaml")
-    (run_dir / "plan.json").write_text(json.dumps(plan, indent=1) + "\n")
-    before = provenance(run_dir)
     content = {
-        "run": before.get("run", uuid.uuid4().hex),
+        "run": _run_id(run_dir),
         "dsft": __version__,
         "commit": _commit(),
         "python": platform.python_version(),
@@ -107,13 +120,69 @@ def create(run_dir: Path, composed: Composed, plan: Mapping[str, Any], digests: 
         "job": {key: value for key, value in os.environ.items() if key in ("SLURM_JOB_ID", "SLURM_ARRAY_TASK_ID")},
         **digests,
     }
-    (run_dir / "provenance.json").write_text(json.dumps(content, indent=1) + "\n")
+    _replace(run_dir / "config.yaml", dump_yaml(composed.resolved))  # first: it makes the folder a run's
+    _replace(run_dir / "overrides.yaml", dump_yaml(list(composed.overrides)))
+    _replace(run_dir / "plan.json", json.dumps(plan, indent=1) + "\n")
+    _replace(run_dir / "provenance.json", json.dumps(content, indent=1) + "\n")
+
+
+def result_place(run_dir: Path, token: int) -> Path:
+    """Where the writer that holds token writes the result, before it takes its place."""
+    return run_dir / f"adapter.tmp-{token}"
+
+
+def publish(place: Path, target: Path) -> None:
+    """Give a result that is whole its name; an earlier one, and what other writers left unfinished, go."""
+    for file in place.iterdir():
+        with file.open("rb") as content:
+            os.fsync(content.fileno())
+    if target.exists():
+        target.rename(target.with_name(f"{target.name}.tmp-old"))
+    place.rename(target)
+    for leftover in target.parent.glob(f"{target.name}.tmp-*"):
+        shutil.rmtree(leftover)
+
+
+def _run_id(run_dir: Path) -> str:
+    """The run's own id: of its provenance, else of its checkpoints, else a new one."""
+    known = provenance(run_dir).get("run")
+    for checkpoint in Store(run_dir).newest_first() if known is None else []:
+        with contextlib.suppress(manifest.DamagedError):
+            return manifest.read(checkpoint).identity.run
+    return str(known or uuid.uuid4().hex)
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write a file at once: it is the old one or the new one, whatever happens meanwhile."""
+    fresh = path.with_name(f".{path.name}.{os.getpid()}")
+    with fresh.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    fresh.replace(path)
+
+
+def _config(run_dir: Path) -> dict[str, Any]:
+    """The configuration that the folder was made with."""
+    path = run_dir / "config.yaml"
+    try:
+        tree = load_yaml(path)
+        return {**tree, "train": {**tree["train"]}}
+    except Exception as error:  # YAML's, OmegaConf's, or a file with something else in it
+        raise ValueError(f"{path} is damaged; restore it, or choose another run_dir") from error
 
 
 def provenance(run_dir: Path) -> dict[str, Any]:
     """The run's provenance.json, or {} if it was never made."""
-    path = run_dir / "provenance.json"
-    return json.loads(path.read_text()) if path.is_file() else {}
+    return _read_json(run_dir / "provenance.json")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged; remove it, the run goes on without") from error
+    return content
 
 
 def identity(run_dir: Path, resolved: Mapping[str, Any]) -> Identity:
@@ -121,13 +190,12 @@ def identity(run_dir: Path, resolved: Mapping[str, Any]) -> Identity:
     decisive = {path: value for path, value in _leaves(resolved) if not _free(path, FREE)}
     digest = hashlib.sha256(json.dumps(decisive, sort_keys=True, default=str).encode()).hexdigest()
     known = provenance(run_dir)
-    return Identity(run=known["run"], config=digest, base=known["base_digest"])
+    return Identity(run=known["run"], config=digest, base=known["base_digest"], data=known["data_digest"])
 
 
 def state(run_dir: Path) -> dict[str, Any]:
     """The run's status.json, or {} if it never started."""
-    path = run_dir / "status.json"
-    return json.loads(path.read_text()) if path.is_file() else {}
+    return _read_json(run_dir / "status.json")
 
 
 def _differences(old: Mapping[str, Any], new: Mapping[str, Any], allowed: Sequence[str]) -> Iterator[str]:

@@ -17,7 +17,11 @@ from dsft.compose import load_yaml, read
 from dsft.telemetry.record import State, read_status, write_status
 
 if TYPE_CHECKING:
+    from dsft.checkpoint.lease import Lease
+    from dsft.data.open import Dataset
+    from dsft.engine.assemble import Session
     from dsft.engine.keep import Keeper
+    from dsft.engine.progress import Watch
 
 DONE, STOPPED, CRASHED = 0, 75, 76
 
@@ -29,16 +33,23 @@ class Attempt:
     number: int = 0
     started: int = 0
     keeper: "Keeper | None" = None
+    lease: "Lease | None" = None
+    training: bool = False
 
-    @property
-    def made_no_progress(self) -> bool:
-        """It started from a checkpoint and crashed before it had saved another."""
-        return self.started > 0 and (self.keeper is None or self.keeper.saved == self.started)
+    def blames(self, error: Exception) -> bool:
+        """True if error may be the checkpoint's doing: training from it raised before it was saved again.
+
+        Not the disk's, not the memory's, not a lost peer's.
+        """
+        import torch
+
+        innocent = isinstance(error, OSError | MemoryError | torch.OutOfMemoryError)
+        no_progress = self.started > 0 and self.keeper is not None and self.keeper.saved == self.started
+        return self.training and no_progress and not innocent and not verdict.CONSEQUENCE.search(str(error))
 
 
 def main() -> int:
     """Run the rank that the environment names."""
-    sys.stdout, sys.stderr = Spoken(sys.stdout), Spoken(sys.stderr)
     return guarded(Path(sys.argv[1]))
 
 
@@ -48,21 +59,22 @@ def guarded(run_dir: Path) -> int:
     from dsft.checkpoint.store import Store
 
     attempt = Attempt()
+    sys.stdout, sys.stderr = Spoken(sys.stdout), Spoken(sys.stderr)
     try:
         return work(run_dir, attempt)
     except LeaseLostError as error:  # the folder is another's now: say so, write nothing
         print(f"dsft: {error}", file=sys.stderr)
-        return CRASHED
     except Exception as error:  # the last fence: whatever went wrong is this attempt's end
         traceback.print_exc()
         try:
-            if int(os.environ.get("RANK", "0")) == 0:
+            if attempt.lease is not None:
+                attempt.lease.check()
                 fail(run_dir, f"{type(error).__name__}: {error}")
-            if attempt.made_no_progress and not verdict.CONSEQUENCE.search(str(error)):
+            if attempt.blames(error):
                 Store(run_dir).mark_crash(attempt.started, attempt.number)
-        except OSError as full:
-            print(f"dsft: nothing more could be written to {run_dir}: {full}", file=sys.stderr)
-        return CRASHED
+        except (OSError, LeaseLostError) as why:
+            print(f"dsft: nothing more is written to {run_dir}: {why}", file=sys.stderr)
+    return CRASHED
 
 
 def fail(run_dir: Path, reason: str) -> None:
@@ -74,6 +86,13 @@ def fail(run_dir: Path, reason: str) -> None:
 
 def settle(run_dir: Path, code: int, attempt: int) -> None:
     """After the ranks of attempt have gone: a run that still says running did not end by itself."""
+    try:
+        _settle(run_dir, code, attempt)
+    except OSError as error:
+        print(f"dsft: {run_dir / 'status.json'} could not be brought up to date: {error}", file=sys.stderr)
+
+
+def _settle(run_dir: Path, code: int, attempt: int) -> None:
     status = read_status(run_dir)
     if status is not None and status.state == "running" and status.attempts == attempt:
         state: State = "stopped" if code == STOPPED else "failed"
@@ -90,17 +109,16 @@ def work(run_dir: Path, attempt: Attempt) -> int:
     from dsft.engine.assemble import assemble
     from dsft.engine.loop import fit
     from dsft.engine.progress import STOPPED as ASKED
-    from dsft.engine.result import write_result
     from dsft.engine.resume import keeper_for, resume
     from dsft.engine.stop import StopFlag
     from dsft.recorder import Recorder
-    from dsft.verify import prove
 
     run = read(run_dir)
     stop = StopFlag(run.train.max_minutes)
     stop.bind()
     world = join()
     lease, holder = leases.acquire(run_dir / "checkpoints") if world.rank == 0 else (None, None)
+    attempt.lease = lease
     files = run.model.resolve()
     data = open_data(run.data, files.tokenizer(), max_length=run.train.max_length, seed=run.train.seed)
     rows, batch = len(data.train), run.train.global_batch_size
@@ -111,22 +129,36 @@ def work(run_dir: Path, attempt: Attempt) -> int:
             recorder.event("takeover", 0, {"holder": holder})
         session = assemble(run, files, world)
         who = folder.identity(run_dir, load_yaml(run_dir / "config.yaml"))
-        at = resume(session, run_dir, who, total, recorder)
+        at = resume(session, run_dir, who, lease, total, recorder)
         attempt.started = at.step
         recorder.begin(at.step)
         recorder.event("assembled", at.step, {})
         attempt.keeper = keeper = keeper_for(session, run_dir, who, lease, saved=at.step)
+        attempt.training = True
         at = fit(session, data, recorder, stop, keeper, at)
+        attempt.training = False
         if at.state != ASKED:
-            digest = write_result(session, run_dir / "adapter")
-            if run.checkpoint.verify_result:
-                prove(session, data, run_dir, digest, recorder)
+            give_result(session, data, run_dir, lease, recorder)
         elif run.checkpoint.every and keeper.saved != at.step:
             raise RuntimeError(f"stopped at step {at.step}, which could not be saved; step {keeper.saved} was")
         recorder.end(at, data, keeper.saved)
     session.run.strategy.close()
     leave()
     return STOPPED if at.state == ASKED else DONE
+
+
+def give_result(session: "Session", data: "Dataset", run_dir: Path, lease: "Lease | None", watch: "Watch") -> None:
+    """Write the result aside, have it read back, and give it its name if the run is still ours. Collective."""
+    from dsft.engine.result import write_result
+    from dsft.verify import prove
+
+    place = folder.result_place(run_dir, session.world.gather(lease.token if lease else 0)[0])
+    digest = write_result(session, place)
+    if session.run.checkpoint.verify_result:
+        prove(session, data, run_dir, place, digest, watch)
+    if lease is not None:
+        lease.check(strict=True)
+        folder.publish(place, run_dir / "adapter")
 
 
 def _quiet() -> None:
@@ -138,7 +170,7 @@ def _quiet() -> None:
 
 
 class Spoken(io.TextIOBase):
-    """A rank's output: a log on a full disk loses lines and does not end the run."""
+    """A rank's output: a log on a full disk or a terminal that went away loses lines and does not end the run."""
 
     def __init__(self, stream: Any) -> None:
         self.stream = stream
@@ -167,7 +199,7 @@ class Spoken(io.TextIOBase):
         try:
             yield
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EPIPE, errno.EIO):
                 raise
 
 

@@ -189,6 +189,9 @@ class Strategy(ABC):
     def drop(self) -> None:
         """Forget the accumulated gradients; move nothing."""
 
+    def rest(self) -> None:
+        """Lay parameters out as between steps, whatever forward pass came last: before reading them off the model."""
+
     @abstractmethod
     def full(self, param: nn.Parameter) -> Tensor:
         """The whole parameter on CPU (fp32 master value where one exists). Collective: every rank must call it."""

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from dsft.checkpoint.lease import Lease
+from dsft.checkpoint.lease import Lease, LeaseLostError
 from dsft.comm.world import World
 from dsft.compose import load_yaml
 from dsft.config import Run
@@ -23,9 +23,10 @@ SAID = {
     "nonfinite": "nothing was updated: loss {loss}, gradient norm {grad_norm}; {skipped} such steps so far",
     "early_stop": "stops early: {metric} has not improved on {best:.4f}",
     "resume": "resumed from {checkpoint}",
+    "optimizer_anew": "the optimizer begins anew: the checkpoint holds the state of {was}, this run takes {now}",
     "takeover": "took the run folder over from {holder}",
     "quarantine": "CHECKPOINT SET ASIDE: {checkpoint}: {reason}; it is in {moved_to} now",
-    "verified": "{result} was read back in a fresh process: it is the model that was trained",
+    "verified": "the result was read back in a fresh process: it is the model that was trained",
     "unverified": "the result was not read back: {reason}",
     "save_failed": "SAVE FAILED: {error}; training goes on, the newest checkpoint is step {newest}",
 }
@@ -65,11 +66,18 @@ class Recorder:
     def __enter__(self) -> "Recorder":
         return self
 
-    def __exit__(self, *_: object) -> None:
-        if self.lease is not None:
-            self.trackers.close()
-            self.line.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if self.lease is None:
+            return
+        self.trackers.close()
+        self.line.close()
+        try:
+            self.lease.check()
             self.record.close()
+        except (OSError, LeaseLostError) as error:  # lines that can no longer be written
+            if kind is None:
+                raise
+            self.line.say(str(error))
 
     def begin(self, step: int) -> None:
         """The loop begins after step: what was recorded of later steps is dropped, since they are run again."""
@@ -142,8 +150,8 @@ def closing(run_dir: Path, data: Dataset, at: Progress, saved: int) -> Iterator[
         return
     if at.evaluations:
         first, last = at.evaluations[0][1], at.evaluations[-1][1]
-        for key, before in first.values.items():
-            yield f"{key:<14} {before:.4f} before, {last.values[key]:.4f} after"
+        for key in [key for key in first.values if key in last.values]:
+            yield f"{key:<14} {first.values[key]:.4f} before, {last.values[key]:.4f} after"
         assert data.eval is not None
         for before_answer, after_answer in list(zip(first.answers, last.answers, strict=False))[:5]:
             row = before_answer.row

@@ -108,7 +108,9 @@ def _preflight(composed: Composed) -> dict[str, Any] | None:
     folder.check_digests(run_dir, digests, composed.resolved)
     from dsft.plan import make_plan
 
-    return {"plan": make_plan(composed, files), "digests": digests, "audit": data.audit}
+    plan = make_plan(composed, files)
+    folder.check_parameters(run_dir, plan)
+    return {"plan": plan, "digests": digests, "audit": data.audit}
 
 
 def _check_fit(run: Run, files: "ModelFiles", data: "Dataset") -> None:

@@ -26,10 +26,18 @@ class Lease:
     folder: Path
     token: int
 
-    def check(self) -> None:
-        """Raise LeaseLostError if a newer writer has taken the folder over."""
-        newest = _newest(self.folder)
-        if newest != self.token:
+    def check(self, *, strict: bool = False) -> None:
+        """Raise LeaseLostError if a newer writer has taken the folder over.
+
+        A folder that cannot be read just now (a flaky network disk) says nothing, or raises OSError if strict.
+        """
+        try:
+            newest = _newest(self.folder)
+        except OSError:
+            if strict:
+                raise
+            return
+        if newest > self.token:
             raise LeaseLostError(
                 f"{self.folder.parent} was taken over by {_holder(self.folder, newest)}; this process writes no more"
             )
@@ -72,7 +80,7 @@ def _newest(folder: Path) -> int:
 
 
 def _tokens(folder: Path) -> list[int]:
-    return [int(path.name.removeprefix(PREFIX)) for path in folder.glob(f"{PREFIX}[0-9]*")]
+    return [int(name.removeprefix(PREFIX)) for name in os.listdir(folder) if name.startswith(PREFIX)]
 
 
 def _path(folder: Path, token: int) -> Path:

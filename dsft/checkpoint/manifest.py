@@ -1,5 +1,6 @@
 """manifest.json, written last: what makes a folder of files a checkpoint. No torch in here."""
 
+import errno
 import hashlib
 import json
 import os
@@ -31,11 +32,15 @@ class Written:
 
 @dataclass(frozen=True)
 class Identity:
-    """What a checkpoint belongs to. config: digest of all keys that decide the numbers; base: digest of the model."""
+    """What a checkpoint belongs to.
+
+    config: digest of all keys that decide the numbers; base, data: digests of their content.
+    """
 
     run: str
     config: str
     base: str
+    data: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,8 +85,10 @@ def read(folder: Path) -> Manifest:
         digest = content.pop("digest")
     except FileNotFoundError:
         raise DamagedError(FILE, "is missing") from None
-    except (OSError, ValueError, KeyError, AttributeError) as error:
-        raise DamagedError(FILE, f"cannot be read ({error})") from error
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise DamagedError(FILE, f"is no manifest ({error})") from error
+    except OSError as error:
+        raise _judged(FILE, error) from error
     if digest != _digest(content):
         raise DamagedError(FILE, "its digest does not match its content")
     if content.pop("format") != FORMAT:
@@ -108,7 +115,14 @@ def verify(folder: Path, manifest: Manifest, names: Iterable[str]) -> None:
         except FileNotFoundError:
             raise DamagedError(name, "is missing") from None
         except OSError as error:
-            raise DamagedError(name, f"cannot be read ({error.strerror or error})") from error
+            raise _judged(name, error) from error
+
+
+def _judged(name: str, error: OSError) -> Exception:
+    """Damage, if the disk cannot give the bytes; else (no right to read, too many open files) the error itself."""
+    if error.errno == errno.EIO:
+        return DamagedError(name, f"cannot be read ({os.strerror(errno.EIO)})")
+    return error
 
 
 def folder_name(step: int) -> str:

@@ -2,12 +2,14 @@
 
 import traceback
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 from dsft.checkpoint import files, manifest
+from dsft.checkpoint.lease import Lease
 from dsft.checkpoint.manifest import DamagedError, Identity, Manifest
 from dsft.checkpoint.store import PATIENCE, Store
 from dsft.comm.world import World
@@ -17,21 +19,37 @@ Tell = Callable[[str, int, dict[str, object]], None]
 """(event, step, details), called on every rank."""
 
 
-def restore(strategy: Strategy, store: Store, identity: Identity, world: World, tell: Tell) -> Manifest | None:
+@dataclass(frozen=True)
+class Search:
+    """Where to look and what may be taken. lease: rank 0's, checked before anything is moved.
+
+    optimizer: its name; another one's state is left where it is, and only what learns is taken.
+    """
+
+    store: Store
+    lease: Lease | None
+    identity: Identity
+    optimizer: str
+    world: World
+    tell: Tell
+
+
+def restore(strategy: Strategy, search: Search) -> Manifest | None:
     """Load the newest checkpoint that all ranks verify into strategy; None if there is none. Collective.
 
     Nothing of the run changes before every rank has verified every byte that it is about to read.
     """
+    store, world = search.store, search.world
     for folder in world.gather(store.newest_first())[0]:
         if reason := world.gather(_worn_out(store, folder))[0]:
-            _set_aside(store, folder, world, tell, reason, "")
+            _set_aside(search, folder, reason, "")
             continue
-        content, damage = _verified(strategy, folder, identity, world)
+        content, damage = _verified(strategy, folder, search)
         if damage is not None:
-            _set_aside(store, folder, world, tell, str(damage), damage.file)
+            _set_aside(search, folder, str(damage), damage.file)
             continue
         assert content is not None
-        state = strategy.state_template(_shapes(folder))
+        state = strategy.state_template(_shapes(folder, content, search))
         files.read(state, folder, _group(world))
         strategy.import_state(state)
         return content
@@ -43,9 +61,7 @@ def _worn_out(store: Store, folder: Path) -> str | None:
     return f"{crashes} starts from it crashed" if crashes >= PATIENCE else None
 
 
-def _verified(
-    strategy: Strategy, folder: Path, identity: Identity, world: World
-) -> tuple[Manifest | None, DamagedError | None]:
+def _verified(strategy: Strategy, folder: Path, search: Search) -> tuple[Manifest | None, DamagedError | None]:
     """The manifest, or the first damage that any rank found. Each rank reads what it is about to load.
 
     Rank 0 also reads what nobody is about to load.
@@ -53,13 +69,14 @@ def _verified(
     content, reads, damage = None, set[str](), None
     try:
         content = manifest.read(folder)
-        if content.identity.run != identity.run:
+        if content.identity.run != search.identity.run:
             raise DamagedError(manifest.FILE, f"belongs to another run, {content.identity.run}")
         manifest.verify(folder, content, [files.INDEX])
-        reads = files.needed(strategy.state_template(_shapes(folder)), files.index(folder))
+        reads = files.needed(strategy.state_template(_shapes(folder, content, search)), files.index(folder))
         manifest.verify(folder, content, reads)
     except DamagedError as error:
         damage = error
+    world = search.world
     everyone = world.gather((reads, damage))
     first = next((found for _, found in everyone if found is not None), None)
     if first is None and world.rank == 0 and content is not None:
@@ -70,18 +87,26 @@ def _verified(
     return content, world.gather(first)[0]
 
 
-def _shapes(folder: Path) -> dict[str, Shape]:
+def _shapes(folder: Path, content: Manifest, search: Search) -> dict[str, Shape]:
+    """What to load: all of it, or only what learns if another optimizer wrote the rest."""
     found = files.index(folder).state_dict_metadata
-    return {name: (torch.Size(item.size), item.properties.dtype) for name, item in found.items()}  # type: ignore[union-attr]
+    whole = content.progress.get("optimizer") == search.optimizer
+    return {
+        name: (torch.Size(item.size), item.properties.dtype)  # type: ignore[union-attr]
+        for name, item in found.items()
+        if whole or name.startswith("param/")
+    }
 
 
-def _set_aside(store: Store, folder: Path, world: World, tell: Tell, reason: str, file: str) -> None:
+def _set_aside(search: Search, folder: Path, reason: str, file: str) -> None:
+    store, world, tell = search.store, search.world, search.tell
     step = int(folder.name.removeprefix("step-"))
     moved, failure = None, None
-    if world.rank == 0:
+    if search.lease is not None:
+        search.lease.check(strict=True)
         try:
             moved = store.quarantine(folder, reason)
-            store.forget_crashes(folder)
+            store.forget_crashes(step)
         except OSError:
             failure = traceback.format_exc(limit=1)
     if failure := world.gather(failure)[0]:

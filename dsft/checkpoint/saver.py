@@ -8,6 +8,7 @@ from pathlib import Path
 from threading import Thread
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
@@ -86,6 +87,8 @@ class Saver:
 
         def work() -> None:
             try:
+                if self.world.device.type == "cuda":  # a new thread begins on the first device
+                    torch.cuda.set_device(self.world.device)
                 outcome = self._save(step, copied, progress)
                 self.outcome = replace(outcome, seconds=time.monotonic() - begun, stall_s=stall)
             except BaseException as error:  # handed to the training's thread, which raises it
@@ -115,8 +118,8 @@ class Saver:
         error = None
         try:
             written = files.write(state, place, step, self.identity.run, self.group)
-        except OSError as failure:
-            error = str(failure)
+        except Exception as failure:  # of this rank alone: the others wait below
+            error = str(failure) if isinstance(failure, OSError) else repr(failure)
         parts = self._gather((written, error))
         outcome = Outcome(step=step, error=next((said for _, said in parts if said is not None), None))
         if self.lease is not None:
@@ -135,7 +138,7 @@ class Saver:
         """Rank 0: the folder to write into, or why there is none."""
         if self.lease is not None:
             try:
-                self.lease.check()
+                self.lease.check(strict=True)
                 return self.store.begin(step), None
             except LeaseLostError as error:
                 return Path(), Outcome(step=step, error=str(error), lost=True)

@@ -1,5 +1,6 @@
 """The folder RUN/checkpoints: unfinished, committed, set aside, passed over, deleted. Rank 0 alone changes it."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -38,7 +39,7 @@ class Store:
         manifest.write(place, content)
         _sync(place)
         target = self.folder / manifest.folder_name(content.step)
-        lease.check()
+        lease.check(strict=True)
         place.rename(target)  # fails if a newer writer has cleared place, or committed this step itself
         _sync(self.folder)
         return target
@@ -49,7 +50,11 @@ class Store:
 
     def clear(self) -> None:
         """Remove what nobody finished: writing or deleting. Only after taking the lease."""
-        for leftover in [*self._named("step-*.tmp-*"), *self._named("step-*.old-*")]:
+        for unfinished in self._named("step-*.tmp-*"):
+            # renamed first: its writer, should it wake up now, finds nothing to commit, not a folder being emptied
+            with contextlib.suppress(FileNotFoundError):
+                unfinished.rename(unfinished.with_name(f"{unfinished.name}.old-{uuid.uuid4().hex[:8]}"))
+        for leftover in self._named("step-*.old-*"):
             shutil.rmtree(leftover, ignore_errors=True)
 
     def quarantine(self, checkpoint: Path, reason: str) -> Path:
@@ -86,9 +91,9 @@ class Store:
         """Attempts that crashed by an exception after starting from checkpoint."""
         return len(list((self.folder / CRASHES).glob(f"{checkpoint.name}.attempt-*")))
 
-    def forget_crashes(self, checkpoint: Path) -> None:
-        """The checkpoint is gone, or another of this step takes its place."""
-        for mark in (self.folder / CRASHES).glob(f"{checkpoint.name}.attempt-*"):
+    def forget_crashes(self, step: int) -> None:
+        """The checkpoint is gone, or a start from it has saved another."""
+        for mark in (self.folder / CRASHES).glob(f"{manifest.folder_name(step)}.attempt-*"):
             mark.unlink()
 
     def _named(self, pattern: str) -> Iterator[Path]:

@@ -6,10 +6,9 @@ from typing import Any
 
 from dsft.checkpoint.manifest import folder_name
 from dsft.checkpoint.saver import Outcome, Saver
-from dsft.config import Checkpoint
+from dsft.config import Run, Train
 from dsft.engine.evaluate import Answer, Evaluation
 from dsft.engine.progress import Progress, Watch
-from dsft.protocols import Strategy
 
 SHOWN = 5
 """Answers of an evaluation that a checkpoint remembers: as many as the end of a run shows."""
@@ -18,9 +17,9 @@ SHOWN = 5
 class Keeper:
     """Saves at step 1 (so that a disk that cannot be written costs seconds), every so many steps, and at the end."""
 
-    def __init__(self, saver: Saver, strategy: Strategy, config: Checkpoint, *, saved: int) -> None:
-        self.saver, self.strategy, self.config = saver, strategy, config
-        self.saved = self.asked = saved
+    def __init__(self, saver: Saver, run: Run, *, saved: int) -> None:
+        self.saver, self.run, self.config = saver, run, run.checkpoint
+        self.started = self.saved = self.asked = saved
         self.probing = saved == 0
 
     @property
@@ -41,7 +40,8 @@ class Keeper:
         if at.step > self.saved and (last or (not busy and self._due(at.step))):
             background = self.config.background and not last
             self.asked = at.step
-            self.saver.start(at.step, self.strategy.export_state(), remember(at), background=background)
+            state, progress = self.run.strategy.export_state(), remember(at, self.run.optim.name)
+            self.saver.start(at.step, state, progress, background=background)
             if not background:
                 self._report(self.saver.take(), watch)
 
@@ -53,6 +53,8 @@ class Keeper:
         if outcome is None:
             return
         if outcome.error is None:
+            if self.saved == self.started > 0 and self.saver.lease is not None:
+                self.saver.store.forget_crashes(self.started)
             self.saved, self.probing = outcome.step, False
             details = {"checkpoint": folder_name(outcome.step), "bytes": outcome.nbytes, "seconds": outcome.seconds}
             watch.event("save", outcome.step, {**details, "stall_s": outcome.stall_s, "deleted": outcome.deleted})
@@ -65,13 +67,13 @@ class Keeper:
             )
 
 
-def remember(at: Progress) -> dict[str, Any]:
+def remember(at: Progress, optimizer: str) -> dict[str, Any]:
     """The loop's own state as JSON."""
     return {
+        "optimizer": optimizer,
         "skipped": at.skipped,
         "best": at.best if math.isfinite(at.best) else None,
         "worse": at.worse,
-        "over": at.over,
         "evaluations": [
             {"step": step, "values": result.values, "answers": [vars(answer) for answer in result.answers[:SHOWN]]}
             for step, result in at.evaluations
@@ -79,15 +81,15 @@ def remember(at: Progress) -> dict[str, Any]:
     }
 
 
-def recall(step: int, total: int, state: Mapping[str, Any]) -> Progress:
-    """The Progress that was remembered at step; total: the steps of this run, which may be others now."""
+def recall(step: int, total: int, state: Mapping[str, Any], train: Train) -> Progress:
+    """The Progress that was remembered at step; total and train's patience may be others now."""
     return Progress(
         step=step,
         total=total,
         skipped=state["skipped"],
         best=math.inf if state["best"] is None else state["best"],
         worse=state["worse"],
-        over=state["over"],
+        over=train.early_stop_metric is not None and state["worse"] >= train.early_stop_patience,
         evaluations=[
             (past["step"], Evaluation(past["values"], [Answer(**answer) for answer in past["answers"]]))
             for past in state["evaluations"]

@@ -76,12 +76,12 @@ def _survive(session: Session, at: Progress, result: StepResult, watch: Watch) -
 def _look(session: Session, data: Dataset, at: Progress, watch: Watch, *, last: bool) -> None:
     """Evaluate where it is due, and see whether that ends the run."""
     every = session.run.train.eval_every
-    if last:
+    due = every > 0 and at.step % every == 0
+    if due or last:
         _evaluate(session, data, at, watch)
-    elif every and at.step % every == 0:
-        _evaluate(session, data, at, watch)
-        if _no_better(session, at):
-            at.over = True
+    if due and _no_better(session, at):
+        at.over = True
+        if not last:
             watch.event("early_stop", at.step, {"metric": session.run.train.early_stop_metric, "best": abs(at.best)})
 
 

@@ -24,6 +24,7 @@ def write_result(session: Session, folder: Path) -> str:
 
     Returns the digest of what the live model gave (see checkpoint.digests), on rank 0.
     """
+    session.run.strategy.rest()
     if session.world.rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
     if session.run.method.whole:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from dsft.checkpoint.lease import Lease
 from dsft.checkpoint.manifest import Identity, folder_name
-from dsft.checkpoint.restore import restore
+from dsft.checkpoint.restore import Search, restore
 from dsft.checkpoint.saver import Retention, Saver
 from dsft.checkpoint.store import Store
 from dsft.engine.assemble import Session
@@ -12,19 +12,27 @@ from dsft.engine.keep import Keeper, recall
 from dsft.engine.progress import Progress, Watch
 
 
-def resume(session: Session, run_dir: Path, identity: Identity, total: int, watch: Watch) -> Progress:
+def resume(
+    session: Session, run_dir: Path, identity: Identity, lease: Lease | None, total: int, watch: Watch
+) -> Progress:
     """Load the newest checkpoint that verifies into session, if there is one. Collective.
 
-    Unfinished folders of earlier attempts are removed first; the lease must have been taken.
+    Unfinished folders of earlier attempts are removed first, if the run is still ours (lease: rank 0's).
     """
     store = Store(run_dir)
-    if session.world.rank == 0:
+    if lease is not None:
+        lease.check(strict=True)
         store.clear()
     session.world.barrier()
-    found = restore(session.run.strategy, store, identity, session.world, watch.event)
+    search = Search(store, lease, identity, session.run.optim.name, session.world, watch.event)
+    found = restore(session.run.strategy, search)
     if found is None:
         return Progress(total=total)
-    at = recall(found.step, total, found.progress)
+    at = recall(found.step, total, found.progress, session.run.train)
+    if found.identity.data != identity.data:
+        at.evaluations.clear()  # of other rows: nothing to compare with
+    if found.progress["optimizer"] != search.optimizer:
+        watch.event("optimizer_anew", at.step, {"was": found.progress["optimizer"], "now": search.optimizer})
     details = {"checkpoint": folder_name(found.step), "ranks_then": found.world_size, "ranks_now": session.world.size}
     watch.event("resume", at.step, details)
     return at
@@ -35,4 +43,4 @@ def keeper_for(session: Session, run_dir: Path, identity: Identity, lease: Lease
     config = session.run.checkpoint
     retention = Retention(config.keep, config.keep_every)
     saver = Saver(Store(run_dir), lease, identity, session.world, retention)
-    return Keeper(saver, session.run.strategy, config, saved=saved)
+    return Keeper(saver, session.run, saved=saved)

@@ -69,6 +69,12 @@ class FSDP(OnTensors):
     def _shard(self, module: nn.Module, mesh: DeviceMesh, policy: MixedPrecisionPolicy, offload: OffloadPolicy) -> None:
         fully_shard(module, mesh=mesh, reshard_after_forward=self.reshard, mp_policy=policy, offload_policy=offload)
 
+    def rest(self) -> None:
+        """Each rank keeps its shards alone: else a module that is still gathered shows its copies, perhaps in bf16."""
+        for module in cast(nn.Module, self.root).modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Accumulate; each micro-batch's gradients are reduced and sharded at once, so that none is kept whole."""
         self.root.set_is_last_backward(last)

@@ -57,12 +57,13 @@ class ZeroState:
     def restore(self, state: Mapping[str, Tensor]) -> None:
         """Take over a filled template. Collective."""
         numbers = {key: value for key, value in state.items() if "/" not in key}
-        kinds = sorted({key.partition("/")[0] for part in self.world.gather(list(state)) for key in part if "/" in key})
+        known = {key for part in self.world.gather(list(state)) for key in part}
+        kinds = sorted({key.partition("/")[0] for key in known if "/" in key})
         if any(kind != PARAM for kind in kinds) or numbers:
             self._begin()
         owner = self._owners()
         for name, param in self.named.items():
-            for kind in kinds:
+            for kind in (kind for kind in kinds if f"{kind}/{name}" in known):
                 self._set(param, kind, self._broadcast(param, owner[name], state.get(f"{kind}/{name}")))
         for key, packed in numbers.items():
             value = next(iter(unpack_numbers(packed, list(self.named)).values()))

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Thread
@@ -126,10 +127,12 @@ def _tee(source: IO[bytes], log: Path, terminal: int) -> None:
     with source, log.open("ab", buffering=0) as file:
         while chunk := os.read(source.fileno(), TAIL_BYTES):
             whole, end, pending = (pending + chunk).rpartition(b"\n")
-            file.write(whole + end)
+            with suppress(OSError):  # the disk is full: the rank must not wait for it, nor die of it
+                file.write(whole + end)
             try:
                 while chunk:
                     chunk = chunk[os.write(terminal, chunk) :]
             except OSError:  # the terminal is gone; the log goes on
                 continue
-        file.write(pending)
+        with suppress(OSError):
+            file.write(pending)

@@ -13,7 +13,8 @@ LINES_BEFORE, LINES_AFTER = 10, 4
 
 CONSEQUENCE = re.compile(
     r"connection (reset|closed|refused|was aborted)|broken pipe|pair closure|socket timeout|"
-    r"Dist(Network|Store|Backend)Error|remote process exited|ncclRemoteError|ncclSystemError|recvValue failed",
+    r"Dist(Network|Store|Backend)Error|remote process exited|ncclRemoteError|ncclSystemError|recvValue failed|"
+    r"timed out|watchdog caught collective",
     re.IGNORECASE,
 )
 """What a rank says (gloo, NCCL, the store) when it lost a peer."""

@@ -1,11 +1,14 @@
 """No damaged checkpoint is loaded: the older one is taken, the bad one set aside, the bad file named."""
 
+import errno
 import json
+import os
 import random
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -55,7 +58,7 @@ def session(finished: Path) -> Session:
     from dsft.strategies.single import Single
 
     alone = World(0, 1, 0, torch.device("cpu"))
-    run = type(run)(**{**vars(run), "strategy": Single()})
+    run = replace(run, strategy=Single())
     return assemble(run, run.model.resolve(), alone)
 
 
@@ -67,7 +70,8 @@ def run_dir(finished: Path, tmp_path: Path) -> Path:
 def resumed(session: Session, run_dir: Path) -> tuple[int, Told]:
     told = Told()
     who = folder.identity(run_dir, load_yaml(run_dir / "config.yaml"))
-    return resume(session, run_dir, who, 9, told).step, told  # type: ignore[arg-type]
+    lease, _ = acquire(run_dir / "checkpoints")
+    return resume(session, run_dir, who, lease, 9, told).step, told  # type: ignore[arg-type]
 
 
 def flip_a_bit(path: Path) -> None:
@@ -156,6 +160,47 @@ def test_another_runs_checkpoint_is_not_taken(session: Session, run_dir: Path) -
     step, told = resumed(session, run_dir)
     assert step == 0
     assert "belongs to another run" in str(told.events[0][2]["reason"])
+
+
+def test_another_optimizer_begins_anew_on_what_was_learned(session: Session, run_dir: Path) -> None:
+    content = json.loads((run_dir / "checkpoints" / "step-00000006" / "manifest.json").read_text())
+    assert content["progress"]["optimizer"] == "adamw"
+    other = replace(session, run=replace(session.run, optim=replace(session.run.optim, name="sgd")))
+    session.run.strategy.update.optimizer.state.clear()
+    step, told = resumed(other, run_dir)
+    assert step == 6
+    assert [event for event, _, _ in told.events] == ["optimizer_anew", "resume"]
+    assert not session.run.strategy.update.optimizer.state
+
+
+def test_a_starter_that_lost_its_lease_moves_nothing(session: Session, run_dir: Path) -> None:
+    flip_a_bit(run_dir / "checkpoints" / manifest.folder_name(6) / "__0_0.distcp")
+    unfinished = Store(run_dir).begin(9)
+    slow, _ = acquire(run_dir / "checkpoints")
+    acquire(run_dir / "checkpoints")
+    who = folder.identity(run_dir, load_yaml(run_dir / "config.yaml"))
+    with pytest.raises(LeaseLostError):
+        resume(session, run_dir, who, slow, 9, Told())  # type: ignore[arg-type]
+    assert unfinished.is_dir()
+    assert (run_dir / "checkpoints" / manifest.folder_name(6)).is_dir()
+
+
+def test_a_file_that_may_not_be_read_is_not_called_damaged(
+    session: Session, run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_right(path: Path) -> str:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    monkeypatch.setattr(manifest, "_sha256", no_right)
+    with pytest.raises(PermissionError):
+        resumed(session, run_dir)
+    assert (run_dir / "checkpoints" / manifest.folder_name(6)).is_dir()
+
+
+def test_a_lost_provenance_keeps_the_runs_own_name(run_dir: Path) -> None:
+    before = folder.provenance(run_dir)["run"]
+    (run_dir / "provenance.json").unlink()
+    assert folder._run_id(run_dir) == before
 
 
 def test_retention_keeps_the_newest_and_the_round_ones(run_dir: Path) -> None:

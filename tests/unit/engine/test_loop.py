@@ -55,7 +55,7 @@ def _session(*words: str) -> tuple[Session, Dataset]:
 
 
 def _fit(session: Session, data: Dataset, total: int, seen: Seen, stop: StopFlag) -> Progress:
-    keeper = keeper_for(session, Path("absent"), Identity("run", "config", "base"), None, saved=0)
+    keeper = keeper_for(session, Path("absent"), Identity("run", "config", "base", "data"), None, saved=0)
     return fit(session, data, seen, stop, keeper, Progress(total=total))
 
 
