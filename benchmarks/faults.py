@@ -102,8 +102,7 @@ def saved_state(run_dir: Path) -> dict[str, Any]:
     from dsft.checkpoint import files
 
     folder = max((run_dir / "checkpoints").glob("step-????????"))
-    shapes = files.index(folder).state_dict_metadata
-    state = {name: torch.empty(item.size, dtype=item.properties.dtype) for name, item in shapes.items()}  # type: ignore[union-attr]
+    state = {name: torch.empty(size, dtype=dtype) for name, (size, dtype) in files.shapes(folder).items()}
     files.read(state, folder, None)
     return state
 

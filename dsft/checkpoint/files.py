@@ -8,20 +8,30 @@ import shutil
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import numpy as np
+import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata
-from torch.distributed.checkpoint.planner import SavePlan
+from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, SavePlan, SavePlanner
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
 
 from dsft.checkpoint.manifest import DamagedError, Written, header
+
+T = TypeVar("T")
+
+ROOT = "state"
+"""Under which DCP sees all tensors: it spends 0.1 ms on each name at the top, with the interpreter's lock held."""
 
 INDEX = ".metadata"
 """DCP's own file: which tensor lies where."""
@@ -41,7 +51,11 @@ def write(
     _hush()
     try:
         save(
-            dict(state), storage_writer=writer, planner=DefaultSavePlanner(), process_group=group, no_dist=group is None
+            {ROOT: dict(state)},
+            storage_writer=writer,
+            planner=DefaultSavePlanner(),
+            process_group=group,
+            no_dist=group is None,
         )
     except CheckpointException as error:  # a BaseException, which would pass every fence
         raise OSError(_first_failure(error)) from None
@@ -51,11 +65,19 @@ def write(
 def read(state: Mapping[str, Tensor], folder: Path, group: dist.ProcessGroup | None) -> None:
     """Fill state, in place, from folder. Collective over group. Verify before: DCP itself notices no changed byte."""
     _hush()
-    reader = FileSystemReader(folder)
+    reader = _Reader(folder)
     try:
-        load(dict(state), storage_reader=reader, planner=_planner(), process_group=group, no_dist=group is None)
+        load({ROOT: dict(state)}, storage_reader=reader, planner=_planner(), process_group=group, no_dist=group is None)
     except CheckpointException as error:
         raise RuntimeError(f"{folder}: {_first_failure(error)}") from None
+
+
+def shapes(folder: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
+    """Name -> whole shape and type of all that folder holds."""
+    held: dict[str, Any] = index(folder).state_dict_metadata
+    return {
+        name.removeprefix(f"{ROOT}."): (torch.Size(item.size), item.properties.dtype) for name, item in held.items()
+    }
 
 
 def index(folder: Path) -> Metadata:
@@ -69,18 +91,30 @@ def index(folder: Path) -> Metadata:
 def needed(state: Mapping[str, Tensor], found: Metadata) -> set[str]:
     """Names of the files that read(state) would read on this rank."""
     planner = _planner()
-    planner.set_up_planner(dict(state), found, is_coordinator=False)
+    planner.set_up_planner({ROOT: dict(state)}, found, is_coordinator=False)
     plan = planner.create_local_plan()
     assert found.storage_data is not None
     return {found.storage_data[item.storage_index].relative_path for item in plan.items}
 
 
 def _planner() -> DefaultLoadPlanner:
-    return DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+    return DefaultLoadPlanner(flatten_sharded_tensors=False)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a piece of a tensor lies: its bytes, row by row, in the machine's order (little-endian)."""
+
+    relative_path: str
+    offset: int
+    length: int
 
 
 class _Writer(FileSystemWriter):
-    """DCP's writer on files that hash themselves; refuses before the first byte if the disk is too full."""
+    """DCP's plan and index around plain bytes: one file per rank that hashes itself, nothing pickled per tensor.
+
+    Refuses before the first byte if the disk is too full.
+    """
 
     def __init__(self, folder: Path, first: bytes) -> None:
         super().__init__(folder, sync_files=True)
@@ -94,6 +128,57 @@ class _Writer(FileSystemWriter):
             raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: {wanted} bytes wanted, {free} free")
         checked: list[SavePlan] = super().prepare_global_plan(plans)
         return checked
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        """This rank's pieces, end to end."""
+        name = f"{plan.storage_data.prefix}0.distcp"
+        results = []
+        with self.files.create_stream(Path(self.path) / name, "wb") as stream:
+            for item in plan.items:
+                piece = planner.resolve_data(item)
+                assert isinstance(piece, Tensor)
+                block = piece.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+                results.append(WriteResult(item.index, block.nbytes, Place(name, stream.tell(), block.nbytes)))
+                stream.write(block)
+            os.fsync(stream.fileno())
+        return _done(results)
+
+
+class _Reader(FileSystemReader):
+    """Reads what _Writer wrote."""
+
+    found: Metadata
+
+    def set_up_storage_reader(self, metadata: Metadata, *args: Any, **kwargs: Any) -> None:
+        """Keep the index: it knows each piece's shape."""
+        super().set_up_storage_reader(metadata, *args, **kwargs)
+        self.found = metadata
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        """Fill what the plan names, file by file, from front to back."""
+        places: dict[Any, Place] = self.storage_data
+        for item in sorted(plan.items, key=lambda item: _where(places[item.storage_index])):
+            place = places[item.storage_index]
+            block = np.fromfile(Path(self.path) / place.relative_path, np.uint8, place.length, offset=place.offset)
+            about: Any = self.found.state_dict_metadata[item.storage_index.fqn]
+            sizes = next(chunk.sizes for chunk in about.chunks if chunk.offsets == item.storage_index.offset)
+            piece = torch.from_numpy(block).view(about.properties.dtype).reshape(sizes)
+            for dim, (start, length) in enumerate(zip(item.storage_offsets, item.lengths, strict=True)):
+                piece = piece.narrow(dim, start, length)
+            target = planner.resolve_tensor(item).detach()
+            target.copy_(piece)
+            planner.commit_tensor(item, target)
+        return _done(None)
+
+
+def _where(place: Place) -> tuple[str, int]:
+    return place.relative_path, place.offset
+
+
+def _done(result: T) -> Future[T]:
+    future: Future[T] = Future()
+    future.set_result(result)
+    return future
 
 
 def _nbytes(item: Any) -> int:

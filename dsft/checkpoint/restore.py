@@ -5,7 +5,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
 
 from dsft.checkpoint import files, manifest
@@ -89,13 +88,8 @@ def _verified(strategy: Strategy, folder: Path, search: Search) -> tuple[Manifes
 
 def _shapes(folder: Path, content: Manifest, search: Search) -> dict[str, Shape]:
     """What to load: all of it, or only what learns if another optimizer wrote the rest."""
-    found = files.index(folder).state_dict_metadata
     whole = content.progress.get("optimizer") == search.optimizer
-    return {
-        name: (torch.Size(item.size), item.properties.dtype)  # type: ignore[union-attr]
-        for name, item in found.items()
-        if whole or name.startswith("param/")
-    }
+    return {name: shape for name, shape in files.shapes(folder).items() if whole or name.startswith("param/")}
 
 
 def _set_aside(search: Search, folder: Path, reason: str, file: str) -> None:

@@ -11,9 +11,9 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from dsft.checkpoint import files
+from dsft.checkpoint.copies import Copies
 from dsft.checkpoint.lease import Lease, LeaseLostError
 from dsft.checkpoint.manifest import Identity, Manifest, Written
 from dsft.checkpoint.store import Store
@@ -55,15 +55,7 @@ class Saver:
         self.store, self.lease, self.identity, self.world, self.retention = store, lease, identity, world, retention
         # a group of its own: the training's collectives go on meanwhile
         self.group = dist.new_group(backend="gloo") if world.size > 1 else None
-        pinned = world.device.type == "cuda"
-        self.stager = DefaultStager(
-            StagingOptions(
-                use_pinned_memory=pinned,
-                use_shared_memory=False,
-                use_async_staging=False,
-                use_non_blocking_copy=False,
-            )
-        )
+        self.copies = Copies(pinned=world.device.type == "cuda")
         self.thread: Thread | None = None
         self.outcome: Outcome | None = None
         self.crash: BaseException | None = None
@@ -82,7 +74,7 @@ class Saver:
             seconds = time.monotonic() - begun
             self.outcome = replace(outcome, seconds=seconds, stall_s=seconds)
             return
-        copied: Any = self.stager.stage(dict(state))
+        copied = self.copies.take(state)
         stall = time.monotonic() - begun
 
         def work() -> None:
