@@ -253,14 +253,19 @@ def hand_to_hydra(argv: Sequence[str]) -> int:
     os.environ["HYDRA_FULL_ERROR"] = "1"
     words = [word for word in _without_config_dir(argv)]
     sys.argv = ["dsft", *words]
-    codes: list[int] = []
     os.environ.setdefault("HYDRA_MAIN_MODULE", "dsft.run")
     try:
-        main = hydra.main(config_path=str(OWN_CONF), config_name="config", version_base="1.3")(codes.append)
+        main = hydra.main(config_path=str(OWN_CONF), config_name="config", version_base="1.3")(_never)
         main()
     except (HydraException, OmegaConfBaseException) as error:
         raise ValueError(one_line(error)) from error
-    return max(codes, default=0)
+    from hydra_plugins.dsft import DsftLauncher
+
+    return max(DsftLauncher.codes, default=0)
+
+
+def _never(cfg: Any) -> None:
+    """Hydra's task function: a plain run never comes here, and a sweep's points are processes of their own."""
 
 
 def _without_config_dir(argv: Sequence[str]) -> list[str]:

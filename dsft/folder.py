@@ -27,6 +27,9 @@ FREE = (
 )  # fmt: skip
 """Keys that may differ from those that a folder was made with: none of them changes the maths."""
 
+OTHER_PARAMETERS = ("model.", "method.rank", "method.target_modules", "method.trainable", "method.options", "method._")
+"""Beginnings of keys that change which parameters learn, or their shapes: resume.allow could not help."""
+
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "deepspeed", "hydra-core", "numpy")
 
 
@@ -71,7 +74,7 @@ def check_digests(run_dir: Path, digests: Mapping[str, str], resolved: Mapping[s
     """Refuse to resume on a base model or data whose content has changed under its name."""
     old = provenance(run_dir)
     different = [
-        f"{group} was {old[key][:12]}, is {digest[:12]}"
+        f"{group} was {old[key][:12]}, is {digest[:12]} by its content"
         for (key, digest), group in zip(digests.items(), ("model", "data"), strict=True)
         if key in old and old[key] != digest and group not in resolved["resume"]["allow"]
     ]
@@ -81,10 +84,11 @@ def check_digests(run_dir: Path, digests: Mapping[str, str], resolved: Mapping[s
 def _refuse_others(run_dir: Path, different: list[str]) -> None:
     if different:
         shown = "; ".join(different[:5]) + (f"; and {len(different) - 5} more" if len(different) > 5 else "")
-        keys = ",".join(line.split(" was ")[0] for line in different)
+        keys = [line.split(" was ")[0] for line in different]
+        allow = f", or go on with it all the same by resume.allow=[{','.join(keys)}]"
+        never = any(key.startswith(OTHER_PARAMETERS) for key in keys)
         raise ValueError(
-            f"run_dir {run_dir} holds another configuration ({shown}); choose another run_dir, or go on with it all "
-            f"the same by resume.allow=[{keys}]"
+            f"run_dir {run_dir} holds another configuration ({shown}); choose another run_dir{'' if never else allow}"
         )
 
 
@@ -95,15 +99,32 @@ def check_length(run_dir: Path, resolved: Mapping[str, Any]) -> bool:
     steps = new["train"]["steps"]
     if steps is not None and steps < status.get("step", 0):
         raise ValueError(
-            f"train.steps must be at least {status['step']}, the steps of {run_dir} so far, got {steps}; choose "
-            "another run_dir"
+            f"train.steps must be at least {status['step']}, the steps of {run_dir} so far, got {steps}; raise "
+            "it or choose another run_dir"
         )
-    if lengths[0] != lengths[1] and new["optim"]["schedule"] != "constant":
-        print(f"train.steps changes: the {new['optim']['schedule']} schedule is computed anew for the new length")
-    done = status.get("state") == "done"
-    if done and lengths[0] != lengths[1] and status.get("checkpoint") is None:
-        raise ValueError(f"run_dir {run_dir} is done and holds no checkpoint to go on from; choose another run_dir")
-    return done and lengths[0] == lengths[1]
+    if status.get("state") == "done" and lengths[0] == lengths[1]:
+        return True
+    there = any(Store(run_dir).newest_first())
+    if not there and (status.get("state") == "done" or status.get("checkpoint") is not None):
+        raise ValueError(
+            f"run_dir {run_dir} has trained {status['step']} steps and holds no checkpoint to go on from; put its "
+            "checkpoints back, or choose another run_dir"
+        )
+    return False
+
+
+def notes(run_dir: Path, resolved: Mapping[str, Any]) -> Iterator[str]:
+    """What a person should know before this folder's run goes on."""
+    if not (run_dir / "config.yaml").is_file():
+        return
+    old = _config(run_dir)
+    schedule = resolved["optim"]["schedule"]
+    if any(old["train"][key] != resolved["train"][key] for key in ("steps", "epochs")) and schedule != "constant":
+        yield f"the {schedule} schedule is computed anew for the new length"
+    if not provenance(run_dir):
+        yield "provenance.json is missing: whether base model and data are still the same could not be checked"
+    if state(run_dir) and not any(Store(run_dir).newest_first()):
+        yield "no checkpoint to go on from: the run begins again at step 1"
 
 
 def create(run_dir: Path, composed: Composed, plan: Mapping[str, Any], digests: Mapping[str, str]) -> None:

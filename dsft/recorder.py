@@ -145,7 +145,11 @@ class Recorder:
 def closing(run_dir: Path, data: Dataset, at: Progress, saved: int) -> Iterator[str]:
     """What a person wants to see at the end: before and after, answers side by side, where the result is."""
     if at.state != "done":
-        kept = f"saved; the same command goes on from step {saved}" if saved else "the same command starts it again"
+        kept = (
+            f"saved; the same command goes on from step {saved}"
+            if saved
+            else "not saved: the same command begins again at step 1"
+        )
         yield f"stopped at step {at.step} ({at.reason}); {kept}"
         return
     if at.evaluations:

@@ -92,9 +92,7 @@ def _preflight(composed: Composed) -> dict[str, Any] | None:
     """
     run, run_dir = composed.run, Path(composed.run.run_dir)
     folder.check(run_dir, composed.resolved)
-    if folder.state(run_dir) and folder.check_length(run_dir, composed.resolved):
-        print(f"{run_dir} is done already; its result is in {run_dir / 'adapter'}")
-        return None
+    done = bool(folder.state(run_dir)) and folder.check_length(run_dir, composed.resolved)
     run.model.check()
     for tracker in run.tracker.values():
         tracker.check()
@@ -106,6 +104,9 @@ def _preflight(composed: Composed) -> dict[str, Any] | None:
     _check_fit(run, files, data)
     digests = {"base_digest": files.digest(), "data_digest": data.digest}
     folder.check_digests(run_dir, digests, composed.resolved)
+    if done:
+        print(f"{run_dir} is done already; its result is in {run_dir / 'adapter'}")
+        return None
     from dsft.plan import make_plan
 
     plan = make_plan(composed, files)
@@ -133,6 +134,10 @@ def _announce(composed: Composed, prepared: Mapping[str, Any]) -> None:
     from dsft.plan import as_text
 
     print(as_text(prepared["plan"]))
+    for note in folder.notes(Path(composed.run.run_dir), composed.resolved):
+        print(f"note         {note}")
+    if composed.run.checkpoint.every == 0:
+        print("note         no checkpoints (checkpoint.every=0): a run that is stopped begins again at step 1")
     for tracker in composed.run.tracker.values():
         if hasattr(tracker, "why"):
             print(f"tracker      {tracker.why().removeprefix('tracker=')}")

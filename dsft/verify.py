@@ -33,7 +33,12 @@ otherwise (fp32 differs by 1e-6 where both are the same; bf16 has 8 bits)."""
 def main() -> int:
     """Compare and write what was found; DIFFERENT if the result is not the model that was trained."""
     if len(sys.argv) != 3 or not (Path(sys.argv[2]) / PROBE).is_file():
-        return refuse(ValueError("a run starts this with its own folder and that of a result just written"))
+        return refuse(
+            ValueError(
+                "dsft verify takes RUN and the folder of a result that RUN is just writing; a run calls it by itself, "
+                "see RUN/adapter/verified.json"
+            )
+        )
     run_dir, result = Path(sys.argv[1]), Path(sys.argv[2])
     found = compare(read(run_dir), result)
     (result / FOUND).write_text(json.dumps(found, indent=1) + "\n")

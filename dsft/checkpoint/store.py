@@ -46,7 +46,8 @@ class Store:
 
     def newest_first(self) -> list[Path]:
         """Folders that bear a checkpoint's name, whatever is in them."""
-        return sorted(self._named("step-????????"), reverse=True)
+        named = (path for path in self._named("step-*") if path.name.removeprefix("step-").isdigit())
+        return sorted(named, key=lambda path: int(path.name.removeprefix("step-")), reverse=True)
 
     def clear(self) -> None:
         """Remove what nobody finished: writing or deleting. Only after taking the lease."""

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -118,6 +119,11 @@ def test_a_sweep_runs_each_point_in_its_own_folder(tmp_path: Path) -> None:
         assert json.loads((point / "status.json").read_text())["state"] == "done"
         assert json.loads((point / "adapter" / "adapter_config.json").read_text())["r"] == rank
     assert "method.rank=4" in done.stdout.splitlines()[-2]
+    shutil.rmtree(tmp_path / "sweep" / "1" / "checkpoints")
+    longer = dsft("-m", *SMALL, "train.steps=2", "data.eval_size=0", "method.rank=4,8", f"run_dir={tmp_path / 'sweep'}")
+    assert longer.returncode == 2  # the worst point's
+    assert "has trained 1 steps and holds no checkpoint to go on from" in longer.stderr
+    assert [json.loads((tmp_path / "sweep" / i / "status.json").read_text())["step"] for i in "01"] == [2, 1]
 
 
 def test_a_sweep_with_one_bad_point_starts_none(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.config_store import ConfigStore
@@ -46,7 +46,12 @@ def _providers(own: Path) -> list[tuple[str, str]]:
 
 
 class DsftLauncher(Launcher):
-    """Starts each point of a sweep as a run of its own, one after another, in SWEEP/<index>."""
+    """Starts each point of a sweep as a run of its own, one after another, in SWEEP/<index>.
+
+    codes: exit codes of all points so far in this process; Hydra gives no value of a sweep back to its caller.
+    """
+
+    codes: ClassVar[list[int]] = []
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         """Keep what launch needs."""
@@ -62,6 +67,7 @@ class DsftLauncher(Launcher):
         except ValueError:
             _unwrite(Path(self.sweep))
             raise
+        self.codes.extend(codes)
         return [_returned(point, code) for point, code in zip(points, codes, strict=True)]
 
 
