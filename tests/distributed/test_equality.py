@@ -8,7 +8,7 @@ import pytest
 from benchmarks.cells import write_rows
 from benchmarks.matrix import BOUND, COLUMNS, METHODS, MODELS, SINGLE, SINGLE_SGD, difference, faults, run_columns
 
-CORNER: dict[str, Any] = {"models": ("tiny",), "methods": ("full", "qlora")}
+CORNER: dict[str, Any] = {"models": ("tiny",), "methods": ("full", "qlora"), "recompute": ("full",)}
 PLANTED = ("local-counts", "lost-gradients")
 SIZES = sorted({column.size for column in COLUMNS})
 
@@ -39,7 +39,7 @@ def test_every_strategy_equals_one_process(size: int, rows: Path, single: dict[s
 
 @pytest.mark.parametrize("size", SIZES)
 def test_planted_faults_turn_every_strategy_red(size: int, rows: Path, single: dict[str, Any]) -> None:
-    _all_red(size, rows, single, {**CORNER, "recompute": ("none",)})
+    _all_red(size, rows, single, CORNER)
 
 
 @pytest.mark.slow
