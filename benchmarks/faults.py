@@ -102,7 +102,7 @@ def saved_state(run_dir: Path) -> dict[str, Any]:
     from dsft.checkpoint import files
 
     folder = max((run_dir / "checkpoints").glob("step-????????"))
-    state = {name: torch.empty(size, dtype=dtype) for name, (size, dtype) in files.shapes(folder).items()}
+    state = {name: torch.empty(size, dtype=dtype) for name, (size, dtype) in files.shapes(files.index(folder)).items()}
     files.read(state, folder, None)
     return state
 

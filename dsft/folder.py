@@ -19,6 +19,7 @@ from dsft.checkpoint import manifest
 from dsft.checkpoint.manifest import Identity
 from dsft.checkpoint.store import Store
 from dsft.compose import Composed, dump_yaml, load_yaml
+from dsft.telemetry.record import replace_text
 from dsft.wording import suggest
 
 FREE = (
@@ -72,7 +73,7 @@ def check_parameters(run_dir: Path, plan: Mapping[str, Any]) -> None:
 
 def check_digests(run_dir: Path, digests: Mapping[str, str], resolved: Mapping[str, Any]) -> None:
     """Refuse to resume on a base model or data whose content has changed under its name."""
-    old = provenance(run_dir)
+    old = _known(run_dir)
     different = [
         f"{group} was {old[key][:12]}, is {digest[:12]} by its content"
         for (key, digest), group in zip(digests.items(), ("model", "data"), strict=True)
@@ -121,7 +122,7 @@ def notes(run_dir: Path, resolved: Mapping[str, Any]) -> Iterator[str]:
     schedule = resolved["optim"]["schedule"]
     if any(old["train"][key] != resolved["train"][key] for key in ("steps", "epochs")) and schedule != "constant":
         yield f"the {schedule} schedule is computed anew for the new length"
-    if not provenance(run_dir):
+    if not _known(run_dir):
         yield "provenance.json is missing: whether base model and data are still the same could not be checked"
     if state(run_dir) and not any(Store(run_dir).newest_first()):
         yield "no checkpoint to go on from: the run begins again at step 1"
@@ -131,7 +132,7 @@ def create(run_dir: Path, composed: Composed, plan: Mapping[str, Any], digests: 
     """Write config.yaml, overrides.yaml, plan.json and provenance.json."""
     run_dir.mkdir(parents=True, exist_ok=True)
     content = {
-        "run": _run_id(run_dir),
+        "run": _known(run_dir).get("run", uuid.uuid4().hex),
         "dsft": __version__,
         "commit": _commit(),
         "python": platform.python_version(),
@@ -141,10 +142,10 @@ def create(run_dir: Path, composed: Composed, plan: Mapping[str, Any], digests: 
         "job": {key: value for key, value in os.environ.items() if key in ("SLURM_JOB_ID", "SLURM_ARRAY_TASK_ID")},
         **digests,
     }
-    _replace(run_dir / "config.yaml", dump_yaml(composed.resolved))  # first: it makes the folder a run's
-    _replace(run_dir / "overrides.yaml", dump_yaml(list(composed.overrides)))
-    _replace(run_dir / "plan.json", json.dumps(plan, indent=1) + "\n")
-    _replace(run_dir / "provenance.json", json.dumps(content, indent=1) + "\n")
+    replace_text(run_dir / "config.yaml", dump_yaml(composed.resolved))  # first: it makes the folder a run's
+    replace_text(run_dir / "overrides.yaml", dump_yaml(list(composed.overrides)))
+    replace_text(run_dir / "plan.json", json.dumps(plan, indent=1) + "\n")
+    replace_text(run_dir / "provenance.json", json.dumps(content, indent=1) + "\n")
 
 
 def result_place(run_dir: Path, token: int) -> Path:
@@ -164,23 +165,14 @@ def publish(place: Path, target: Path) -> None:
         shutil.rmtree(leftover)
 
 
-def _run_id(run_dir: Path) -> str:
-    """The run's own id: of its provenance, else of its checkpoints, else a new one."""
-    known = provenance(run_dir).get("run")
-    for checkpoint in Store(run_dir).newest_first() if known is None else []:
+def _known(run_dir: Path) -> dict[str, str]:
+    """run, base_digest and data_digest as they were: by provenance.json, else by the newest manifest; {} if nowhere."""
+    found = provenance(run_dir)
+    for checkpoint in [] if found else Store(run_dir).newest_first():
         with contextlib.suppress(manifest.DamagedError):
-            return manifest.read(checkpoint).identity.run
-    return str(known or uuid.uuid4().hex)
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write a file at once: it is the old one or the new one, whatever happens meanwhile."""
-    fresh = path.with_name(f".{path.name}.{os.getpid()}")
-    with fresh.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    fresh.replace(path)
+            who = manifest.read(checkpoint).identity
+            return {"run": who.run, "base_digest": who.base, "data_digest": who.data}
+    return found
 
 
 def _config(run_dir: Path) -> dict[str, Any]:

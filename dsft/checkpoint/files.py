@@ -27,6 +27,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from dsft.checkpoint.manifest import DamagedError, Written, header
+from dsft.protocols import Shape
 
 T = TypeVar("T")
 
@@ -72,9 +73,9 @@ def read(state: Mapping[str, Tensor], folder: Path, group: dist.ProcessGroup | N
         raise RuntimeError(f"{folder}: {_first_failure(error)}") from None
 
 
-def shapes(folder: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
-    """Name -> whole shape and type of all that folder holds."""
-    held: dict[str, Any] = index(folder).state_dict_metadata
+def shapes(found: Metadata) -> dict[str, Shape]:
+    """Name -> whole shape and type of all that a checkpoint holds."""
+    held: dict[str, Any] = found.state_dict_metadata
     return {
         name.removeprefix(f"{ROOT}."): (torch.Size(item.size), item.properties.dtype) for name, item in held.items()
     }

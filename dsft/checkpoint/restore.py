@@ -6,13 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch.distributed as dist
+from torch import Tensor
 
 from dsft.checkpoint import files, manifest
 from dsft.checkpoint.lease import Lease
 from dsft.checkpoint.manifest import DamagedError, Identity, Manifest
 from dsft.checkpoint.store import PATIENCE, Store
 from dsft.comm.world import World
-from dsft.protocols import Shape, Strategy
+from dsft.protocols import Strategy
 
 Tell = Callable[[str, int, dict[str, object]], None]
 """(event, step, details), called on every rank."""
@@ -43,12 +44,10 @@ def restore(strategy: Strategy, search: Search) -> Manifest | None:
         if reason := world.gather(_worn_out(store, folder))[0]:
             _set_aside(search, folder, reason, "")
             continue
-        content, damage = _verified(strategy, folder, search)
+        content, state, damage = _verified(strategy, folder, search)
         if damage is not None:
             _set_aside(search, folder, str(damage), damage.file)
             continue
-        assert content is not None
-        state = strategy.state_template(_shapes(folder, content, search))
         files.read(state, folder, _group(world))
         strategy.import_state(state)
         return content
@@ -60,18 +59,24 @@ def _worn_out(store: Store, folder: Path) -> str | None:
     return f"{crashes} starts from it crashed" if crashes >= PATIENCE else None
 
 
-def _verified(strategy: Strategy, folder: Path, search: Search) -> tuple[Manifest | None, DamagedError | None]:
-    """The manifest, or the first damage that any rank found. Each rank reads what it is about to load.
+def _verified(
+    strategy: Strategy, folder: Path, search: Search
+) -> tuple[Manifest | None, dict[str, Tensor], DamagedError | None]:
+    """The manifest, a template to fill, and the first damage that any rank found.
 
-    Rank 0 also reads what nobody is about to load.
+    Each rank verifies what it is about to load, rank 0 also what nobody is about to load.
     """
-    content, reads, damage = None, set[str](), None
+    content, state, reads, damage = None, dict[str, Tensor](), set[str](), None
     try:
         content = manifest.read(folder)
         if content.identity.run != search.identity.run:
             raise DamagedError(manifest.FILE, f"belongs to another run, {content.identity.run}")
         manifest.verify(folder, content, [files.INDEX])
-        reads = files.needed(strategy.state_template(_shapes(folder, content, search)), files.index(folder))
+        index = files.index(folder)
+        whole = content.progress.get("optimizer") == search.optimizer
+        held = {name: shape for name, shape in files.shapes(index).items() if whole or name.startswith("param/")}
+        state = strategy.state_template(held)
+        reads = files.needed(state, index)
         manifest.verify(folder, content, reads)
     except DamagedError as error:
         damage = error
@@ -83,13 +88,7 @@ def _verified(strategy: Strategy, folder: Path, search: Search) -> tuple[Manifes
             manifest.verify(folder, content, set(content.files).difference(*(part for part, _ in everyone)))
         except DamagedError as error:
             first = error
-    return content, world.gather(first)[0]
-
-
-def _shapes(folder: Path, content: Manifest, search: Search) -> dict[str, Shape]:
-    """What to load: all of it, or only what learns if another optimizer wrote the rest."""
-    whole = content.progress.get("optimizer") == search.optimizer
-    return {name: shape for name, shape in files.shapes(folder).items() if whole or name.startswith("param/")}
+    return content, state, world.gather(first)[0]
 
 
 def _set_aside(search: Search, folder: Path, reason: str, file: str) -> None:

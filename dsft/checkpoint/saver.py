@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Thread
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,8 +18,6 @@ from dsft.checkpoint.lease import Lease, LeaseLostError
 from dsft.checkpoint.manifest import Identity, Manifest, Written
 from dsft.checkpoint.store import Store
 from dsft.comm.world import World
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,9 +50,9 @@ class Saver:
     def __init__(
         self, store: Store, lease: Lease | None, identity: Identity, world: World, retention: Retention
     ) -> None:
-        self.store, self.lease, self.identity, self.world, self.retention = store, lease, identity, world, retention
+        self.store, self.lease, self.identity, self.retention = store, lease, identity, retention
         # a group of its own: the training's collectives go on meanwhile
-        self.group = dist.new_group(backend="gloo") if world.size > 1 else None
+        self.world = replace(world, group=dist.new_group(backend="gloo") if world.size > 1 else None)
         self.copies = Copies(pinned=world.device.type == "cuda")
         self.thread: Thread | None = None
         self.outcome: Outcome | None = None
@@ -103,16 +101,16 @@ class Saver:
 
     def _save(self, step: int, state: Mapping[str, Tensor], progress: Mapping[str, Any]) -> Outcome:
         """The protocol: files, hashes, manifest, rename. The same outcome on every rank."""
-        place, failed = self._gather(self._begin(step))[0]
+        place, failed = self.world.gather(self._begin(step))[0]
         if failed is not None:
             return failed
         written: dict[str, Written] = {}
         error = None
         try:
-            written = files.write(state, place, step, self.identity.run, self.group)
+            written = files.write(state, place, step, self.identity.run, self.world.group)
         except Exception as failure:  # of this rank alone: the others wait below
             error = str(failure) if isinstance(failure, OSError) else repr(failure)
-        parts = self._gather((written, error))
+        parts = self.world.gather((written, error))
         outcome = Outcome(step=step, error=next((said for _, said in parts if said is not None), None))
         if self.lease is not None:
             content = Manifest(
@@ -124,7 +122,7 @@ class Saver:
                 files={name: file for part, _ in parts for name, file in part.items()},
             )
             outcome = self._finish(place, content, outcome, self.lease)
-        return self._gather(outcome)[0]
+        return self.world.gather(outcome)[0]
 
     def _begin(self, step: int) -> tuple[Path, Outcome | None]:
         """Rank 0: the folder to write into, or why there is none."""
@@ -161,10 +159,3 @@ class Saver:
             return tuple(self.store.retain(self.retention.keep, self.retention.keep_every, step))
         except OSError:
             return ()
-
-    def _gather(self, value: T) -> list[T]:
-        if self.group is None:
-            return [value]
-        values: list[T] = [value] * self.world.size
-        dist.all_gather_object(values, value, group=self.group)
-        return values

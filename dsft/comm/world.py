@@ -14,12 +14,16 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class World:
-    """One process among all of them. rank in [0, size); local_rank counts within the node."""
+    """One process among all of them. rank in [0, size); local_rank counts within the node.
+
+    group: what gather goes over; None is the default group of the processes.
+    """
 
     rank: int
     size: int
     local_rank: int
     device: torch.device
+    group: dist.ProcessGroup | None = None
 
     def sum(self, value: Tensor) -> Tensor:
         """Sum of value over all ranks, on every rank; value is not changed."""
@@ -42,7 +46,7 @@ class World:
         if self.size == 1:
             return [value]
         values: list[T] = [value] * self.size
-        dist.all_gather_object(values, value)
+        dist.all_gather_object(values, value, group=self.group)
         return values
 
     def barrier(self) -> None:

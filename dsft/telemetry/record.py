@@ -40,11 +40,15 @@ class Status:
 
 def write_status(run_dir: Path, status: Status) -> None:
     """Replace run_dir/status.json at once: a reader sees the old one or the new one, whole, also after a crash."""
-    path = run_dir / STATUS
-    fresh = run_dir / f".{STATUS}.{os.getpid()}"
+    replace_text(run_dir / STATUS, _line(asdict(status)))
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Give path new content at once; on an OSError it keeps the old one, and nothing is left beside it."""
+    fresh = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with fresh.open("w", encoding="ascii") as file:
-            file.write(_line(asdict(status)))
+        with fresh.open("w", encoding="utf-8") as file:
+            file.write(text)
             file.flush()
             os.fsync(file.fileno())
         fresh.replace(path)
@@ -173,14 +177,8 @@ def _whole_lines(path: Path) -> list[str]:
 def _rewrite(path: Path, lines: Sequence[str]) -> None:
     """Replace a file at once, if its content changes."""
     text = "".join(lines)
-    if len(text) == path.stat().st_size:
-        return
-    fresh = path.with_name(f".{path.name}.{os.getpid()}")
-    with fresh.open("w", encoding="ascii") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    fresh.replace(path)
+    if len(text) != path.stat().st_size:
+        replace_text(path, text)
 
 
 def _line(values: Mapping[str, Any]) -> str:

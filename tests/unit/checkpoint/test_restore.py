@@ -198,9 +198,14 @@ def test_a_file_that_may_not_be_read_is_not_called_damaged(
 
 
 def test_a_lost_provenance_keeps_the_runs_own_name(run_dir: Path) -> None:
-    before = folder.provenance(run_dir)["run"]
+    before = folder.provenance(run_dir)
+    resolved = load_yaml(run_dir / "config.yaml")
     (run_dir / "provenance.json").unlink()
-    assert folder._run_id(run_dir) == before
+    assert folder._known(run_dir)["run"] == before["run"]
+    same = {key: before[key] for key in ("base_digest", "data_digest")}
+    folder.check_digests(run_dir, same, resolved)
+    with pytest.raises(ValueError, match=r"data was .* by its content"):
+        folder.check_digests(run_dir, {**same, "data_digest": "other rows"}, resolved)
 
 
 def test_retention_keeps_the_newest_and_the_round_ones(run_dir: Path) -> None:
