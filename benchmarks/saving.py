@@ -45,9 +45,7 @@ def main() -> int:
     files = composed.run.model.resolve()
     data = open_data(composed.run.data, files.tokenizer(), max_length=512, seed=0)
     session = assemble(composed.run, files, world)
-    took: dict[str, list[float]] = {
-        name: [] for name in ("step", "plain", "stall", "background", "load", "write", "read")
-    }
+    took: dict[str, list[float]] = {name: [] for name in ("step", "beside", "plain", "stall", "load", "write", "read")}
     with tempfile.TemporaryDirectory(dir=".") as folder:
         nbytes = _rounds(session, data, Path(folder), args.rounds, took)
     state = sum(tensor.numel() * tensor.element_size() for tensor in composed.run.strategy.export_state().values())
@@ -64,16 +62,18 @@ def _rounds(session: Session, data: Any, folder: Path, rounds: int, took: dict[s
     nbytes = 0
     for turn in range(rounds + 1):  # the first one warms up
         seconds: dict[str, float] = {}
+        batches = step_batches(session, data, turn + 1)[1]
         begun = time.perf_counter()
-        train_step(session, step_batches(session, data, 2 * turn + 1)[1], 2 * turn + 1, 1.0)
+        train_step(session, batches, 2 * turn + 1, 1.0)
         seconds["step"] = time.perf_counter() - begun
         begun = time.perf_counter()
-        saver.start(2 * turn + 1, strategy.export_state(), PROGRESS, background=True)
-        seconds["stall"] = time.perf_counter() - begun
+        saver.start(2 * turn + 1, strategy.export_state, PROGRESS, background=True)
+        train_step(session, batches, 2 * turn + 1, 1.0, settle=saver.settle)
+        seconds["beside"] = time.perf_counter() - begun
         outcome = _good(saver.take())
-        seconds["background"], nbytes = outcome.seconds, outcome.nbytes
+        seconds["stall"], nbytes = outcome.stall_s, outcome.nbytes
         begun = time.perf_counter()
-        saver.start(2 * turn + 2, strategy.export_state(), PROGRESS, background=False)
+        saver.start(2 * turn + 2, strategy.export_state, PROGRESS, background=False)
         _good(saver.take())
         seconds["plain"] = time.perf_counter() - begun
         begun = time.perf_counter()
@@ -118,6 +118,7 @@ def _text(middle: dict[str, float], nbytes: int, state: int, rounds: int, precis
         f"| bytes of a save / (parameters + moments) | {nbytes / state:.3f} ({nbytes / 1e6:.1f} MB) | 1.05 |",
         f"| stall of a background save / a step | {middle['stall'] / middle['step']:.3f} | 0.02 |",
         f"| stall of a background save / a plain save | {middle['stall'] / middle['plain']:.3f} | 0.05 |",
+        f"| a step with a background save beside it / a step | {middle['beside'] / middle['step']:.3f} | |",
         f"| plain save / dd with fsync of as many bytes | {middle['plain'] / middle['write']:.2f} | |",
         f"| verify and load / dd reading as many bytes | {middle['load'] / middle['read']:.2f} | |",
         "",

@@ -14,6 +14,7 @@ from dsft_launchers import verdict
 
 from dsft import folder
 from dsft.compose import load_yaml, read
+from dsft.entry import collect_again, enter
 from dsft.telemetry.record import State, read_status, write_status
 
 if TYPE_CHECKING:
@@ -135,6 +136,7 @@ def work(run_dir: Path, attempt: Attempt) -> int:
         recorder.event("assembled", at.step, {})
         attempt.keeper = keeper = keeper_for(session, run_dir, who, lease, saved=at.step)
         attempt.training = True
+        collect_again()
         at = fit(session, data, recorder, stop, keeper, at)
         attempt.training = False
         if at.state != ASKED:
@@ -205,4 +207,4 @@ class Spoken(io.TextIOBase):
 
 if __name__ == "__main__":
     with contextlib.suppress(BrokenPipeError):
-        sys.exit(main())
+        enter(main)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from dsft.compose import Composed, compose, hydra_flags
+from dsft.entry import enter
 
 if TYPE_CHECKING:
     from dsft.models.files import ModelFiles
@@ -66,4 +67,4 @@ def as_text(plan: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    enter(main)

@@ -11,6 +11,7 @@ from rich.console import Console
 from dsft import folder
 from dsft.compose import Composed, compose, hand_to_hydra, hydra_flags
 from dsft.config import Run
+from dsft.entry import enter
 from dsft.wording import USER_ERROR, refuse
 
 if TYPE_CHECKING:
@@ -150,4 +151,4 @@ def _announce(composed: Composed, prepared: Mapping[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    enter(main)

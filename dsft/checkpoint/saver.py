@@ -2,10 +2,10 @@
 
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from threading import Thread
+from threading import Event, Thread
 from typing import Any
 
 import torch
@@ -54,6 +54,7 @@ class Saver:
         # a group of its own: the training's collectives go on meanwhile
         self.world = replace(world, group=dist.new_group(backend="gloo") if world.size > 1 else None)
         self.copies = Copies(pinned=world.device.type == "cuda")
+        self.copied, self.stall = Event(), 0.0
         self.thread: Thread | None = None
         self.outcome: Outcome | None = None
         self.crash: BaseException | None = None
@@ -63,29 +64,46 @@ class Saver:
         """A save is in flight on this rank."""
         return self.thread is not None and self.thread.is_alive()
 
-    def start(self, step: int, state: Mapping[str, Tensor], progress: Mapping[str, Any], *, background: bool) -> None:
-        """Save state; with background it is copied now and written by a thread. Nothing may be in flight."""
+    def start(
+        self, step: int, export: Callable[[], Mapping[str, Tensor]], progress: Mapping[str, Any], *, background: bool
+    ) -> None:
+        """Save what export gives; with background a thread copies and writes it: call settle before it changes.
+
+        Nothing may be in flight.
+        """
         assert self.thread is None, "take the last outcome first"
         begun = time.monotonic()
         if not background:
-            outcome = self._save(step, state, progress)
-            seconds = time.monotonic() - begun
-            self.outcome = replace(outcome, seconds=seconds, stall_s=seconds)
+            self.outcome = self._save(step, export(), progress)
+            self.stall = time.monotonic() - begun
+            self.outcome = replace(self.outcome, seconds=self.stall)
             return
-        copied = self.copies.take(state)
-        stall = time.monotonic() - begun
+        self.copied.clear()
+        lent = [export()]  # let go of once copied: a strategy may have gathered it for this
 
         def work() -> None:
             try:
                 if self.world.device.type == "cuda":  # a new thread begins on the first device
                     torch.cuda.set_device(self.world.device)
+                copied = self.copies.take(lent.pop())
+                self.copied.set()
                 outcome = self._save(step, copied, progress)
-                self.outcome = replace(outcome, seconds=time.monotonic() - begun, stall_s=stall)
+                self.outcome = replace(outcome, seconds=time.monotonic() - begun)
             except BaseException as error:  # handed to the training's thread, which raises it
                 self.crash = error
+            finally:
+                self.copied.set()
 
         self.thread = Thread(target=work, name=f"save-{step}", daemon=True)
         self.thread.start()
+        self.stall = time.monotonic() - begun
+
+    def settle(self) -> None:
+        """Return once the state of a save in flight has been copied, so that it may change."""
+        if self.thread is not None and not self.copied.is_set():
+            begun = time.monotonic()
+            self.copied.wait()
+            self.stall += time.monotonic() - begun
 
     def take(self) -> Outcome | None:
         """Wait for the save in flight, if there is one; its outcome, once. Raises LeaseLostError or its crash."""
@@ -97,7 +115,7 @@ class Saver:
         outcome, self.outcome = self.outcome, None
         if outcome is not None and outcome.lost:
             raise LeaseLostError(outcome.error)
-        return outcome
+        return outcome and replace(outcome, stall_s=self.stall)
 
     def _save(self, step: int, state: Mapping[str, Tensor], progress: Mapping[str, Any]) -> Outcome:
         """The protocol: files, hashes, manifest, rename. The same outcome on every rank."""

@@ -27,6 +27,10 @@ class Keeper:
         """A save is in flight on this rank."""
         return self.saver.busy
 
+    def settle(self) -> None:
+        """Before parameters move: wait until a save in flight has copied them."""
+        self.saver.settle()
+
     def tend(self, at: Progress, watch: Watch, *, busy: bool, last: bool) -> None:
         """After each step, on all ranks: tell what became of a save, begin the one that is due. busy: on any rank.
 
@@ -40,8 +44,8 @@ class Keeper:
         if at.step > self.saved and (last or (not busy and self._due(at.step))):
             background = self.config.background and not last
             self.asked = at.step
-            state, progress = self.run.strategy.export_state(), remember(at, self.run.optim.name)
-            self.saver.start(at.step, state, progress, background=background)
+            progress = remember(at, self.run.optim.name)
+            self.saver.start(at.step, self.run.strategy.export_state, progress, background=background)
             if not background:
                 self._report(self.saver.take(), watch)
 

@@ -31,7 +31,7 @@ def fit(session: Session, data: Dataset, watch: Watch, stop: StopFlag, keeper: K
         watch.begin_step()
         rows, batches = step_batches(session, data, at.step)
         scale = rate(session.run.optim, at.step, at.total)
-        result = train_step(session, batches, at.step, scale)
+        result = train_step(session, batches, at.step, scale, settle=keeper.settle)
         watch.step(at.step, _values(session, result, scale), [data.train.id(row) for row in rows])
         if not result.moved:
             _survive(session, at, result, watch)

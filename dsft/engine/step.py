@@ -1,7 +1,7 @@
 """One optimizer step. This file alone divides: loss = sum over ranks and micro-batches / count over the same."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,8 +24,13 @@ class StepResult:
     moved: bool
 
 
-def train_step(session: Session, batches: Sequence[Batch], step: int, lr_scale: float) -> StepResult:
-    """Forward and backward over this rank's micro-batches, then one update; every rank returns the same result."""
+def train_step(
+    session: Session, batches: Sequence[Batch], step: int, lr_scale: float, settle: Callable[[], None] | None = None
+) -> StepResult:
+    """Forward and backward over this rank's micro-batches, then one update; every rank returns the same result.
+
+    settle returns once parameters and moments may move: a save may still be copying them.
+    """
     run, world = session.run, session.world
     tokens = torch.tensor([float(sum(b.tokens.numel() for b in batches))], dtype=torch.float64)
     local = torch.stack([run.objective.count(batch) for batch in batches]).sum(0)
@@ -43,6 +48,8 @@ def train_step(session: Session, batches: Sequence[Batch], step: int, lr_scale: 
     loss = float((world.sum(sums) / counts).sum())
     grad_norm = math.nan
     if math.isfinite(loss):
+        if settle is not None:
+            settle()
         grad_norm = run.strategy.step(run.train.max_grad_norm, lr_scale)
     else:
         run.strategy.drop()

@@ -20,7 +20,7 @@ FLOORS = (
     ("protocols",),
     LEAVES,
     ("engine",),
-    ("rules", "wording"),
+    ("rules", "wording", "entry"),
     ("compose",),
     ("folder", "recorder"),
     VERBS,

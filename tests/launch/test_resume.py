@@ -198,8 +198,9 @@ def said_until(run: "subprocess.Popen[str]", wanted: Callable[[str], bool]) -> s
     return said
 
 
-def test_a_full_disk_costs_saves_and_no_step(rows: Path, tmp_path: Path) -> None:
-    words = faults.words(rows, ["method=lora", "checkpoint.every=1"], 1, background=True, steps=100_000)
+@pytest.mark.parametrize("background", [False, True], ids=["plain", "background"])
+def test_a_full_disk_costs_saves_and_no_step(background: bool, rows: Path, tmp_path: Path) -> None:
+    words = faults.words(rows, ["method=lora", "checkpoint.every=1"], 1, background=background, steps=100_000)
     with on_small_disk("12m", tmp_path / "disk", *words) as (run, disk):
         run_dir = disk / "run"
         wait_for(lambda: run_dir.is_dir() and len(events(run_dir, "save")) > 3, run)
@@ -215,6 +216,26 @@ def test_a_full_disk_costs_saves_and_no_step(rows: Path, tmp_path: Path) -> None
         said_until(run, lambda said: "ENDED" in said)
         at = json.loads((run_dir / "status.json").read_text())["step"]
         assert events(run_dir, "save_failed")
+        assert steps(run_dir) == list(range(1, at + 1))
+        assert checkpoints(run_dir)[-1] == at
+        assert not _unfinished(run_dir)
+    assert run.returncode == 75
+
+
+def test_checkpoints_that_turn_read_only_cost_saves_and_no_step(rows: Path, tmp_path: Path) -> None:
+    words = faults.words(rows, ["method=lora", "checkpoint.every=1"], 1, background=True, steps=100_000)
+    with on_small_disk("12m", tmp_path / "disk", *words) as (run, disk):
+        run_dir, place = disk / "run", f"{tmp_path}/disk/run/checkpoints"
+        wait_for(lambda: run_dir.is_dir() and len(events(run_dir, "save")) > 3, run)
+        inside = ["nsenter", "--preserve-credentials", "-U", "-m", "-t", str(run.pid), "sh", "-c"]
+        subprocess.run([*inside, f"mount --bind {place} {place} && mount -o remount,bind,ro {place}"], check=True)
+        assert "Read-only file system" in said_until(run, lambda said: said.count("SAVE FAILED") == 2)
+        good = checkpoints(run_dir)
+        subprocess.run([*inside, f"umount -l {place}"], check=True)
+        wait_for(lambda: checkpoints(run_dir)[-1] > good[-1] + 5, run)
+        os.kill(events(run_dir, "start")[0]["ranks"][0]["pid"], signal.SIGTERM)
+        said_until(run, lambda said: "ENDED" in said)
+        at = steps(run_dir)[-1]
         assert steps(run_dir) == list(range(1, at + 1))
         assert checkpoints(run_dir)[-1] == at
         assert not _unfinished(run_dir)
