@@ -115,6 +115,47 @@ def test_a_run_goes_on_under_other_strategies_and_numbers_of_ranks(
     assert one["step"].equal(other["step"])
 
 
+RAISING = """
+from dataclasses import dataclass
+from pathlib import Path
+from dsft.objectives.sft import SFT
+
+@dataclass(frozen=True, kw_only=True)
+class Raising(SFT):
+    mine: str
+
+    def loss(self, model, batch):
+        if Path(self.mine).exists():
+            raise ValueError("a state that this objective cannot stand")
+        return super().loss(model, batch)
+"""
+
+
+def test_a_checkpoint_that_two_starts_crashed_from_is_passed_over(
+    rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_dir, mine = tmp_path / "run", tmp_path / "mine"
+    (tmp_path / "conf" / "objective").mkdir(parents=True)
+    (tmp_path / "conf" / "objective" / "raising.yaml").write_text(f"_target_: raising.Raising\nmine: {mine}\n")
+    (tmp_path / "raising.py").write_text(RAISING)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    words = [*faults.words(rows, ["method=lora", "objective=raising"], 1, background=False), f"run_dir={run_dir}"]
+    words += ["--config-dir", str(tmp_path / "conf"), "optim.schedule=constant"]
+    done = dsft(*words, "train.steps=6")
+    assert done.returncode == 0, done.stderr
+    mine.touch()
+    for _ in range(2):
+        done = dsft(*words, "train.steps=9")
+        assert done.returncode == 76
+        assert "a state that this objective cannot stand" in done.stderr
+        assert checkpoints(run_dir) == [3, 6]
+    mine.unlink()
+    assert dsft(*words, "train.steps=9").returncode == 0
+    assert [line["step"] for line in events(run_dir, "resume")] == [6, 6, 3]
+    assert "2 starts from it crashed" in events(run_dir, "quarantine")[0]["reason"]
+    assert steps(run_dir) == list(range(1, 10))
+
+
 def test_signals_to_some_ranks_stop_all_at_one_step_with_nothing_lost(rows: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     plain = faults.words(rows, ["method=lora"], 2, background=True, steps=100_000)
