@@ -9,7 +9,8 @@ import sys
 import time
 from pathlib import Path
 
-import pytest
+import torch
+from safetensors.torch import load_file
 
 SMALL = [
     "model=tiny", "method=lora", "data=reasoning_gym", "data.size=64", "data.eval_size=4", "train.precision=fp32",
@@ -145,14 +146,18 @@ def test_composing_the_main_job_takes_no_torch(tmp_path: Path) -> None:
     assert "quantizers.nf4" in done.stdout
 
 
-@pytest.mark.parametrize("kind", ["torchrun"])
-def test_joins_processes_that_others_started(kind: str, tmp_path: Path) -> None:
-    words = [*SMALL[:-2], "launcher=auto", "train.steps=1", "data.eval_size=0", f"run_dir={tmp_path / 'run'}"]
+def test_joins_processes_that_torchrun_started_and_writes_fp32_from_shards_left_gathered(tmp_path: Path) -> None:
+    words = [*SMALL, "launcher=auto", "train.steps=1", "data.eval_size=2", f"run_dir={tmp_path / 'run'}"]
+    words += ["strategy=fsdp", "strategy.reshard=false", "train.precision=bf16", "checkpoint.verify_result=true"]
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "dsft.run",
          *words],
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert kind in done.stdout
+    assert "torchrun" in done.stdout
     assert len(lines(tmp_path / "run" / "events.jsonl")[0]["ranks"]) == 2  # type: ignore[arg-type]
+    learned = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
+    assert {tensor.dtype for tensor in learned.values()} == {torch.float32}
+    assert any(bool((tensor != tensor.bfloat16().float()).any()) for tensor in learned.values())
+    assert json.loads((tmp_path / "run" / "adapter" / "verified.json").read_text())["same"] is True
