@@ -18,6 +18,7 @@ def enter(main: Callable[[], int]) -> NoReturn:
 
 
 def collect_again() -> None:
-    """Garbage is collected from here on, and what there is by now is not looked through."""
+    """Collect what the start left, and garbage from here on; what is alive by now is not looked through again."""
+    gc.collect()
     gc.freeze()
     gc.enable()

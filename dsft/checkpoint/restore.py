@@ -79,7 +79,7 @@ def _verified(
         reads = files.needed(state, index)
         manifest.verify(folder, content, reads)
     except DamagedError as error:
-        damage = error
+        damage = error.with_traceback(None)  # whose frames would keep the template alive
     world = search.world
     everyone = world.gather((reads, damage))
     first = next((found for _, found in everyone if found is not None), None)
@@ -87,7 +87,7 @@ def _verified(
         try:
             manifest.verify(folder, content, set(content.files).difference(*(part for part, _ in everyone)))
         except DamagedError as error:
-            first = error
+            first = error.with_traceback(None)
     return content, state, world.gather(first)[0]
 
 

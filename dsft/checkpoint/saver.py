@@ -1,5 +1,6 @@
 """Saving: written beside the training or in its way, seen alike by all ranks, at most one at a time."""
 
+import contextlib
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -80,12 +81,12 @@ class Saver:
             return
         self.copied.clear()
         lent = [export()]  # let go of once copied: a strategy may have gathered it for this
+        beside = _beside(self.world.device)
 
         def work() -> None:
             try:
-                if self.world.device.type == "cuda":  # a new thread begins on the first device
-                    torch.cuda.set_device(self.world.device)
-                copied = self.copies.take(lent.pop())
+                with beside:
+                    copied = self.copies.take(lent.pop())
                 self.copied.set()
                 outcome = self._save(step, copied, progress)
                 self.outcome = replace(outcome, seconds=time.monotonic() - begun)
@@ -104,6 +105,8 @@ class Saver:
             begun = time.monotonic()
             self.copied.wait()
             self.stall += time.monotonic() - begun
+        if self.crash is not None:  # on this rank alone: the others wait for it in the save
+            raise self.crash
 
     def take(self) -> Outcome | None:
         """Wait for the save in flight, if there is one; its outcome, once. Raises LeaseLostError or its crash."""
@@ -177,3 +180,12 @@ class Saver:
             return tuple(self.store.retain(self.retention.keep, self.retention.keep_every, step))
         except OSError:
             return ()
+
+
+def _beside(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """For a thread: a stream of its own on device, after what this thread has queued; nothing off an accelerator."""
+    if device.type != "cuda":
+        return contextlib.nullcontext()
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    return torch.cuda.stream(stream)

@@ -12,6 +12,7 @@ from dsft.comm.world import World
 from dsft.config import Run
 from dsft.engine.optimizers import factory
 from dsft.engine.recompute import recompute
+from dsft.models import scoring
 from dsft.models.anatomy import dissect
 from dsft.models.build import build_meta
 from dsft.models.files import ModelFiles
@@ -53,6 +54,7 @@ def skeleton(run: Run, files: ModelFiles) -> Skeleton:
     lineage = Lineage(model)
     model = run.method.attach(model, anatomy)
     origins = lineage.origins(model)
+    scoring.install(model, model.get_submodule(anatomy.head))
     for param in model.parameters():
         if param.requires_grad:
             param.data = param.data.float()

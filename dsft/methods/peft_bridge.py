@@ -49,11 +49,14 @@ class Peft(Method):
         targets = resolve_targets(self.target_modules, model, anatomy)
         from peft import inject_adapter_in_model  # seconds: after what can be refused without it
 
+        from dsft.methods.fused_lora import fuse
+
         model.requires_grad_(False)
         model = inject_adapter_in_model(self.config(targets), model, adapter_name=ADAPTER)
         for module in model.modules():
             if hasattr(module, "lora_A"):
                 module.cast_input_dtype_enabled = False  # type: ignore[assignment]  # autocast casts, without an fp32 copy
+        fuse(model, ADAPTER)
         return model
 
     def config(self, targets: list[str]) -> Any:

@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dsft.protocols import IGNORE, Batch, Metrics, Objective
@@ -20,15 +19,15 @@ class SFT(Objective):
     def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Metrics]:
         """(1,) float32: sum over supervised tokens of -log p(token | its own example before it).
 
-        Logits exist only where a token is supervised; a batch without one gives a zero that still has a gradient path.
+        A batch without a supervised token gives a zero that still has a gradient path.
         """
         places = (batch.targets != IGNORE).nonzero().flatten()
-        logits = model(
+        scores = model(
             input_ids=batch.tokens[None],
             position_ids=batch.positions[None],
             segment_lengths=batch.lengths,
             logits_to_keep=places,
+            targets=batch.targets[places],
             use_cache=False,
-        ).logits[0]  # (supervised, V)
-        total = F.cross_entropy(logits.float(), batch.targets[places], reduction="sum")
-        return total.reshape(1), {}
+        ).logits  # (1, supervised)
+        return scores.sum().reshape(1), {}

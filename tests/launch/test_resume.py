@@ -4,18 +4,14 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from benchmarks import faults
 from benchmarks.cells import write_rows
+from tests.launch.processes import checkpoints, dsft, events, started, steps, wait_for
 
 
 @pytest.fixture(scope="module")
@@ -23,48 +19,6 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
     write_rows(path, 60)
     return path
-
-
-def dsft(*words: str) -> "subprocess.CompletedProcess[str]":
-    return subprocess.run([sys.executable, "-m", "dsft.run", *words], capture_output=True, text=True, check=False)
-
-
-@contextmanager
-def started(*words: str) -> "Iterator[subprocess.Popen[str]]":
-    """A run in the background; it is gone at the end."""
-    command = [sys.executable, "-m", "dsft.run", *words]
-    run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    try:
-        yield run
-    finally:
-        if run.poll() is None:
-            run.send_signal(signal.SIGCONT)
-            run.kill()
-            run.wait()
-
-
-def wait_for(condition: Callable[[], Any], run: "subprocess.Popen[str]", seconds: float = 240.0) -> Any:
-    """What condition gives once it is true. Fails if the run ends before."""
-    until = time.monotonic() + seconds
-    while time.monotonic() < until:
-        if found := condition():
-            return found
-        assert run.poll() is None, run.stdout.read() if run.stdout else ""
-        time.sleep(0.005)
-    raise AssertionError("it did not come to pass")
-
-
-def events(run_dir: Path, name: str) -> list[dict[str, Any]]:
-    path = run_dir / "events.jsonl"
-    return [line for line in faults.lines(path) if line["event"] == name] if path.is_file() else []
-
-
-def steps(run_dir: Path) -> list[int]:
-    return [line["step"] for line in faults.lines(run_dir / "metrics.jsonl") if "loss" in line]
-
-
-def checkpoints(run_dir: Path) -> list[int]:
-    return sorted(int(path.name[5:]) for path in (run_dir / "checkpoints").glob("step-????????"))
 
 
 @pytest.mark.parametrize("name", ["lora ddp x2", pytest.param("qlora fsdp x2", marks=pytest.mark.slow)])
@@ -209,98 +163,3 @@ def test_a_writer_that_slept_through_anothers_start_commits_nothing(rows: Path, 
     assert steps(run_dir) == list(range(1, until + 1))
     assert json.loads((run_dir / "status.json").read_text())["state"] == "done"
     assert events(run_dir, "takeover")
-
-
-@contextmanager
-def on_small_disk(size: str, place: Path, *words: str) -> "Iterator[tuple[subprocess.Popen[str], Path]]":
-    """A run whose folder is RUN on a tmpfs of its own; the disk, seen from here, stays until the block ends."""
-    place.mkdir()
-    script = f'mount -t tmpfs -o size={size} tmpfs {place} || exit 99; "$@"; code=$?; echo ENDED; read; exit $code'
-    command = ["unshare", "-rm", "bash", "-c", script, "bash", sys.executable, "-m", "dsft.run", *words]
-    run = subprocess.Popen(
-        [*command, f"run_dir={place / 'run'}"],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
-    try:
-        yield run, Path(f"/proc/{run.pid}/root{place}")
-    finally:
-        if run.poll() is None:
-            run.communicate("\n", timeout=120)
-
-
-def said_until(run: "subprocess.Popen[str]", wanted: Callable[[str], bool]) -> str:
-    """What the run said until the text fulfils wanted."""
-    said = ""
-    assert run.stdout is not None
-    while not wanted(said):
-        line = run.stdout.readline()
-        assert line, said
-        said += line
-    return said
-
-
-@pytest.mark.parametrize("background", [False, True], ids=["plain", "background"])
-def test_a_full_disk_costs_saves_and_no_step(background: bool, rows: Path, tmp_path: Path) -> None:
-    words = faults.words(rows, ["method=lora", "checkpoint.every=1"], 1, background=background, steps=100_000)
-    with on_small_disk("12m", tmp_path / "disk", *words) as (run, disk):
-        run_dir = disk / "run"
-        wait_for(lambda: run_dir.is_dir() and len(events(run_dir, "save")) > 3, run)
-        _fill(disk / "filler")
-        good = checkpoints(run_dir)
-        said_until(run, lambda said: said.count("SAVE FAILED") == 2)
-        assert checkpoints(run_dir)[-1] >= good[-1]
-        (disk / "filler").unlink()
-        freed, in_flight = checkpoints(run_dir)[-1], []
-        wait_for(lambda: in_flight.append(len(_unfinished(run_dir))) or checkpoints(run_dir)[-1] > freed + 20, run)
-        assert max(in_flight) == 1  # never two, although a step is faster than a save
-        os.kill(events(run_dir, "start")[0]["ranks"][0]["pid"], signal.SIGTERM)
-        said_until(run, lambda said: "ENDED" in said)
-        at = json.loads((run_dir / "status.json").read_text())["step"]
-        assert events(run_dir, "save_failed")
-        assert steps(run_dir) == list(range(1, at + 1))
-        assert checkpoints(run_dir)[-1] == at
-        assert not _unfinished(run_dir)
-    assert run.returncode == 75
-
-
-def test_checkpoints_that_turn_read_only_cost_saves_and_no_step(rows: Path, tmp_path: Path) -> None:
-    words = faults.words(rows, ["method=lora", "checkpoint.every=1"], 1, background=True, steps=100_000)
-    with on_small_disk("12m", tmp_path / "disk", *words) as (run, disk):
-        run_dir, place = disk / "run", f"{tmp_path}/disk/run/checkpoints"
-        wait_for(lambda: run_dir.is_dir() and len(events(run_dir, "save")) > 3, run)
-        inside = ["nsenter", "--preserve-credentials", "-U", "-m", "-t", str(run.pid), "sh", "-c"]
-        subprocess.run([*inside, f"mount --bind {place} {place} && mount -o remount,bind,ro {place}"], check=True)
-        assert "Read-only file system" in said_until(run, lambda said: said.count("SAVE FAILED") == 2)
-        good = checkpoints(run_dir)
-        subprocess.run([*inside, f"umount -l {place}"], check=True)
-        wait_for(lambda: checkpoints(run_dir)[-1] > good[-1] + 5, run)
-        os.kill(events(run_dir, "start")[0]["ranks"][0]["pid"], signal.SIGTERM)
-        said_until(run, lambda said: "ENDED" in said)
-        at = steps(run_dir)[-1]
-        assert steps(run_dir) == list(range(1, at + 1))
-        assert checkpoints(run_dir)[-1] == at
-        assert not _unfinished(run_dir)
-    assert run.returncode == 75
-
-
-def _unfinished(run_dir: Path) -> list[Path]:
-    return list((run_dir / "checkpoints").glob("*.tmp-*"))
-
-
-def _fill(path: Path) -> None:
-    with path.open("wb", buffering=0) as file:
-        for size in (2**16, 2**12, 1):
-            try:
-                while True:
-                    file.write(b"x" * size)
-            except OSError:
-                continue
-
-
-def test_the_first_save_proves_the_disk(rows: Path, tmp_path: Path) -> None:
-    words = faults.words(rows, ["method=lora"], 1, background=True, steps=100_000)
-    with on_small_disk("600k", tmp_path / "disk", *words) as (run, _):
-        said = said_until(run, lambda said: "ENDED" in said)
-    assert run.returncode == 76
-    assert "the first save failed" in said
-    assert "No space left on device" in said

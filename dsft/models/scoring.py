@@ -1,0 +1,136 @@
+"""A causal model that scores: called with targets, its logits are -log p of each target, and no vocabulary is kept.
+
+The head's product, log-softmax and the gradient of both are made for some rows at a time, so that memory is free of
+rows x vocabulary. A model that changes its logits after its head (soft cap, scale), or whose head is adapted, computes
+whole logits first.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+AT_ONCE = 2**25
+"""Logits that exist at a time: 128 MiB in fp32."""
+
+
+def install(model: nn.Module, head: nn.Module) -> None:
+    """Let model take targets (S,) beside logits_to_keep (S,) and give logits (1, S) float32, each -log p in nats."""
+    scorer = _Scorer(head, direct=type(head) is nn.Linear and _ends_with(model, head))
+    head.forward = scorer.head  # type: ignore[method-assign]
+    model.register_forward_pre_hook(scorer.begin, with_kwargs=True)
+    model.register_forward_hook(scorer.end)
+
+
+def _ends_with(model: Any, head: nn.Linear) -> bool:
+    """True if model hands out its head's product untouched: tried on meta, without its blocks."""
+    from transformers.modeling_outputs import MoeModelOutputWithPast
+
+    base = model.base_model
+    if base is model or not head.weight.is_meta:
+        return False
+    made: list[Tensor] = []
+
+    def product(hidden: Tensor) -> Tensor:
+        made.append(F.linear(hidden, head.weight, head.bias))
+        return made[0]
+
+    hidden = torch.empty(1, 2, head.in_features, dtype=head.weight.dtype, device="meta")
+    base.forward = lambda *_, **__: MoeModelOutputWithPast(last_hidden_state=hidden)
+    head.forward = product  # type: ignore[method-assign, assignment]
+    try:
+        logits = model(input_ids=torch.zeros(1, 2, dtype=torch.long, device="meta"), use_cache=False).logits
+    except Exception:  # whatever a model's own code can raise over a call without its blocks: then nothing is known
+        return False
+    finally:
+        del base.forward, head.forward
+    return bool(made) and logits is made[0] and made[0]._version == 0
+
+
+class _Scorer:
+    """targets: of the call that is going on, None if it is to give logits."""
+
+    def __init__(self, head: nn.Module, *, direct: bool) -> None:
+        self.product, self.module, self.direct = head.forward, head, direct
+        self.targets: Tensor | None = None
+
+    def begin(self, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        """Keep targets from the model's own forward."""
+        self.targets = kwargs.pop("targets", None)
+        return args, kwargs
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Hidden (1, S, H) -> scores (1, S), or logits (1, S, V)."""
+        if self.targets is None or not self.direct:
+            logits: Tensor = self.product(hidden)
+            return logits
+        dtype = hidden.dtype
+        if torch.is_autocast_enabled(hidden.device.type):
+            dtype = torch.get_autocast_dtype(hidden.device.type)
+        weight, bias = self.module.weight, self.module.bias
+        return _Score.apply(hidden[0].to(dtype), weight, bias, self.targets)[None]  # type: ignore[no-any-return]
+
+    def end(self, model: nn.Module, args: Any, output: Any) -> Any:
+        """Scores from whole logits where the head could not give them."""
+        if self.targets is not None and not self.direct:
+            output.logits = F.cross_entropy(output.logits[0].float(), self.targets, reduction="none")[None]
+        self.targets = None
+        return output
+
+
+class _Score(torch.autograd.Function):
+    """-log softmax(h W^T + b)[target] per row: h (S, H), W (V, H), targets (S,) -> (S,) float32.
+
+    A frozen head's gradient to h is made in forward, while the logits are there; one that learns has its logits made
+    again in backward.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
+        ctx.learns = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
+        scores = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
+        grads = torch.empty_like(hidden) if ctx.needs_input_grad[0] and not ctx.learns else None
+        with torch.autocast(hidden.device.type, enabled=False):
+            for rows, product, cast in _blocks(hidden, weight, bias):
+                scores[rows] = F.cross_entropy(product, targets[rows], reduction="none")
+                if grads is not None:
+                    torch.mm(_slope(product, targets[rows]).to(hidden.dtype), cast, out=grads[rows])
+        ctx.save_for_backward(*((hidden, weight, bias, targets) if ctx.learns else (grads,)))
+        return scores
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        if not ctx.learns:
+            (grads,) = ctx.saved_tensors
+            return (grads * grad[:, None]).to(grads.dtype), None, None, None
+        hidden, weight, bias, targets = ctx.saved_tensors
+        grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight, dtype=torch.float32)
+        grad_bias = None if bias is None else torch.zeros_like(bias, dtype=torch.float32)
+        with torch.autocast(grad.device.type, enabled=False):
+            for rows, product, cast in _blocks(hidden, weight, bias):
+                slope = _slope(product, targets[rows]).mul_(grad[rows, None])
+                if grad_bias is not None:
+                    grad_bias += slope.sum(0)
+                slope = slope.to(hidden.dtype)
+                torch.mm(slope, cast, out=grad_hidden[rows])
+                grad_weight += slope.T @ hidden[rows]
+        return grad_hidden, grad_weight.to(weight.dtype), None if grad_bias is None else grad_bias.to(bias.dtype), None
+
+
+def _blocks(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Any:
+    """(rows, their logits (rows, V) float32, W as it was used), AT_ONCE logits at a time."""
+    size = max(1, AT_ONCE // len(weight))
+    weight = weight.to(hidden.dtype)
+    for start in range(0, len(hidden), size):
+        rows = slice(start, min(start + size, len(hidden)))
+        logits = F.linear(hidden[rows], weight, None if bias is None else bias.to(hidden.dtype))
+        yield rows, logits.float(), weight
+
+
+def _slope(logits: Tensor, targets: Tensor) -> Tensor:
+    """d(-log p) / d(logits) = softmax - one-hot, in the memory of logits."""
+    slope = logits.sub_(logits.logsumexp(-1, keepdim=True)).exp_()
+    slope[torch.arange(len(targets), device=targets.device), targets] -= 1
+    return slope

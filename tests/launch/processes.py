@@ -1,0 +1,54 @@
+"""Runs as real processes, and what they left in their folders."""
+
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from benchmarks import faults
+
+
+def dsft(*words: str) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run([sys.executable, "-m", "dsft.run", *words], capture_output=True, text=True, check=False)
+
+
+@contextmanager
+def started(*words: str) -> "Iterator[subprocess.Popen[str]]":
+    """A run in the background; it is gone at the end."""
+    command = [sys.executable, "-m", "dsft.run", *words]
+    run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        yield run
+    finally:
+        if run.poll() is None:
+            run.send_signal(signal.SIGCONT)
+            run.kill()
+            run.wait()
+
+
+def wait_for(condition: Callable[[], Any], run: "subprocess.Popen[str]", seconds: float = 240.0) -> Any:
+    """What condition gives once it is true. Fails if the run ends before."""
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        if found := condition():
+            return found
+        assert run.poll() is None, run.stdout.read() if run.stdout else ""
+        time.sleep(0.005)
+    raise AssertionError("it did not come to pass")
+
+
+def events(run_dir: Path, name: str) -> list[dict[str, Any]]:
+    path = run_dir / "events.jsonl"
+    return [line for line in faults.lines(path) if line["event"] == name] if path.is_file() else []
+
+
+def steps(run_dir: Path) -> list[int]:
+    return [line["step"] for line in faults.lines(run_dir / "metrics.jsonl") if "loss" in line]
+
+
+def checkpoints(run_dir: Path) -> list[int]:
+    return sorted(int(path.name[5:]) for path in (run_dir / "checkpoints").glob("step-????????"))
