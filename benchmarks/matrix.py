@@ -80,9 +80,12 @@ def cells(
 
 def run_columns(
     columns: Sequence[Column], data: Path, *, models: tuple[str, ...] = MODELS,
-    methods: tuple[str, ...] = tuple(METHODS), recompute: tuple[str, ...] = RECOMPUTE, planted: tuple[str, ...] = (),
+    methods: tuple[str, ...] = tuple(METHODS), recompute: tuple[str, ...] = RECOMPUTE, only: tuple[str, ...] = (),
+    planted: tuple[str, ...] = (),
 ) -> dict[str, dict[str, Any]]:  # fmt: skip
     """Run the cells of columns of one size in one warm group of processes, or each planted fault in them instead.
+
+    only: names of the cells to run, all if empty.
 
     Returns column name -> cell name -> measured or refused; with planted faults the cell's name ends in "!FAULT".
     """
@@ -90,6 +93,8 @@ def run_columns(
     todo: dict[str, Any] = {}
     for column in columns:
         for name, words in cells(column, data, models, methods, recompute).items():
+            if only and name not in only:
+                continue
             for fault in planted or (None,):
                 todo[f"{column.name}|{name}{f'!{fault}' if fault else ''}"] = [words, fault]
     with tempfile.TemporaryDirectory() as folder:

@@ -8,7 +8,7 @@ import pytest
 from benchmarks.cells import write_rows
 from benchmarks.matrix import BOUND, COLUMNS, METHODS, MODELS, SINGLE, SINGLE_SGD, difference, faults, run_columns
 
-CORNER: dict[str, Any] = {"models": ("tiny",), "methods": ("full", "qlora"), "recompute": ("full",)}
+CORNER: dict[str, Any] = {"only": ("tiny full full", "tiny qlora none")}
 PLANTED = ("local-counts", "lost-gradients")
 SIZES = sorted({column.size for column in COLUMNS})
 
