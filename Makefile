@@ -42,6 +42,7 @@ faults: $(READY)
 	@.venv/bin/python -m benchmarks.faults $(ARGS)
 
 bench: $(READY)
+	@$(PIP) $(CONSTRAINTS) -e '.[bench]'
 	@.venv/bin/python -m benchmarks $(ARGS)
 
 clean:

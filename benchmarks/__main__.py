@@ -3,12 +3,16 @@
 import subprocess
 import sys
 
-MODULES = ("benchmarks.load_memory", "benchmarks.saving")
+COMMANDS = (
+    ["benchmarks.load_memory"],
+    ["benchmarks.saving"],
+    *(["benchmarks.speed", "--mode", mode] for mode in ("lora", "qlora", "full")),
+)
 
 
 def main() -> int:
     """Run them one after the other; the largest exit code."""
-    return max(subprocess.run([sys.executable, "-m", module], check=False).returncode for module in MODULES)
+    return max(subprocess.run([sys.executable, "-m", *words], check=False).returncode for words in COMMANDS)
 
 
 if __name__ == "__main__":
