@@ -1,7 +1,8 @@
 # From a fresh Debian or Ubuntu (Python 3.11 or newer, pip, gcc, g++, make) to a trained adapter.
 SHELL := /bin/bash
 PYTHON ?= python3
-PIP := .venv/bin/python -m pip --disable-pip-version-check install --quiet
+# Modules are compiled when they are first imported: most of what is installed never is.
+PIP := .venv/bin/python -m pip --disable-pip-version-check install --quiet --no-compile
 READY := .venv/.ready
 # The tested versions, with a torch that CI can get for CPU; a machine with a GPU takes what suits its driver.
 CONSTRAINTS = $(shell nvidia-smi -L >/dev/null 2>&1 || echo -c constraints.txt)

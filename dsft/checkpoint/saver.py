@@ -150,6 +150,7 @@ class Saver:
         if self.lease is not None:
             try:
                 self.lease.check(strict=True)
+                self.store.clear()  # what a failing disk would not let go of
                 return self.store.begin(step), None
             except LeaseLostError as error:
                 return Path(), Outcome(step=step, error=str(error), lost=True)

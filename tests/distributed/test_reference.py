@@ -78,7 +78,7 @@ def _encode(tokenizer: object, row: dict[str, str]) -> tuple[list[int], list[int
     return tokens, labels
 
 
-@pytest.mark.parametrize("num_steps", [4, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("num_steps", [2, pytest.param(20, marks=pytest.mark.slow)])
 def test_losses_equal_a_plain_transformers_and_peft_loop(num_steps: int, tmp_path: Path) -> None:
     path, run_dir = _rows(tmp_path), tmp_path / "run"
     words = [

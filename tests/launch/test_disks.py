@@ -29,26 +29,28 @@ def on_small_disk(size: str, place: Path, *words: str) -> "Iterator[tuple[subpro
     place.mkdir()
     script = f'mount -t tmpfs -o size={size} tmpfs {place} || exit 99; "$@"; code=$?; echo ENDED; read; exit $code'
     command = ["unshare", "-rm", "bash", "-c", script, "bash", sys.executable, "-m", "dsft.run", *words]
-    run = subprocess.Popen(
-        [*command, f"run_dir={place / 'run'}"],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
+    with place.with_suffix(".txt").open("w") as said:  # a pipe that nobody reads would stop the run
+        run = subprocess.Popen(
+            [*command, f"run_dir={place / 'run'}"],
+            stdin=subprocess.PIPE, stdout=said, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+        )  # fmt: skip
     try:
         yield run, Path(f"/proc/{run.pid}/root{place}")
+        run.communicate("\n", timeout=120)
     finally:
-        if run.poll() is None:
-            run.communicate("\n", timeout=120)
+        if run.poll() is None:  # the test failed
+            os.killpg(run.pid, signal.SIGKILL)
+            run.communicate()
 
 
-def said_until(run: "subprocess.Popen[str]", wanted: Callable[[str], bool]) -> str:
-    """What the run said until the text fulfils wanted."""
-    said = ""
-    assert run.stdout is not None
-    while not wanted(said):
-        line = run.stdout.readline()
-        assert line, said
-        said += line
-    return said
+def said_until(run: "subprocess.Popen[str]", place: Path, wanted: Callable[[str], bool]) -> str:
+    """What the run on the disk at place has said, once that fulfils wanted."""
+
+    def said() -> str | None:
+        text = place.with_suffix(".txt").read_text()
+        return text if wanted(text) else None
+
+    return str(wait_for(said, run))
 
 
 @pytest.mark.parametrize("background", [False, True], ids=["plain", "background"])
@@ -59,14 +61,14 @@ def test_a_full_disk_costs_saves_and_no_step(background: bool, rows: Path, tmp_p
         wait_for(lambda: run_dir.is_dir() and len(events(run_dir, "save")) > 3, run)
         _fill(disk / "filler")
         good = checkpoints(run_dir)
-        said_until(run, lambda said: said.count("SAVE FAILED") == 2)
+        said_until(run, tmp_path / "disk", lambda said: said.count("SAVE FAILED") >= 2)
         assert checkpoints(run_dir)[-1] >= good[-1]
         (disk / "filler").unlink()
         freed, in_flight = checkpoints(run_dir)[-1], []
         wait_for(lambda: in_flight.append(len(_unfinished(run_dir))) or checkpoints(run_dir)[-1] > freed + 20, run)
         assert max(in_flight) == 1  # never two, although a step is faster than a save
         os.kill(events(run_dir, "start")[0]["ranks"][0]["pid"], signal.SIGTERM)
-        said_until(run, lambda said: "ENDED" in said)
+        said_until(run, tmp_path / "disk", lambda said: "ENDED" in said)
         at = json.loads((run_dir / "status.json").read_text())["step"]
         assert events(run_dir, "save_failed")
         assert steps(run_dir) == list(range(1, at + 1))
@@ -82,12 +84,14 @@ def test_checkpoints_that_turn_read_only_cost_saves_and_no_step(rows: Path, tmp_
         wait_for(lambda: run_dir.is_dir() and len(events(run_dir, "save")) > 3, run)
         inside = ["nsenter", "--preserve-credentials", "-U", "-m", "-t", str(run.pid), "sh", "-c"]
         subprocess.run([*inside, f"mount --bind {place} {place} && mount -o remount,bind,ro {place}"], check=True)
-        assert "Read-only file system" in said_until(run, lambda said: said.count("SAVE FAILED") == 2)
+        assert "Read-only file system" in said_until(
+            run, tmp_path / "disk", lambda said: said.count("SAVE FAILED") >= 2
+        )
         good = checkpoints(run_dir)
         subprocess.run([*inside, f"umount -l {place}"], check=True)
         wait_for(lambda: checkpoints(run_dir)[-1] > good[-1] + 5, run)
         os.kill(events(run_dir, "start")[0]["ranks"][0]["pid"], signal.SIGTERM)
-        said_until(run, lambda said: "ENDED" in said)
+        said_until(run, tmp_path / "disk", lambda said: "ENDED" in said)
         at = steps(run_dir)[-1]
         assert steps(run_dir) == list(range(1, at + 1))
         assert checkpoints(run_dir)[-1] == at
@@ -112,7 +116,7 @@ def _fill(path: Path) -> None:
 def test_the_first_save_proves_the_disk(rows: Path, tmp_path: Path) -> None:
     words = faults.words(rows, ["method=lora"], 1, background=True, steps=100_000)
     with on_small_disk("600k", tmp_path / "disk", *words) as (run, _):
-        said = said_until(run, lambda said: "ENDED" in said)
+        said = said_until(run, tmp_path / "disk", lambda said: "ENDED" in said)
     assert run.returncode == 76
     assert "the first save failed" in said
     assert "No space left on device" in said

@@ -85,6 +85,7 @@ class Raising(SFT):
 """
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_two_starts_crashed_from_is_passed_over(
     rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
