@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.cells import write_rows
+from benchmarks.machine import here
 
 STEPS = 120
 RESUME = "import sys; from pathlib import Path; from dsft_launchers.local import launch; run = Path(sys.argv[1]); \
@@ -196,7 +197,7 @@ def main() -> int:
         f"Tiny model, fp32, {STEPS} steps, a save every 3; each run is killed, resumed, killed again, then ends.",
         "Compared bit by bit with a run that was never interrupted: result, optimizer state, samples.jsonl, losses.",
         f"`python -m benchmarks.faults --kills {args.kills} --seed {args.seed}`, {(time.monotonic() - begun) / 60:.0f} "
-        f"minutes on {os.cpu_count()} cores.",
+        f"minutes on {here()}.",
         "",
     ]
     args.out.write_text("\n".join([*head, *rows]) + "\n")

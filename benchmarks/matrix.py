@@ -6,8 +6,6 @@ python -m benchmarks.matrix [--out docs/matrix.md]
 import argparse
 import json
 import math
-import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -17,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from dsft_launchers.local import launch
+
+from benchmarks.machine import here
 
 BOUND = 1e-5
 """Largest relative difference of loss and gradient norm to `single`, fp32, 10 steps of AdamW at lr 1e-3."""
@@ -195,16 +195,11 @@ def write_table(
         "cell the label counts of the ranks differ by 2 x or more and the loss moves by 1 % or more. A sharding cell",
         "is green only if the ranks together hold at most 1.1 x the model (hsdp: 1.1 x its two copies) after step 1.",
         f"Bound {BOUND:g}; largest {worst:.1e}; red cells: {red}. Made by `make matrix` in {seconds / 60:.1f} minutes",
-        f"on {os.cpu_count()} cores at commit {_commit()}.",
+        f"on {here()}.",
         "",
     ]
     out.write_text("\n".join([*head, *lines, "", *reasons]).rstrip() + "\n")
     return red
-
-
-def _commit() -> str:
-    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    return done.stdout.strip() or "unknown"
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ python -m benchmarks.saving [--rounds 5]   writes benchmarks/results/saving.md
 """
 
 import argparse
-import os
 import statistics
 import subprocess
 import sys
@@ -15,6 +14,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.machine import here
 from dsft.checkpoint.lease import acquire
 from dsft.checkpoint.manifest import Identity
 from dsft.checkpoint.restore import Search, restore
@@ -111,7 +111,7 @@ def _text(middle: dict[str, float], nbytes: int, state: int, rounds: int, precis
         "",
         f"SmolLM2-135M, LoRA r=16 on all linears, AdamW, {precision}, one process, 16 examples a step; medians of "
         f"{rounds} rounds.",
-        f"`python -m benchmarks.saving` on {os.cpu_count()} cores.",
+        f"`python -m benchmarks.saving` on {here()}.",
         "",
         "| | | bound |",
         "|---|---|---|",

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.load_memory import peak_mib
+from benchmarks.machine import here
 
 BATCH, RATE = 8, 2e-4
 GSM8K = Path(__file__).parents[2] / "shared" / "data" / "gsm8k" / "train.jsonl"
@@ -280,8 +281,7 @@ def main() -> int:
         "",
         f"SmolLM2-135M, GSM8K, {BATCH} examples a step, {precision}, rank 16 on all linears; medians of {args.rounds} "
         f"interleaved rounds of {args.steps - 1} timed steps.",
-        f"`python -m benchmarks.speed --mode {args.mode} --steps {args.steps} --rounds {args.rounds}` on "
-        f"{os.cpu_count()} cores.",
+        f"`python -m benchmarks.speed --mode {args.mode} --steps {args.steps} --rounds {args.rounds}` on {here()}.",
         "",
     ]
     out = args.out or Path(f"benchmarks/results/speed-{args.mode}.md")
