@@ -201,11 +201,12 @@ def _read(rows: Path) -> list[dict[str, str]]:
 
 
 def _encode(tokenizer: Any, row: dict[str, str]) -> tuple[list[int], list[int]]:
-    """Tokens, and labels that are -100 on the question."""
+    """Tokens, and labels that are -100 but on the answer and its end-of-turn token, as dsft supervises."""
     chat = [{"role": "user", "content": row["question"]}, {"role": "assistant", "content": row["answer"]}]
     tokens = tokenizer.apply_chat_template(chat, return_dict=True)["input_ids"]
     prompt = tokenizer.apply_chat_template(chat[:1], add_generation_prompt=True, return_dict=True)["input_ids"]
-    return tokens, [-100] * len(prompt) + tokens[len(prompt) :]
+    end = len(tokens) - tokens[::-1].index(tokenizer.eos_token_id)
+    return tokens, [-100] * len(prompt) + tokens[len(prompt) : end] + [-100] * (len(tokens) - end)
 
 
 def child(peer: str, mode: str, rows: Path, steps: int) -> int:

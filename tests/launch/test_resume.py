@@ -35,7 +35,7 @@ def test_killed_runs_end_bit_equal_to_one_that_never_was(name: str, rows: Path, 
     assert steps(tmp_path / "run") == list(range(1, 41))
 
 
-SHORT = ((1, "single"), (3, "zero3"), (2, "fsdp"))
+SHORT = ((2, "zero3"), (3, "fsdp"))
 LONG = ((1, "single"), (2, "ddp"), (4, "fsdp"), (3, "zero3"), (2, "zero2"), (1, "single"))
 
 
