@@ -171,7 +171,8 @@ def run_trl(mode: str, rows: Path, steps: int, *, grouped: bool = False) -> list
             return self.last
 
         def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> Any:
-            clock.end(int(self.seen[0]), int(self.seen[1]), self.width, float(self.last))
+            if self.state.global_step > len(clock.steps):  # it is called once more at the end
+                clock.end(int(self.seen[0]), int(self.seen[1]), self.width, float(self.last))
             return super()._maybe_log_save_evaluate(*args, **kwargs)
 
     bf16 = os.environ["PRECISION"] == "bf16"

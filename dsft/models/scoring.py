@@ -69,18 +69,19 @@ class _Scorer:
         if torch.is_autocast_enabled(hidden.device.type):
             dtype = torch.get_autocast_dtype(hidden.device.type)
         weight, bias = self.module.weight, self.module.bias
-        return _Score.apply(hidden[0].to(dtype), weight, bias, self.targets)[None]  # type: ignore[no-any-return]
+        return _Score.apply(hidden[0].to(dtype), weight, bias, self.targets)  # type: ignore[no-any-return]
 
     def end(self, model: nn.Module, args: Any, output: Any) -> Any:
         """Scores from whole logits where the head could not give them."""
         if self.targets is not None and not self.direct:
-            output.logits = F.cross_entropy(output.logits[0].float(), self.targets, reduction="none")[None]
+            scores = F.cross_entropy(output.logits[0].float(), self.targets, reduction="none")
+            output.logits = scores[None].clone()  # FSDP2 hooks what a model returns, which a view may lose
         self.targets = None
         return output
 
 
 class _Score(torch.autograd.Function):
-    """-log softmax(h W^T + b)[target] per row: h (S, H), W (V, H), targets (S,) -> (S,) float32.
+    """-log softmax(h W^T + b)[target] per row: h (S, H), W (V, H), targets (S,) -> (1, S) float32.
 
     A frozen head's gradient to h is made in forward, while the logits are there; one that learns has its logits made
     again in backward.
@@ -89,11 +90,11 @@ class _Score(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
         ctx.learns = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
-        scores = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
+        scores = torch.empty(1, len(targets), dtype=torch.float32, device=hidden.device)
         grads = torch.empty_like(hidden) if ctx.needs_input_grad[0] and not ctx.learns else None
         with torch.autocast(hidden.device.type, enabled=False):
             for rows, product, cast in _blocks(hidden, weight, bias):
-                scores[rows] = F.cross_entropy(product, targets[rows], reduction="none")
+                scores[0, rows] = F.cross_entropy(product, targets[rows], reduction="none")
                 if grads is not None:
                     torch.mm(_slope(product, targets[rows]).to(hidden.dtype), cast, out=grads[rows])
         ctx.save_for_backward(*((hidden, weight, bias, targets) if ctx.learns else (grads,)))
@@ -104,13 +105,13 @@ class _Score(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         if not ctx.learns:
             (grads,) = ctx.saved_tensors
-            return (grads * grad[:, None]).to(grads.dtype), None, None, None
+            return (grads * grad[0, :, None]).to(grads.dtype), None, None, None
         hidden, weight, bias, targets = ctx.saved_tensors
         grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight, dtype=torch.float32)
         grad_bias = None if bias is None else torch.zeros_like(bias, dtype=torch.float32)
         with torch.autocast(grad.device.type, enabled=False):
             for rows, product, cast in _blocks(hidden, weight, bias):
-                slope = _slope(product, targets[rows]).mul_(grad[rows, None])
+                slope = _slope(product, targets[rows]).mul_(grad[0, rows, None])
                 if grad_bias is not None:
                     grad_bias += slope.sum(0)
                 slope = slope.to(hidden.dtype)
