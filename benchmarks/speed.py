@@ -105,6 +105,7 @@ def _base(mode: str) -> tuple[Any, Any, Any]:
     from peft import LoraConfig
     from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
+    from benchmarks.plain import LINEARS
     from dsft.compose import compose
 
     folder = compose(["model=smollm2_135m"]).run.model.resolve().name_or_path
@@ -115,8 +116,7 @@ def _base(mode: str) -> tuple[Any, Any, Any]:
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
         )
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **packed)
-    linears = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    adapter = LoraConfig(r=16, lora_alpha=32, target_modules=linears, task_type="CAUSAL_LM")
+    adapter = LoraConfig(r=16, lora_alpha=32, target_modules=LINEARS, task_type="CAUSAL_LM")
     return model, None if mode == "full" else adapter, AutoTokenizer.from_pretrained(folder)
 
 
@@ -125,27 +125,24 @@ def run_plain(mode: str, rows: Path, steps: int) -> list[Step]:
     import torch
     from peft import get_peft_model
 
+    from benchmarks.plain import encode, padded
+
     model, adapter, tokenizer = _base(mode)
     model = model if adapter is None else get_peft_model(model, adapter)
     model.train()
     model.config.use_cache = False
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=RATE, weight_decay=0.0)
-    encoded = [_encode(tokenizer, row) for row in _read(rows)[: steps * BATCH]]
+    encoded = [encode(tokenizer, row) for row in _read(rows)[: steps * BATCH]]
     clock = Clock()
     for step in range(steps):
-        batch = encoded[step * BATCH : (step + 1) * BATCH]
-        width = max(len(tokens) for tokens, _ in batch)
-        labels = torch.tensor([mask + [-100] * (width - len(mask)) for _, mask in batch])
-        loss = model(
-            input_ids=torch.tensor([tokens + [0] * (width - len(tokens)) for tokens, _ in batch]),
-            attention_mask=torch.tensor([[1] * len(tokens) + [0] * (width - len(tokens)) for tokens, _ in batch]),
-            labels=labels,
-        ).loss
+        examples = encoded[step * BATCH : (step + 1) * BATCH]
+        batch = padded(examples)
+        loss = model(**batch).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        real = sum(len(tokens) for tokens, _ in batch)
-        clock.end(real, int((labels[:, 1:] != -100).sum()), BATCH * width, float(loss))
+        supervised = int((batch["labels"][:, 1:] != -100).sum())
+        clock.end(sum(len(tokens) for tokens, _ in examples), supervised, batch["labels"].numel(), float(loss))
     return clock.steps
 
 
@@ -199,15 +196,6 @@ def run_trl(mode: str, rows: Path, steps: int, *, grouped: bool = False) -> list
 
 def _read(rows: Path) -> list[dict[str, str]]:
     return [json.loads(line) for line in rows.read_text().splitlines()]
-
-
-def _encode(tokenizer: Any, row: dict[str, str]) -> tuple[list[int], list[int]]:
-    """Tokens, and labels that are -100 but on the answer and its end-of-turn token, as dsft supervises."""
-    chat = [{"role": "user", "content": row["question"]}, {"role": "assistant", "content": row["answer"]}]
-    tokens = tokenizer.apply_chat_template(chat, return_dict=True)["input_ids"]
-    prompt = tokenizer.apply_chat_template(chat[:1], add_generation_prompt=True, return_dict=True)["input_ids"]
-    end = len(tokens) - tokens[::-1].index(tokenizer.eos_token_id)
-    return tokens, [-100] * len(prompt) + tokens[len(prompt) : end] + [-100] * (len(tokens) - end)
 
 
 def child(peer: str, mode: str, rows: Path, steps: int) -> int:

@@ -2,12 +2,19 @@
 
 import importlib
 import sys
+from typing import NoReturn
+
+from dsft.entry import enter
 
 VERBS = ("run", "plan", "export")
 
 
-def main() -> int:
-    """Hand the arguments to the verb."""
+def main() -> NoReturn:
+    """Begin, and hand the arguments to the verb."""
+    enter(_hand_over)
+
+
+def _hand_over() -> int:
     verb = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if verb not in VERBS:
         print(f"usage: dsft {{{','.join(VERBS)}}} ...", file=sys.stderr)
@@ -17,4 +24,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

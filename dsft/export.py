@@ -2,7 +2,6 @@
 
 import argparse
 import shutil
-import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any, NoReturn
 
 from dsft.compose import read
 from dsft.config import Run
+from dsft.entry import collect_again, enter
 from dsft.folder import state
 from dsft.wording import refuse
 
@@ -50,6 +50,7 @@ def export(run_dir: Path, what: str, out: Path) -> None:
         return
     from dsft.models.progress import no_progress_bars
 
+    collect_again()
     with no_progress_bars(), warnings.catch_warnings():
         # PEFT 0.21 asks transformers 5.23 by a name that it gives up in version 6
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
@@ -106,4 +107,4 @@ def _unpack(run: Run, base: Any) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    enter(main)

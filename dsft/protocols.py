@@ -100,7 +100,10 @@ class Objective(ABC):
 
     @abstractmethod
     def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Metrics]:
-        """(K,) float32 SUMS over the batch's units, and metrics."""
+        """(K,) float32 SUMS over the batch's units, and metrics.
+
+        model: called with logits_to_keep (S,) and targets (S,), its logits are (1, S) float32: -log p of each target.
+        """
 
 
 class Quantizer(ABC):

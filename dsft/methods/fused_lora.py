@@ -7,7 +7,7 @@ type; here y itself takes the product, and only x and x A^T are kept for backwar
 from typing import Any
 
 import torch
-from peft.tuners.lora.layer import Linear, LoraLayer
+from peft.tuners.lora.layer import Linear
 from torch import Tensor, nn
 
 
@@ -32,7 +32,7 @@ class FusedLinear(Linear):
 def fuse(model: nn.Module, adapter: str) -> None:
     """Give every plain LoRA linear of model the fused forward; others (DoRA) keep PEFT's."""
     for module in model.modules():
-        if type(module) is Linear and isinstance(module, LoraLayer) and adapter not in module.lora_variant:
+        if type(module) is Linear and adapter not in module.lora_variant:
             module.__class__ = FusedLinear
 
 

@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from benchmarks.plain import LINEARS, encode, padded
 from dsft.comm.world import World
 from dsft.compose import compose
 from dsft.data.open import open_data
@@ -23,7 +24,6 @@ from dsft.engine.step import train_step
 
 GSM8K = Path(__file__).parents[3] / "shared" / "data" / "gsm8k" / "train.jsonl"
 STEPS, BATCH, RATE = 20, 2, 2e-4
-LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
 def _rows(folder: Path) -> Path:
@@ -50,12 +50,9 @@ def _plain_loop(base: str, rows: list[dict[str, str]]) -> list[float]:
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=RATE, weight_decay=0.0)
     losses = []
     for start in range(0, len(rows), BATCH):
-        encoded = [_encode(tokenizer, row) for row in rows[start : start + BATCH]]
-        width = max(len(tokens) for tokens, _ in encoded)
-        tokens = torch.tensor([t + [0] * (width - len(t)) for t, _ in encoded])
-        labels = torch.tensor([m + [-100] * (width - len(m)) for _, m in encoded])
-        mask = torch.tensor([[1] * len(t) + [0] * (width - len(t)) for t, _ in encoded])
-        logits = model(input_ids=tokens, attention_mask=mask).logits
+        batch = padded([encode(tokenizer, row) for row in rows[start : start + BATCH]])
+        labels = batch.pop("labels")
+        logits = model(**batch).logits
         loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -63,19 +60,6 @@ def _plain_loop(base: str, rows: list[dict[str, str]]) -> list[float]:
         optimizer.zero_grad()
         losses.append(loss.item())
     return losses
-
-
-def _encode(tokenizer: object, row: dict[str, str]) -> tuple[list[int], list[int]]:
-    """Tokens and labels: the answer and its end-of-turn token are supervised."""
-    turns = [{"role": "user", "content": row["question"]}, {"role": "assistant", "content": row["answer"]}]
-    template = tokenizer.apply_chat_template  # type: ignore[attr-defined]
-    whole = template(turns, tokenize=False)
-    asked = template(turns[:1], tokenize=False, add_generation_prompt=True)
-    given = tokenizer(asked, add_special_tokens=False)["input_ids"]  # type: ignore[operator]
-    tokens = tokenizer(whole, add_special_tokens=False)["input_ids"]  # type: ignore[operator]
-    end = len(tokens) - tokens[::-1].index(tokenizer.eos_token_id)  # type: ignore[attr-defined]
-    labels = [-100] * len(given) + tokens[len(given) : end] + [-100] * (len(tokens) - end)
-    return tokens, labels
 
 
 @pytest.mark.parametrize("num_steps", [2, pytest.param(20, marks=pytest.mark.slow)])

@@ -12,15 +12,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import faults
-from benchmarks.cells import write_rows
 from tests.launch.processes import checkpoints, events, steps, wait_for
-
-
-@pytest.fixture(scope="module")
-def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
-    write_rows(path, 60)
-    return path
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Runs that are killed, stopped, reshaped, robbed of their disk or of their folder, through real processes."""
+"""Runs that are killed, stopped, reshaped or robbed of their folder, through real processes."""
 
 import json
 import os
@@ -10,15 +10,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import faults
-from benchmarks.cells import write_rows
 from tests.launch.processes import checkpoints, dsft, events, started, steps, wait_for
-
-
-@pytest.fixture(scope="module")
-def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
-    write_rows(path, 60)
-    return path
 
 
 @pytest.mark.parametrize("name", ["lora ddp x2", pytest.param("qlora fsdp x2", marks=pytest.mark.slow)])
