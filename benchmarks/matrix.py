@@ -55,7 +55,7 @@ COLUMNS = (
     Column("zero1 x2", "zero1", 2, None),
     Column("zero2 x2", "zero2", 2, None),
     Column("zero3 x2", "zero3", 2, 1),
-    Column("fsdp x2 sgd", "fsdp", 2, 1, optim="sgd"),
+    Column("fsdp x2 kept sgd", "fsdp", 2, 1, ("strategy.keep_unsharded=true",), optim="sgd"),
 )
 
 

@@ -3,7 +3,7 @@
 from functools import partial
 from typing import Literal
 
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from dsft.protocols import Anatomy
@@ -14,8 +14,8 @@ Recompute = Literal["none", "full", "selective"]
 def recompute(model: nn.Module, anatomy: Anatomy, what: Recompute, *, reentrant: bool) -> None:
     """Mark the blocks: full = all, selective = every second one. Random streams are restored, so dropout is the same.
 
-    Uses transformers' own gradient checkpointing layers. Reentrant checkpointing (ZeRO-3) gives gradients only where a
-    block's input needs one, so the embedding's output is made to.
+    Uses transformers' own gradient checkpointing layers. Reentrant checkpointing gives gradients only where a block's
+    input needs one: the strategy that asks for it (ZeRO-3) sees to that.
     """
     if what == "none":
         return
@@ -30,9 +30,3 @@ def recompute(model: nn.Module, anatomy: Anatomy, what: Recompute, *, reentrant:
         if what == "full" or index % 2 == 0:
             block.gradient_checkpointing = True  # type: ignore[assignment]
             block._gradient_checkpointing_func = again  # type: ignore[assignment]
-    if reentrant:
-        model.get_submodule(anatomy.embedding).register_forward_hook(_needs_grad)
-
-
-def _needs_grad(module: nn.Module, args: object, output: Tensor) -> Tensor:
-    return output if output.requires_grad else output.requires_grad_(True)

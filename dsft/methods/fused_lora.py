@@ -14,7 +14,7 @@ from torch import Tensor, nn
 class FusedLinear(Linear):
     """PEFT's Linear with one plain adapter that learns; whatever else is asked of it, PEFT's forward does.
 
-    So does it under ZeRO-3 (which marks modules with ds_id): that gathers a parameter when its own module is called.
+    So does it outside the blocks under ZeRO-3, which gathers each module there (marked with ds_id) when it is called.
     """
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:

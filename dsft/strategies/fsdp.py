@@ -23,6 +23,7 @@ class FSDP(OnTensors):
     """
 
     reshard: bool
+    keep_unsharded: bool
     offload: Literal["none", "parameters"]
     shard_size: int | Literal["node"] | None
     root: FSDPModule = field(init=False, repr=False)
@@ -60,14 +61,19 @@ class FSDP(OnTensors):
             CPUOffloadPolicy(pin_memory=world.device.type == "cuda") if self.offload != "none" else OffloadPolicy()
         )
         mesh = self.mesh(world)
+        reshard = self.reshard and not self.keep_unsharded
         for name in anatomy.blocks:
-            self._shard(model.get_submodule(name), mesh, policy, offload)
-        self._shard(model, mesh, policy, offload)
+            fully_shard(
+                model.get_submodule(name),
+                mesh=mesh,
+                reshard_after_forward=reshard,
+                mp_policy=policy,
+                offload_policy=offload,
+            )
+        # The rest ends the forward pass and begins backward: what is freed between is gathered again at once.
+        fully_shard(model, mesh=mesh, reshard_after_forward=False, mp_policy=policy, offload_policy=offload)
         self.root, self.ranks = cast(FSDPModule, model), world.size
         return model
-
-    def _shard(self, module: nn.Module, mesh: DeviceMesh, policy: MixedPrecisionPolicy, offload: OffloadPolicy) -> None:
-        fully_shard(module, mesh=mesh, reshard_after_forward=self.reshard, mp_policy=policy, offload_policy=offload)
 
     def rest(self) -> None:
         """Each rank keeps its shards alone: else a module that is still gathered shows its copies, perhaps in bf16."""
@@ -78,4 +84,5 @@ class FSDP(OnTensors):
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Accumulate; each micro-batch's gradients are reduced and sharded at once, so that none is kept whole."""
         self.root.set_is_last_backward(last)
+        self.root.set_reshard_after_backward(last or not self.keep_unsharded)
         (loss * self.ranks).backward()  # type: ignore[no-untyped-call]

@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dsft.comm.world import World, join, leave
-from dsft.protocols import Anatomy, PackedLinear
+from dsft.models.anatomy import dissect
+from dsft.protocols import PackedLinear
 from dsft.strategies.zero import Zero
 
 STEPS = 6
@@ -184,13 +185,11 @@ def sharded(case: str, world: World) -> dict[str, Any]:
     precision = "bf16" if extra == "bf16" else "fp32"
     strategy = Zero(stage=stage, offload=offload)
     model = _model(method)
-    experts = tuple(name for name, _ in model.named_modules() if name.endswith("experts"))
-    anatomy = Anatomy(blocks=(), linears={}, embedding="", head="", tied=False, experts=experts)
+    anatomy = dissect(model)
     model = strategy.shard(model, anatomy, world, precision)
     _fill(model, strategy.place, precision)
     if extra == "recompute":
         model.activation_checkpointing_enable({"use_reentrant": strategy.reentrant_recompute})
-        model.enable_input_require_grads()
     first = dict(model.named_parameters())
     held = sum(param.numel() for param in model.parameters())
     model.train()
