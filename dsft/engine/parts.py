@@ -34,9 +34,6 @@ class Part(StrEnum):
 PREFIX = "dsft: "
 STEP = f"{PREFIX}step"
 
-BACKWARD_FUNCTION = 1
-"""at::RecordScope of a node of autograd."""
-
 MATMULS = set("mm addmm bmm baddbmm matmul linear mkldnn_linear _grouped_mm _scaled_mm einsum".split())
 COPIES = set("copy clone contiguous to _to_copy cat stack fill zero zeros zeros_like new_zeros ones_like empty".split())
 COPIES |= set("empty_like empty_strided new_empty new_empty_strided resize split_with_sizes_copy _foreach_copy".split())
@@ -97,7 +94,7 @@ def _owner(event: Any, owner: Part | None, made: dict[tuple[int, int], Part | No
         return Part.COMMUNICATION
     if event.name.startswith(PREFIX):
         return None if event.name == STEP else Part(event.name.removeprefix(PREFIX))
-    if event.scope == BACKWARD_FUNCTION:
+    if event.fwd_thread:  # only nodes of autograd have one
         return made.get((event.fwd_thread, event.sequence_nr), owner)
     if event.sequence_nr >= 0:  # several may carry a node's number: the last of them made it
         made[event.thread, event.sequence_nr] = owner
@@ -123,18 +120,19 @@ def shared_out(start: float, end: float, spans: Iterable[tuple[float, float, Par
 
 
 def part_of(name: str, owner: Part | None) -> Part:
-    """The part of one operation, or of the Python around operations, inside the mark of owner."""
-    if name == STEP:
+    """The part of one operation inside the mark of owner, or of the Python around operations."""
+    if name.startswith(PREFIX) and owner not in (Part.COMMUNICATION, Part.DATA, Part.OPTIMIZER):
         return Part.IDLE
     stem = re.sub(r"(_backward(_data)?)?_?$", "", name.removeprefix("aten::"))
     if stem in COPIES and owner in (None, Part.GEMM, Part.ADAPTER):
         return Part.COPIES
+    if stem in ELEMENTWISE and owner in (None, Part.GEMM):  # autograd adds gradients up inside of nodes
+        return Part.ELEMENTWISE
     if owner is not None:
         return owner
-    for names, part in ((MATMULS, Part.GEMM), (LOSSES, Part.HEAD), (ELEMENTWISE, Part.ELEMENTWISE)):
-        if stem in names:
-            return part
-    return Part.OTHER
+    if "::" not in name or "autograd::" in name:  # nodes, and functions of them in Python
+        return Part.IDLE
+    return Part.GEMM if stem in MATMULS else Part.HEAD if stem in LOSSES else Part.OTHER
 
 
 def _device_part(event: Any, parts: Mapping[int, Part]) -> Part:

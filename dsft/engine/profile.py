@@ -140,7 +140,8 @@ class Profile:
         if session.world.device.type == "cpu":
             yield (
                 "Seconds of the thread that drives the steps, each operation without those inside it. "
-                f"`{Part.IDLE}`: Python between them, and waiting; a wait for other ranks is `{Part.COMMUNICATION}`."
+                f"`{Part.IDLE}`: Python and autograd between them, and waiting; a wait for other ranks is "
+                f"`{Part.COMMUNICATION}`."
             )
         else:
             yield (
