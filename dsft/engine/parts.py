@@ -61,7 +61,8 @@ def seconds_by_part(events: Sequence[Any]) -> dict[Part, float]:
     on_device = [e for e in events if e.device_type != DeviceType.CPU and not e.is_user_annotation]
     seconds = dict.fromkeys(Part, 0.0)
     if on_device:
-        parts = {event.id: part for event, part, _ in found}
+        # the runtime's own calls have a link, and numbers that mean something else
+        parts = {event.id: part for event, part, _ in found if event.linked_correlation_id == 0}
         spans = [(e.time_range.start, e.time_range.end, _device_part(e, parts)) for e in on_device]
         for event, _, _ in found:
             if event.name == STEP:
