@@ -101,9 +101,13 @@ class Profile:
             return
         assert self.profiler is not None
         self.running.close()
-        world, folder = self.session.world, Path(self.session.run.run_dir) / FOLDER
-        trace, profiler = str(folder / f"trace-rank{world.rank}.json.gz"), self.profiler
-        error = _tried(lambda: (folder.mkdir(parents=True, exist_ok=True), profiler.export_chrome_trace(trace)))
+        world, folder, profiler = self.session.world, Path(self.session.run.run_dir) / FOLDER, self.profiler
+
+        def export() -> None:
+            folder.mkdir(parents=True, exist_ok=True)
+            profiler.export_chrome_trace(str(folder / f"trace-rank{world.rank}.json.gz"))
+
+        error = _tried(export)
         seconds = seconds_by_part(profiler.events())
         world.barrier()  # a ceiling for all ranks is what they reach side by side
         ranks = world.gather(Found(seconds, self._ceiling(), error))
