@@ -55,7 +55,10 @@ def parsed(parser: argparse.ArgumentParser, peers: Mapping[str, object]) -> argp
         parser.error(f"--steps must be 2 or more and --rounds 1 or more, got {args.steps} and {args.rounds}")
     if not args.data.is_file():
         parser.error(f"--data must be a .jsonl of GSM8K, {args.data} is not there")
-    os.environ |= {"CUDA_VISIBLE_DEVICES": "", "TOKENIZERS_PARALLELISM": "false", "OMP_WAIT_POLICY": "PASSIVE"}
+    os.environ |= {
+        "CUDA_VISIBLE_DEVICES": "", "TOKENIZERS_PARALLELISM": "false", "OMP_WAIT_POLICY": "PASSIVE",
+        "TQDM_DISABLE": "1",
+    }  # fmt: skip
     from dsft.compose import compose
 
     args.precision = args.precision or compose(["model=tiny"]).run.train.precision

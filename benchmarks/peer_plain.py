@@ -35,7 +35,7 @@ def run(job: Job) -> list[Step]:
         backward(loss)
         update()
         tokens = sum(len(tokens) for tokens, _ in examples[rank::world])
-        clock.end(tokens, sum(supervised[rank::world]), batch["labels"].numel(), float(loss))
+        clock.end(tokens, sum(supervised[rank::world]), batch["labels"].numel(), float(loss.detach()))
     if dist.is_initialized():
         dist.destroy_process_group()
     return clock.steps
