@@ -6,10 +6,14 @@ PIP := .venv/bin/python -m pip --disable-pip-version-check install --quiet --no-
 READY := .venv/.ready
 # The tested versions, with a torch that CI can get for CPU; a machine with a GPU takes what suits its driver.
 CONSTRAINTS = $(shell nvidia-smi -L >/dev/null 2>&1 || echo -c constraints.txt)
+# LLaMA-Factory asks for other versions of what dsft stands on, so it has an environment of its own.
+PEERS := .venv-peers/.ready
+PEERS_TORCH = $(shell nvidia-smi -L >/dev/null 2>&1 && echo torch || grep '^torch==' constraints.txt)
+PEERS_PIP := .venv/bin/python -m pip --disable-pip-version-check --python .venv-peers/bin/python
 # DeepSpeed builds an operator at first use and looks for ninja on PATH.
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: help demo test check slow matrix faults bench clean
+.PHONY: help demo test check slow matrix faults bench bench-peers clean
 
 help:
 	@echo 'make demo     fine-tune a small real model on this machine, and see it before and after'
@@ -19,6 +23,7 @@ help:
 	@echo 'make faults   runs killed at random moments, against one that never was; minutes'
 	@echo 'make slow     the tests that take minutes each'
 	@echo 'make bench    speed and memory, written to benchmarks/results/'
+	@echo 'make bench-peers  the same against LLaMA-Factory, in .venv-peers'
 	@echo 'make clean    remove caches and builds; .venv and runs/ stay'
 
 demo: $(READY)
@@ -46,9 +51,20 @@ bench: $(READY)
 	@$(PIP) $(CONSTRAINTS) -e '.[bench]'
 	@.venv/bin/python -m benchmarks $(ARGS)
 
+bench-peers: $(READY) $(PEERS)
+	@.venv/bin/python -m benchmarks.speed_peers $(ARGS)
+
 clean:
 	@rm -rf build dist .pytest_cache .mypy_cache .ruff_cache
-	@find . -name __pycache__ -type d -not -path './.venv/*' -prune -exec rm -rf {} +
+	@find . -name __pycache__ -type d -not -path './.venv*/*' -prune -exec rm -rf {} +
+
+# The torchvision and torchaudio that come with it fit another torch, and break transformers where they lie.
+$(PEERS): constraints.txt | $(READY)
+	@echo 'installing LLaMA-Factory into .venv-peers (minutes, once)' >&2
+	@.venv/bin/python -m venv --without-pip .venv-peers
+	@$(PEERS_PIP) install --quiet --no-compile $(PEERS_TORCH) llamafactory==0.9.5
+	@$(PEERS_PIP) uninstall --quiet --yes torchvision torchaudio
+	@touch $(PEERS)
 
 # torch goes first: what is built against it finds it, and its constraint decides which build is taken.
 $(READY): pyproject.toml constraints.txt | .venv/bin/python

@@ -13,16 +13,11 @@ from pathlib import Path
 
 from dsft_launchers.local import launch
 
+from benchmarks.job import peak_mib
 from benchmarks.machine import here
 
 RESULT = Path("benchmarks/results/load-memory.md")
 CASES = {"lora": [], "nf4": ["quantization=nf4"], "int8": ["quantization=int8"]}
-
-
-def peak_mib() -> float:
-    """VmHWM of this process."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM"))
 
 
 def write_checkpoint(folder: Path, gib: float, files: int = 4) -> None:

@@ -1,4 +1,4 @@
-"""What a loop written by hand on transformers and PEFT needs, made without dsft: its adapter's targets, its batches."""
+"""What a loop written by hand on transformers and PEFT needs, made without dsft: model, adapter, batches."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -6,10 +6,30 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.job import RANK, Job
+
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 Encoded = tuple[list[int], list[int]]
 """Tokens of an example, and its labels: -100 where nothing is supervised."""
+
+
+def load(job: Job) -> tuple[Any, Any, Any]:
+    """Model, PEFT configuration (None: train it all) and tokenizer as a user of transformers makes them."""
+    from peft import LoraConfig
+    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+    torch.manual_seed(0)
+    dtype = DTYPES[job.precision]
+    packed = {}
+    if job.mode == "qlora":
+        packed["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+        )
+    model = AutoModelForCausalLM.from_pretrained(job.model, dtype=dtype, **packed)
+    adapter = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=LINEARS, task_type="CAUSAL_LM")
+    return model, None if job.mode == "full" else adapter, AutoTokenizer.from_pretrained(job.model)
 
 
 def encode(tokenizer: Any, row: dict[str, str]) -> Encoded:

@@ -1,0 +1,45 @@
+"""dsft as a peer: the engine's own assembly and step, on one process or several."""
+
+from benchmarks.job import BATCH, LENGTH, RATE, Clock, Job, Step, serve
+from dsft.comm.world import join, leave
+from dsft.compose import compose
+from dsft.data.open import open_data
+from dsft.engine.assemble import assemble
+from dsft.engine.loop import step_batches
+from dsft.engine.step import train_step
+from dsft.protocols import IGNORE
+
+
+def words(job: Job) -> list[str]:
+    """Overrides of the run that all peers make; ranks find each other by what launched them."""
+    launcher = "local" if job.setting == "single" else "auto"
+    return [
+        "model=smollm2_135m", f"method={job.mode}", "data=local", f"data.path={job.rows}", "data.shuffle=false",
+        f"train.global_batch_size={BATCH}", f"train.max_length={LENGTH}", "train.max_grad_norm=inf",
+        f"optim.lr={RATE}", "optim.weight_decay=0", "tracker=[]", f"train.precision={job.precision}",
+        f"strategy={job.setting}", f"launcher={launcher}",
+    ]  # fmt: skip
+
+
+def run(job: Job) -> list[Step]:
+    """The engine's steps; a silent micro-batch, which repeats an example without loss, counts as padding."""
+    world = join()
+    settings = compose(words(job)).run
+    files = settings.model.resolve()
+    data = open_data(settings.data, files.tokenizer(), max_length=LENGTH, seed=0)
+    session = assemble(settings, files, world)
+    clock = Clock()
+    for step in range(1, job.steps + 1):
+        batches = step_batches(session, data, step)[1]
+        result = train_step(session, batches, step, 1.0)
+        supervised = [int((batch.targets != IGNORE).sum()) for batch in batches]
+        sizes = [batch.tokens.numel() for batch in batches]
+        real = sum(size for size, carries in zip(sizes, supervised, strict=True) if carries)
+        clock.end(real, sum(supervised), sum(sizes), result.loss)
+    settings.strategy.close()
+    leave()
+    return clock.steps
+
+
+if __name__ == "__main__":
+    serve(run)
