@@ -69,6 +69,7 @@ class Optim:
     warmup_steps: int
     decay_steps: int
     min_lr_ratio: float
+    in_backward: bool
 
     def __post_init__(self) -> None:
         """Refuse values outside their range."""

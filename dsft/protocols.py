@@ -197,6 +197,13 @@ class Strategy(ABC):
     ) -> nn.Module:
         """Build the optimizer; return the module to call forward on."""
 
+    def release(self, lr_scale: float) -> None:
+        """The next backward is the step's last: it moves each parameter once its gradient is whole, and frees that.
+
+        step then gives the norm. What optim.in_backward asks for; rules.py says which strategies can.
+        """
+        raise NotImplementedError(f"{type(self).__name__} cannot move parameters in backward")
+
     @abstractmethod
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Accumulate gradients of loss (this rank's share of the global mean loss: ranks are SUMMED, not averaged).

@@ -14,7 +14,8 @@ from dsft.protocols import Batch
 class StepResult:
     """loss: before the update, per unit of the objective; grad_norm: before clipping; tokens: over all ranks.
 
-    moved is False where a NaN or Inf in loss or gradient, on any rank, kept the update from happening.
+    moved is False where a NaN or Inf in loss or gradient, on any rank, kept the update from happening, or would have
+    (optim.in_backward).
     """
 
     loss: float
@@ -25,7 +26,7 @@ class StepResult:
 
 
 def train_step(
-    session: Session, batches: Sequence[Batch], step: int, lr_scale: float, settle: Callable[[], None] | None = None
+    session: Session, batches: Sequence[Batch], step: int, lr_scale: float, settle: Callable[[], None] = lambda: None
 ) -> StepResult:
     """Forward and backward over this rank's micro-batches, then one update; every rank returns the same result.
 
@@ -42,14 +43,17 @@ def train_step(
         torch.manual_seed(stream(run.train.seed, step, batch.ids[0], index))
         with autocast(session):
             terms, _ = run.objective.loss(session.module, batch.to(world.device))
+        last = index == len(batches) - 1
+        if last and run.optim.in_backward:
+            settle()
+            run.strategy.release(lr_scale)
         share = (terms / counts.to(terms.device, terms.dtype)).sum()
-        run.strategy.backward(share, last=index == len(batches) - 1)
+        run.strategy.backward(share, last=last)
         sums += terms.detach().double().cpu()
     loss = float((world.sum(sums) / counts).sum())
     grad_norm = math.nan
     if math.isfinite(loss):
-        if settle is not None:
-            settle()
+        settle()
         grad_norm = run.strategy.step(run.train.max_grad_norm, lr_scale)
     else:
         run.strategy.drop()
