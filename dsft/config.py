@@ -22,6 +22,7 @@ class Train:
     precision: Literal["bf16", "fp32"]
     max_grad_norm: float
     gradient_checkpointing: Literal["none", "full", "selective"]
+    offload_activations: bool
     eval_every: int
     early_stop_metric: str | None
     early_stop_patience: int

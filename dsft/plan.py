@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from dsft_launchers.join import count_devices
 
 from dsft.compose import Composed, compose, hydra_flags
+from dsft.config import Run
 from dsft.entry import enter
 
 if TYPE_CHECKING:
@@ -41,7 +42,8 @@ def make_plan(composed: Composed, files: "ModelFiles") -> dict[str, Any]:
     bones = skeleton(run, files)
     counts = census(bones.model, bones.anatomy)
     accelerator = count_devices(os.environ) > 0
-    budget = estimate(run, bones, composed.start.size, accelerator=accelerator)
+    memory = estimate(run, bones, composed.start.size, accelerator=accelerator).as_dict()
+    memory["available"] = _available(composed, accelerator=accelerator)
     return {
         "model": files.name_or_path,
         "choices": {choice.group: choice.option for choice in composed.choices},
@@ -49,7 +51,8 @@ def make_plan(composed: Composed, files: "ModelFiles") -> dict[str, Any]:
         "repaired": list(composed.repairs),
         "parameters": counts,
         "quantization": run.quantization.report(bones.model),
-        "memory": {**budget.as_dict(), "available": _available(composed, accelerator=accelerator)},
+        "memory": memory,
+        "notes": list(_notes(run, memory, accelerator=accelerator)),
         "global_batch_size": run.train.global_batch_size,
     }
 
@@ -66,7 +69,7 @@ def _available(composed: Composed, *, accelerator: bool) -> int | None:
 
 
 def _memory(memory: Mapping[str, int | None]) -> Iterator[str]:
-    """Each part, the sum, and whether it fits."""
+    """The sum and each part."""
 
     def gib(name: str) -> str:
         value = memory[name]
@@ -76,12 +79,18 @@ def _memory(memory: Mapping[str, int | None]) -> Iterator[str]:
     least = "at least " if memory["activations"] is None else "about "
     of = "" if memory["available"] is None else f" of {gib('available')}"
     yield f"memory       {least}{gib('total')}{of} GiB per rank: " + ", ".join(f"{name} {gib(name)}" for name in parts)
+
+
+def _notes(run: Run, memory: Mapping[str, int | None], *, accelerator: bool) -> Iterator[str]:
+    """What a person should know of the plan, and no reason to refuse it."""
     total, available = memory["total"], memory["available"]
     if total is not None and available is not None and total > available:
         yield (
-            "note         this machine's memory will not do: lower train.micro_batch_tokens, set "
-            "train.gradient_checkpointing=full, take method=qlora or strategy=fsdp on more devices"
+            "this machine's memory will not do: lower train.micro_batch_tokens, set train.gradient_checkpointing=full, "
+            "take method=qlora or strategy=fsdp on more devices"
         )
+    if run.train.offload_activations and not accelerator:
+        yield "train.offload_activations does nothing here: without an accelerator they are in host memory as it is"
 
 
 def as_text(plan: dict[str, Any]) -> str:
@@ -101,6 +110,7 @@ def as_text(plan: dict[str, Any]) -> str:
     lines += _memory(plan["memory"])
     lines += [f"provided by  {group}: {provider}" for group, provider in plan["providers"].items()]
     lines += [f"repaired     {line}" for line in plan["repaired"]]
+    lines += [f"note         {line}" for line in plan["notes"]]
     return "\n".join(lines)
 
 

@@ -47,15 +47,17 @@ def estimate(run: Run, bones: Skeleton, ranks: int, *, accelerator: bool) -> Bud
     learning = [param for param in model.parameters() if param.requires_grad]
     frozen = [tensor for tensor in (*model.parameters(), *model.buffers()) if not tensor.requires_grad]
     values = sum(4 * param.numel() for param in learning)
+    largest = max((4 * param.numel() for param in learning), default=0)
     shares = run.strategy.shares(ranks)
     kept = {
         "weights": shares.weights * sum(tensor.nbytes for tensor in frozen),
         "values": shares.values * values,
-        "gradients": shares.gradients * values,
+        "gradients": shares.gradients * (largest if _freed_at_once(run, ranks) else values),
         "moments": shares.moments * sum(state_bytes(run.optim, param.shape) for param in learning),
     }
     activations, working = _forward(run, bones)
-    largest = max((4 * param.numel() for param in learning), default=0)
+    if accelerator and run.train.offload_activations and activations is not None:
+        activations = 0  # one block's come back at a time: working has them
     update = round(kept["values"]) if accelerator else 2 * largest  # on GPUs torch moves all parameters at once
     return Budget(
         **{name: 0 if accelerator and name in shares.on_host else round(value) for name, value in kept.items()},
@@ -64,6 +66,12 @@ def estimate(run: Run, bones: Skeleton, ranks: int, *, accelerator: bool) -> Bud
         working=max(working, update - (activations or 0)),
         process=CONTEXT if accelerator else resident_bytes(),
     )
+
+
+def _freed_at_once(run: Run, ranks: int) -> bool:
+    """True if no gradient outlives backward: nothing is added up over micro-batches, as a step is surely one."""
+    examples = -(-run.train.global_batch_size // ranks)
+    return run.optim.in_backward and examples * run.train.max_length <= run.train.micro_batch_tokens
 
 
 def _gathered(run: Run, bones: Skeleton) -> int:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from dsft.engine.assemble import Session, autocast, stream
+from dsft.engine.offload import offloaded
 from dsft.protocols import Batch
 
 
@@ -41,7 +42,7 @@ def train_step(
     session.model.train()
     for index, batch in enumerate(batches):
         torch.manual_seed(stream(run.train.seed, step, batch.ids[0], index))
-        with autocast(session):
+        with autocast(session), offloaded(run.train, world.device):
             terms, _ = run.objective.loss(session.module, batch.to(world.device))
         last = index == len(batches) - 1
         if last and run.optim.in_backward:

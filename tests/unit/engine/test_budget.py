@@ -148,6 +148,20 @@ def test_what_will_not_fit_is_said_and_not_refused() -> None:
     assert "will not do" not in as_text(make_plan(fits, fits.run.model.resolve(planning=True)))
 
 
+def test_gradients_that_are_freed_at_once_are_not_counted_where_a_step_is_one_micro_batch() -> None:
+    words = ["method=full", "train.max_grad_norm=inf", "train.global_batch_size=4", "train.max_length=512"]
+    plain, moving = budget_of(*words), budget_of(*words, "optim.in_backward=true")
+    several = budget_of(*words, "optim.in_backward=true", "train.micro_batch_tokens=512")
+    assert moving.gradients < plain.gradients / 4
+    assert several.gradients == plain.gradients
+
+
+def test_offloading_to_where_activations_are_is_said_to_do_nothing() -> None:
+    composed = run_of("train.offload_activations=true")
+    text = as_text(make_plan(composed, composed.run.model.resolve(planning=True)))
+    assert "note         train.offload_activations does nothing here" in text
+
+
 def test_this_machines_memory_is_known() -> None:
     whole = int(Path("/proc/meminfo").read_text().split()[1]) * 1024
     assert 2**28 < (host_memory_bytes() or 0) <= whole
