@@ -22,6 +22,7 @@ class Train:
     precision: Literal["bf16", "fp32"]
     max_grad_norm: float
     gradient_checkpointing: Literal["none", "full", "selective"]
+    offload_activations: bool
     eval_every: int
     early_stop_metric: str | None
     early_stop_patience: int
@@ -75,6 +76,7 @@ class Optim:
     warmup_steps: int
     decay_steps: int
     min_lr_ratio: float
+    in_backward: bool
 
     def __post_init__(self) -> None:
         """Refuse values outside their range."""

@@ -1,11 +1,15 @@
 """python -m dsft.plan [overrides] [--json]: what a run would be, in seconds and without weights."""
 
 import json
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from dsft_launchers.join import count_devices
+
 from dsft.compose import Composed, compose, hydra_flags
+from dsft.config import Run
 from dsft.entry import enter
 
 if TYPE_CHECKING:
@@ -29,13 +33,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def make_plan(composed: Composed, files: "ModelFiles") -> dict[str, Any]:
-    """One JSON object: parameters (total, trainable, by role), bytes of the base, choices, repairs."""
+    """One JSON object: parameters (total, trainable, by role), memory of a rank in bytes, choices, repairs."""
     from dsft.engine.assemble import skeleton
+    from dsft.engine.budget import estimate
     from dsft.models.census import census
 
     run = composed.run
     bones = skeleton(run, files)
     counts = census(bones.model, bones.anatomy)
+    accelerator = count_devices(os.environ) > 0
+    memory = estimate(run, bones, composed.start.size, accelerator=accelerator).as_dict()
+    memory["available"] = _available(composed, accelerator=accelerator)
     return {
         "model": files.name_or_path,
         "choices": {choice.group: choice.option for choice in composed.choices},
@@ -43,8 +51,46 @@ def make_plan(composed: Composed, files: "ModelFiles") -> dict[str, Any]:
         "repaired": list(composed.repairs),
         "parameters": counts,
         "quantization": run.quantization.report(bones.model),
+        "memory": memory,
+        "notes": list(_notes(run, memory, accelerator=accelerator)),
         "global_batch_size": run.train.global_batch_size,
     }
+
+
+def _available(composed: Composed, *, accelerator: bool) -> int | None:
+    """Bytes that this machine has for one rank: its accelerator's, or its part of the host's."""
+    from dsft.telemetry.meter import device_memory_bytes, host_memory_bytes
+
+    if accelerator:
+        return device_memory_bytes()
+    start, memory = composed.start, host_memory_bytes()
+    here = int(start.variables.get("LOCAL_WORLD_SIZE", start.size // composed.run.launcher.nodes))
+    return None if memory is None else memory // here
+
+
+def _memory(memory: Mapping[str, int | None]) -> Iterator[str]:
+    """The sum and each part."""
+
+    def gib(name: str) -> str:
+        value = memory[name]
+        return "unknown" if value is None else f"{value / 2**30:.2f}"
+
+    parts = [name for name in memory if name not in ("total", "available") and memory[name] != 0]
+    least = "at least " if memory["activations"] is None else "about "
+    of = "" if memory["available"] is None else f" of {gib('available')}"
+    yield f"memory       {least}{gib('total')}{of} GiB per rank: " + ", ".join(f"{name} {gib(name)}" for name in parts)
+
+
+def _notes(run: Run, memory: Mapping[str, int | None], *, accelerator: bool) -> Iterator[str]:
+    """What a person should know of the plan, and no reason to refuse it."""
+    total, available = memory["total"], memory["available"]
+    if total is not None and available is not None and total > available:
+        yield (
+            "this machine's memory will not do: lower train.micro_batch_tokens, set train.gradient_checkpointing=full, "
+            "take method=qlora or strategy=fsdp on more devices"
+        )
+    if run.train.offload_activations and not accelerator:
+        yield "train.offload_activations does nothing here: without an accelerator they are in host memory as it is"
 
 
 def as_text(plan: dict[str, Any]) -> str:
@@ -61,8 +107,10 @@ def as_text(plan: dict[str, Any]) -> str:
         for role, part in counts["by_role"].items()
     ]
     lines += [f"quantization {plan['quantization']}"] if plan["quantization"] else []
+    lines += _memory(plan["memory"])
     lines += [f"provided by  {group}: {provider}" for group, provider in plan["providers"].items()]
     lines += [f"repaired     {line}" for line in plan["repaired"]]
+    lines += [f"note         {line}" for line in plan["notes"]]
     return "\n".join(lines)
 
 

@@ -141,6 +141,21 @@ class PackedLinear(nn.Linear):
         raise NotImplementedError
 
 
+@dataclass(frozen=True)
+class Shares:
+    """Parts of a whole that one rank keeps between steps, 1 = all of it (2: it is there twice).
+
+    weights: of what is frozen, as it is stored; values, gradients, moments: of what learns, in fp32.
+    on_host: those of them that live in host memory where there is an accelerator.
+    """
+
+    weights: float
+    values: float
+    gradients: float
+    moments: float
+    on_host: tuple[str, ...] = ()
+
+
 class Strategy(ABC):
     """Where parameters, gradients and optimizer state live. One instance per run: it holds the run's optimizer.
 
@@ -158,6 +173,14 @@ class Strategy(ABC):
         """Number of ranks that see different examples."""
 
     @abstractmethod
+    def shares(self, size: int) -> Shares:
+        """What one of size ranks keeps. Asked before anything is started, by the plan."""
+
+    def gathered(self, blocks: Sequence[int], rest: int) -> int:
+        """Bytes that are whole at a time in a step, beside the shares; blocks, rest: of each block and of all else."""
+        return 0
+
+    @abstractmethod
     def shard(self, model: nn.Module, anatomy: Anatomy, world: World, precision: str) -> nn.Module:
         """Lay the model (on meta) out over the ranks."""
 
@@ -173,6 +196,13 @@ class Strategy(ABC):
         self, model: nn.Module, groups: Sequence[dict[str, Any]], make_optimizer: OptimizerFactory
     ) -> nn.Module:
         """Build the optimizer; return the module to call forward on."""
+
+    def release(self, lr_scale: float) -> None:
+        """The next backward is the step's last: it moves each parameter once its gradient is whole, and frees that.
+
+        step then gives the norm. What optim.in_backward asks for; rules.py says which strategies can.
+        """
+        raise NotImplementedError(f"{type(self).__name__} cannot move parameters in backward")
 
     @abstractmethod
     def backward(self, loss: Tensor, *, last: bool) -> None:

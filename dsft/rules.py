@@ -1,5 +1,6 @@
 """Which combinations are repaired (and printed) or refused, as data. Names of options, not classes; no torch."""
 
+import math
 import os
 from collections.abc import Callable, Mapping
 from copy import deepcopy
@@ -24,6 +25,9 @@ class Rule:
 SHARDED = ("fsdp", "hsdp", "zero1", "zero2", "zero3")
 SHARD_WISE = ("adamw", "sgd")
 """Optimizers that update each element from itself alone: right on any shard of a tensor."""
+
+MOVE_IN_BACKWARD = ("single", "fsdp", "hsdp")
+"""Strategies whose gradients are whole, over all ranks, when the hook of a parameter is called."""
 
 PER_CORE = 8
 """Processes that a core may carry where there is no accelerator."""
@@ -56,6 +60,24 @@ REFUSED = (
         lambda run, names, size: names["strategy"] in SHARDED and run.optim.name not in SHARD_WISE,
         "optim.name={run.optim.name} needs whole tensors (its blocks or factors cross shards) and "
         "strategy={names[strategy]} splits them; take optim.name=adamw or strategy=ddp",
+    ),
+    Rule(
+        "in-backward-unclipped",
+        lambda run, names, size: run.optim.in_backward and math.isfinite(run.train.max_grad_norm),
+        "optim.in_backward=true moves parameters before the global gradient norm is known, and train.max_grad_norm="
+        "{run.train.max_grad_norm} clips by it; take train.max_grad_norm=inf or optim.in_backward=false",
+    ),
+    Rule(
+        "in-backward-stops",
+        lambda run, names, size: run.optim.in_backward and run.train.on_nonfinite == "skip",
+        "optim.in_backward=true moves parameters before a NaN or Inf is seen, so train.on_nonfinite=skip could skip "
+        "nothing; take train.on_nonfinite=stop or optim.in_backward=false",
+    ),
+    Rule(
+        "in-backward-strategy",
+        lambda run, names, size: run.optim.in_backward and names["strategy"] not in MOVE_IN_BACKWARD,
+        "optim.in_backward=true needs a gradient that is whole when backward has made it, and strategy="
+        "{names[strategy]} adds the ranks' up afterwards; take strategy=fsdp or optim.in_backward=false",
     ),
     Rule(
         "whole-model-on-packed-base",

@@ -70,11 +70,14 @@ def _values(session: Session, result: StepResult, scale: float) -> dict[str, flo
 
 
 def _survive(session: Session, at: Progress, result: StepResult, watch: Watch) -> None:
-    """A NaN or Inf: nothing moved on any rank. Go on within the budget, or end the run."""
+    """A NaN or Inf: nothing moved on any rank (but in backward). Go on within the budget, or end the run."""
     train = session.run.train
     at.skipped += 1
-    what = f"step {at.step}: loss {result.loss}, gradient norm {result.grad_norm}; nothing was updated"
+    what = f"step {at.step}: loss {result.loss}, gradient norm {result.grad_norm}"
     watch.event("nonfinite", at.step, {"loss": result.loss, "grad_norm": result.grad_norm, "skipped": at.skipped})
+    if session.run.optim.in_backward:
+        raise RuntimeError(f"{what}; parameters have moved by it, as optim.in_backward=true does not look first")
+    what += "; nothing was updated"
     if train.on_nonfinite == "stop":
         raise RuntimeError(f"{what}; train.on_nonfinite=skip goes on without such steps")
     if at.skipped > train.max_nonfinite:

@@ -9,6 +9,9 @@ import torch
 from dsft.config import Optim
 from dsft.protocols import OptimizerFactory
 
+WHOLE_BELOW, BLOCK = 4096, 256
+"""bitsandbytes' 8-bit optimizers keep smaller parameters' moments in fp32; of others, one fp32 scale per block."""
+
 
 def factory(optim: Optim) -> OptimizerFactory:
     """Parameter groups -> optimizer. bitsandbytes' paged AdamW keeps its moments in 8 bit."""
@@ -28,6 +31,18 @@ def factory(optim: Optim) -> OptimizerFactory:
         return made
 
     return make
+
+
+def state_bytes(optim: Optim, shape: torch.Size) -> int:
+    """What the optimizer keeps of one fp32 parameter of this shape, beside its value and gradient."""
+    count = shape.numel()
+    if optim.name == "sgd":
+        return 4 * count if optim.momentum else 0
+    if optim.name == "adafactor":  # one mean per row and per column
+        return 4 * (count // shape[-1] + count // shape[-2]) if len(shape) > 1 else 4 * count
+    if optim.name == "paged_adamw8bit" and count >= WHOLE_BELOW:
+        return 2 * (count + 4 * -(-count // BLOCK))
+    return 8 * count
 
 
 def rate(optim: Optim, step: int, total: int) -> float:

@@ -27,6 +27,11 @@ def recompute(model: nn.Module, anatomy: Anatomy, what: Recompute, *, reentrant:
                 f"train.gradient_checkpointing={what} needs a model whose blocks support it, "
                 f"{type(block).__name__} does not; take train.gradient_checkpointing=none"
             )
-        if what == "full" or index % 2 == 0:
+        if is_recomputed(what, index):
             block.gradient_checkpointing = True  # type: ignore[assignment]
             block._gradient_checkpointing_func = again  # type: ignore[assignment]
+
+
+def is_recomputed(what: Recompute, index: int) -> bool:
+    """True if block index keeps its input alone."""
+    return what == "full" or (what == "selective" and index % 2 == 0)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from dsft.engine.assemble import Session, autocast, stream
+from dsft.engine.offload import offloaded
 from dsft.engine.parts import Part, mark
 from dsft.protocols import Batch
 
@@ -15,7 +16,8 @@ from dsft.protocols import Batch
 class StepResult:
     """loss: before the update, per unit of the objective; grad_norm: before clipping; tokens: over all ranks.
 
-    moved is False where a NaN or Inf in loss or gradient, on any rank, kept the update from happening.
+    moved is False where a NaN or Inf in loss or gradient, on any rank, kept the update from happening, or would have
+    (optim.in_backward).
     """
 
     loss: float
@@ -26,7 +28,7 @@ class StepResult:
 
 
 def train_step(
-    session: Session, batches: Sequence[Batch], step: int, lr_scale: float, settle: Callable[[], None] | None = None
+    session: Session, batches: Sequence[Batch], step: int, lr_scale: float, settle: Callable[[], None] = lambda: None
 ) -> StepResult:
     """Forward and backward over this rank's micro-batches, then one update; every rank returns the same result.
 
@@ -41,16 +43,19 @@ def train_step(
     session.model.train()
     for index, batch in enumerate(batches):
         torch.manual_seed(stream(run.train.seed, step, batch.ids[0], index))
-        with autocast(session):
+        with autocast(session), offloaded(run.train, world.device):
             terms, _ = run.objective.loss(session.module, batch.to(world.device))
+        last = index == len(batches) - 1
+        if last and run.optim.in_backward:
+            settle()
+            run.strategy.release(lr_scale)
         share = (terms / counts.to(terms.device, terms.dtype)).sum()
-        run.strategy.backward(share, last=index == len(batches) - 1)
+        run.strategy.backward(share, last=last)
         sums += terms.detach().double().cpu()
     loss = float((world.sum(sums) / counts).sum())
     grad_norm = math.nan
     if math.isfinite(loss):
-        if settle is not None:
-            settle()
+        settle()
         with mark(Part.OPTIMIZER):
             grad_norm = run.strategy.step(run.train.max_grad_norm, lr_scale)
     else:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 from dsft.comm.world import World
-from dsft.protocols import Anatomy
+from dsft.protocols import Anatomy, Shares
 from dsft.strategies.update import OnTensors
 
 
@@ -29,6 +29,10 @@ class DDP(OnTensors):
     def data_ranks(self, world: World) -> int:
         """All of them."""
         return world.size
+
+    def shares(self, size: int) -> Shares:
+        """All; the buckets hold what learns once more while it is summed."""
+        return Shares(weights=1, values=1, gradients=2, moments=1)
 
     def shard(self, model: nn.Module, anatomy: Anatomy, world: World, precision: str) -> nn.Module:
         """Nothing to lay out: each rank reads the same values."""

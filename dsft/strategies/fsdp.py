@@ -1,6 +1,7 @@
 """Fully sharded data parallel (torch's FSDP2), over one mesh axis or two (HSDP: replicate x shard)."""
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, cast
 
@@ -10,7 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
 from dsft.comm.world import World
-from dsft.protocols import Anatomy
+from dsft.protocols import Anatomy, Shares
 from dsft.strategies.update import OnTensors
 
 
@@ -42,13 +43,31 @@ class FSDP(OnTensors):
         """Host memory if parameters are offloaded: FSDP2 moves them itself."""
         return torch.device("cpu") if self.offload == "parameters" else world.device
 
+    def shares(self, size: int) -> Shares:
+        """One of the shards of each."""
+        part = 1 / self._shards(size)
+        names = ("weights", "values", "gradients", "moments")
+        return Shares(part, part, part, part, on_host=names if self.offload == "parameters" else ())
+
+    def gathered(self, blocks: Sequence[int], rest: int) -> int:
+        """What is no block, the block in use and the one that is fetched ahead; without resharding, all."""
+        return rest + sum(sorted(blocks)[-2:] if self._reshards else blocks)
+
+    def _shards(self, size: int) -> int:
+        if self.shard_size == "node":
+            return int(os.environ.get("LOCAL_WORLD_SIZE", str(size)))
+        return self.shard_size or size
+
+    @property
+    def _reshards(self) -> bool:
+        return self.reshard and not self.keep_unsharded
+
     def mesh(self, world: World) -> DeviceMesh:
         """One axis `shard`, or two: `replicate`, `shard`."""
         kind = world.device.type
         if self.shard_size is None:
             return init_device_mesh(kind, (world.size,), mesh_dim_names=("shard",))
-        node = int(os.environ.get("LOCAL_WORLD_SIZE", str(world.size)))
-        shard = node if self.shard_size == "node" else self.shard_size
+        shard = self._shards(world.size)
         return init_device_mesh(kind, (world.size // shard, shard), mesh_dim_names=("replicate", "shard"))
 
     def shard(self, model: nn.Module, anatomy: Anatomy, world: World, precision: str) -> nn.Module:
@@ -61,12 +80,11 @@ class FSDP(OnTensors):
             CPUOffloadPolicy(pin_memory=world.device.type == "cuda") if self.offload != "none" else OffloadPolicy()
         )
         mesh = self.mesh(world)
-        reshard = self.reshard and not self.keep_unsharded
         for name in anatomy.blocks:
             fully_shard(
                 model.get_submodule(name),
                 mesh=mesh,
-                reshard_after_forward=reshard,
+                reshard_after_forward=self._reshards,
                 mp_policy=policy,
                 offload_policy=offload,
             )

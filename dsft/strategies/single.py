@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from dsft.comm.world import World
-from dsft.protocols import Anatomy
+from dsft.protocols import Anatomy, Shares
 from dsft.strategies.update import OnTensors
 
 
@@ -16,6 +16,10 @@ class Single(OnTensors):
     def data_ranks(self, world: World) -> int:
         """One."""
         return 1
+
+    def shares(self, size: int) -> Shares:
+        """All."""
+        return Shares(weights=1, values=1, gradients=1, moments=1)
 
     def shard(self, model: nn.Module, anatomy: Anatomy, world: World, precision: str) -> nn.Module:
         """Nothing to lay out."""

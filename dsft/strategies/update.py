@@ -24,25 +24,65 @@ class Update:
         for group in self.optimizer.param_groups:
             self.named |= dict(zip(group["param_names"], group["params"], strict=True))
         self.params = list(self.named.values())
+        self.group_of = {param: group for group in self.optimizer.param_groups for param in group["params"]}
+        self.norms: dict[Tensor, Tensor] | None = None
+        self.hooks: list[Any] = []
+
+    def release(self, lr_scale: float) -> None:
+        """Until step, backward moves each parameter as soon as its gradient is whole, and frees the gradient.
+
+        Norms are kept for step. Nothing is clipped, and what a gradient that is not finite belongs to moves too.
+        """
+        self._set_rates(lr_scale)
+        self.norms = {}
+        self.hooks = [param.register_post_accumulate_grad_hook(self._move) for param in self.params]
+
+    def _move(self, param: Tensor) -> None:
+        assert param.grad is not None
+        assert self.norms is not None
+        self.norms[param] = torch.linalg.vector_norm(param.grad)
+        groups = self.optimizer.param_groups
+        self.optimizer.param_groups = [{**self.group_of[param], "params": [param]}]
+        self.optimizer.step()
+        self.optimizer.param_groups = groups
+        param.grad = None
 
     def step(self, max_norm: float, lr_scale: float) -> float:
         """Clip the gradients to max_norm, move, forget them. Returns the norm before clipping.
 
         If it is not finite, nothing moves. Gradients must be whole: summed over ranks, or sharded as DTensors.
+        After release, it moves what the last backward did not reach.
         """
+        if self.norms is not None:
+            return self._end_release()
         grads = [p.grad for p in self.params if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(grads)
         total = gathered(norm).item()
         if math.isfinite(total):
             torch.nn.utils.clip_grads_with_norm_(self.params, max_norm, norm)
-            for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
-                group["lr"] = rate * lr_scale
+            self._set_rates(lr_scale)
             self.optimizer.step()
         self.drop()
         return total
 
+    def _end_release(self) -> float:
+        """Of gradients that are gone, the same norm as of gradients that are there."""
+        assert self.norms is not None
+        for param in [param for param in self.params if param.grad is not None]:
+            self._move(param)
+        norm = torch.linalg.vector_norm(torch.stack([self.norms[p] for p in self.params if p in self.norms]))
+        self.drop()
+        return float(gathered(norm).item())
+
+    def _set_rates(self, lr_scale: float) -> None:
+        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+            group["lr"] = rate * lr_scale
+
     def drop(self) -> None:
         """Forget the gradients."""
+        for hook in self.hooks:
+            hook.remove()
+        self.hooks, self.norms = [], None
         self.optimizer.zero_grad(set_to_none=True)
 
     def state(self) -> dict[str, Tensor]:
@@ -133,6 +173,10 @@ class OnTensors(Strategy):
         """Build the optimizer."""
         self.update = Update(groups, make_optimizer)
         return model
+
+    def release(self, lr_scale: float) -> None:
+        """Let backward move; see Update."""
+        self.update.release(lr_scale)
 
     def step(self, max_norm: float, lr_scale: float) -> float:
         """Move; see Update."""

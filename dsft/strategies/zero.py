@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dsft.comm.world import World
-from dsft.protocols import Anatomy, OptimizerFactory, Shape, Strategy
+from dsft.protocols import Anatomy, OptimizerFactory, Shape, Shares, Strategy
 from dsft.strategies.zero_state import ZeroState
 
 OFFLOADS = {1: ("none", "optimizer"), 2: ("none", "optimizer"), 3: ("none", "optimizer", "parameters")}
@@ -29,6 +29,9 @@ OFFLOADS = {1: ("none", "optimizer"), 2: ("none", "optimizer"), 3: ("none", "opt
 
 BUCKET = 50_000_000
 """Elements that are reduced or prefetched together: 200 MB in fp32."""
+
+LIVE = 2 * 10**9
+"""Bytes that stage 3 leaves gathered: DeepSpeed's stage3_max_live_parameters, a milliard elements, in bf16."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +58,23 @@ class Zero(Strategy):
     def data_ranks(self, world: World) -> int:
         """Number of ranks that see different examples: all."""
         return world.size
+
+    def shares(self, size: int) -> Shares:
+        """DeepSpeed keeps an fp32 master of this rank's part beside the values that forward uses."""
+        part, whole = 1 / size, 1.0
+        hosts = {"none": (), "optimizer": ("moments",), "parameters": ("weights", "values", "gradients", "moments")}
+        weights, values = (part, part) if self.stage == 3 else (whole, whole)
+        return Shares(
+            weights=weights,
+            values=values + part,
+            gradients=whole if self.stage == 1 else part,
+            moments=part,
+            on_host=hosts[self.offload],
+        )
+
+    def gathered(self, blocks: Sequence[int], rest: int) -> int:
+        """At stage 3, as much as DeepSpeed lets live."""
+        return min(rest + sum(blocks), LIVE) if self.stage == 3 else 0
 
     def shard(self, model: nn.Module, anatomy: Anatomy, world: World, precision: str) -> nn.Module:
         """Start DeepSpeed; nothing moves before place."""

@@ -1,5 +1,6 @@
-"""How fast and how large: seconds and tokens per second of a step, peak memory of this process."""
+"""How fast and how large: seconds and tokens per second of a step, peak memory of this process, memory there is."""
 
+import subprocess
 import time
 from pathlib import Path
 
@@ -30,9 +31,46 @@ def peak_memory_bytes(device: torch.device) -> int:
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    return _status("VmHWM")
+
+
+def resident_bytes() -> int:
+    """Memory that this process holds now. Raises RuntimeError where the system does not tell."""
+    return _status("VmRSS")
+
+
+def _status(key: str) -> int:
     status = Path("/proc/self/status")
     if status.is_file():
         for line in status.read_text().splitlines():
-            if line.startswith("VmHWM:"):
+            if line.startswith(f"{key}:"):
                 return int(line.split()[1]) * 1024  # the kernel counts in KiB
-    raise RuntimeError(f"{status} must tell VmHWM to measure memory; this system has none: run on Linux")
+    raise RuntimeError(f"{status} must tell {key} to measure memory; this system has none: run on Linux")
+
+
+def host_memory_bytes() -> int | None:
+    """This machine's, or what the control group (a container's, a SLURM job's) allows if that is less."""
+    info, limits = Path("/proc/meminfo"), []
+    if info.is_file():
+        limits = [int(line.split()[1]) * 1024 for line in info.read_text().splitlines() if line.startswith("MemTotal:")]
+    groups = Path("/proc/self/cgroup")
+    for line in groups.read_text().splitlines() if groups.is_file() else []:
+        _, controllers, path = line.split(":", 2)
+        root, name = Path("/sys/fs/cgroup"), "memory.max"
+        if controllers:
+            root, name = root / "memory", "memory.limit_in_bytes"
+        place = root / path.lstrip("/")
+        for folder in (place, *place.parents) if controllers in ("", "memory") else ():
+            text = (folder / name).read_text().strip() if (folder / name).is_file() else ""
+            limits += [int(text)] if text.isdigit() else []
+    return min(limits, default=None)
+
+
+def device_memory_bytes() -> int | None:
+    """The smallest accelerator's; None where nvidia-smi does not tell. It starts no context, as asking torch could."""
+    ask = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+    try:
+        said = subprocess.run(ask, capture_output=True, text=True, check=False, timeout=30).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return min((int(line) * 2**20 for line in said.split() if line.isdigit()), default=None)

@@ -9,6 +9,8 @@ import pytest
 
 from dsft.compose import compose
 
+MOVING, UNCLIPPED = "optim.in_backward=true", "train.max_grad_norm=inf"
+
 
 @pytest.mark.parametrize(
     ("words", "line"),
@@ -31,6 +33,9 @@ from dsft.compose import compose
         (["method=full", "quantization=nf4"], "takes quantization=none or method=qlora".replace("takes", "take")),
         (["method=qlora", "quantization=none"], "method=qlora means a 4-bit base"),
         (["strategy=fsdp", "launcher.devices=2", "optim.name=adafactor"], "take optim.name=adamw or strategy=ddp"),
+        ([MOVING], "take train.max_grad_norm=inf or optim.in_backward=false"),
+        ([MOVING, UNCLIPPED, "train.on_nonfinite=skip"], "take train.on_nonfinite=stop"),
+        ([MOVING, UNCLIPPED, "strategy=ddp", "launcher.devices=2"], "take strategy=fsdp"),
         (["data=local"], "data.path must be given"),
         (["method.rank"], "method.rank must read KEY=VALUE"),
         (["+method.extra=1"], "method.extra is not a key of method"),

@@ -102,6 +102,13 @@ def test_a_step_that_is_not_finite_ends_the_run_by_default() -> None:
         _fit(session, data, 4, Seen(), StopFlag())
 
 
+def test_what_moves_in_backward_has_moved_by_a_nan_and_the_run_says_so() -> None:
+    session, data = _session("optim.in_backward=true", "train.max_grad_norm=inf")
+    _poison(session, at=2)
+    with pytest.raises(RuntimeError, match=r"step 2: .*gradient norm nan; parameters have moved by it"):
+        _fit(session, data, 4, Seen(), StopFlag())
+
+
 def test_the_budget_of_skipped_steps_ends_the_run() -> None:
     session, data = _session("train.on_nonfinite=skip", "train.max_nonfinite=0")
     _poison(session, at=1)

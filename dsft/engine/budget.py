@@ -1,0 +1,116 @@
+"""Memory per rank, estimated before anything is loaded."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from dsft.config import Run
+from dsft.engine.assemble import Skeleton
+from dsft.engine.optimizers import state_bytes
+from dsft.engine.recompute import is_recomputed
+from dsft.engine.saved import Saved, count_saved
+from dsft.models.scoring import AT_ONCE
+from dsft.telemetry.meter import resident_bytes
+
+CONTEXT = 2**29
+"""What a CUDA context and its libraries take of a GPU, about."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Bytes of one rank on the device that computes.
+
+    weights: what is frozen, as it is stored; values, gradients, moments: of what learns; gathered: what sharding makes
+    whole at a time; activations: of one micro-batch, None where they cannot be counted; working: the most that one
+    block, the head or the update takes for itself; process: what is there before the model.
+    """
+
+    weights: int
+    values: int
+    gradients: int
+    moments: int
+    gathered: int
+    activations: int | None
+    working: int
+    process: int
+
+    def as_dict(self) -> dict[str, int | None]:
+        """The parts and their sum."""
+        parts = asdict(self)
+        return {**parts, "total": sum(part or 0 for part in parts.values())}
+
+
+def estimate(run: Run, bones: Skeleton, ranks: int, *, accelerator: bool) -> Budget:
+    """The budget of this run on so many ranks; accelerator: it computes on one."""
+    model = bones.model
+    learning = [param for param in model.parameters() if param.requires_grad]
+    frozen = [tensor for tensor in (*model.parameters(), *model.buffers()) if not tensor.requires_grad]
+    values = sum(4 * param.numel() for param in learning)
+    largest = max((4 * param.numel() for param in learning), default=0)
+    shares = run.strategy.shares(ranks)
+    kept = {
+        "weights": shares.weights * sum(tensor.nbytes for tensor in frozen),
+        "values": shares.values * values,
+        "gradients": shares.gradients * (largest if _freed_at_once(run, ranks) else values),
+        "moments": shares.moments * sum(state_bytes(run.optim, param.shape) for param in learning),
+    }
+    activations, working = _forward(run, bones)
+    if accelerator and run.train.offload_activations and activations is not None:
+        activations = 0  # one block's come back at a time: working has them
+    update = round(kept["values"]) if accelerator else 2 * largest  # on GPUs torch moves all parameters at once
+    return Budget(
+        **{name: 0 if accelerator and name in shares.on_host else round(value) for name, value in kept.items()},
+        gathered=_gathered(run, bones),
+        activations=activations,
+        working=max(working, update - (activations or 0)),
+        process=CONTEXT if accelerator else resident_bytes(),
+    )
+
+
+def _freed_at_once(run: Run, ranks: int) -> bool:
+    """True if no gradient outlives backward: nothing is added up over micro-batches, as a step is surely one."""
+    examples = -(-run.train.global_batch_size // ranks)
+    return run.optim.in_backward and examples * run.train.max_length <= run.train.micro_batch_tokens
+
+
+def _gathered(run: Run, bones: Skeleton) -> int:
+    """In the type that is computed in: bytes as they are, what learns in bf16 or fp32."""
+    width = {"bf16": 2, "fp32": 4}[run.train.precision]
+
+    def size(module: nn.Module) -> int:
+        return sum(param.numel() * min(width, param.element_size()) for param in module.parameters())
+
+    blocks = [size(bones.model.get_submodule(name)) for name in bones.anatomy.blocks]
+    return run.strategy.gathered(blocks, size(bones.model) - sum(blocks))
+
+
+def _forward(run: Run, bones: Skeleton) -> tuple[int | None, int]:
+    """Activations of one micro-batch, and what the head or a block in its backward takes beside them."""
+    train, tokens = run.train, run.train.micro_batch_tokens
+    whole, rest = divmod(tokens, train.max_length)
+    lengths = (train.max_length,) * whole + ((rest,) if rest else ())
+    head = _head(bones, tokens)
+    saved = count_saved(bones.model, bones.anatomy, lengths, bf16=train.precision == "bf16")
+    if saved is None:
+        return None, head
+    kept, again = _kept(saved, run)
+    return kept, max(head, again)
+
+
+def _kept(saved: Saved, run: Run) -> tuple[int, int]:
+    """What lives from forward to backward, and the most that one block needs in its own backward."""
+    kept, again = saved.rest, 0
+    for index, (block, entry) in enumerate(zip(saved.blocks, saved.inputs, strict=True)):
+        recomputed = is_recomputed(run.train.gradient_checkpointing, index)
+        kept += entry if recomputed else block
+        again = max(again, 2 * block if recomputed else block)  # a block's gradients are about what it keeps
+    return kept, again
+
+
+def _head(bones: Skeleton, tokens: int) -> int:
+    """Logits and their softmax, in fp32, for as many rows as there are at a time; twice the gradient of a head."""
+    weight: Any = bones.model.get_submodule(bones.anatomy.head).weight
+    assert isinstance(weight, Tensor)
+    logits = 2 * 4 * min(AT_ONCE, tokens * weight.shape[0])
+    return logits + (2 * 4 * weight.numel() if weight.requires_grad else 0)
