@@ -28,6 +28,7 @@ class Train:
     on_nonfinite: Literal["stop", "skip"]
     max_nonfinite: int
     log_samples: bool
+    profile: int
 
     def __post_init__(self) -> None:
         """Refuse values that no run can have."""
@@ -47,8 +48,13 @@ class Train:
             )
         if self.early_stop_metric is not None and self.eval_every == 0:
             raise ValueError("train.early_stop_metric needs evaluations to look at, got train.eval_every=0; set it")
-        for name in ("seed", "eval_every", "max_nonfinite"):
+        for name in ("seed", "eval_every", "max_nonfinite", "profile"):
             _at_least(f"train.{name}", getattr(self, name), 0)
+        if self.profile and self.steps is not None and self.profile >= self.steps:
+            raise ValueError(
+                f"train.profile must be below train.steps, {self.steps}, got {self.profile}: the first step warms up; "
+                "lower it, or raise train.steps"
+            )
         if not self.max_grad_norm > 0:
             raise ValueError(
                 f"train.max_grad_norm must be above 0, got {self.max_grad_norm}; inf switches clipping off"

@@ -25,6 +25,7 @@ from dsft.wording import suggest
 FREE = (
     "run_dir", "launcher", "tracker", "strategy", "checkpoint", "resume",
     "train.steps", "train.epochs", "train.max_minutes", "train.micro_batch_tokens", "train.log_samples",
+    "train.profile",
 )  # fmt: skip
 """Keys that may differ from those that a folder was made with: none of them changes the maths."""
 

@@ -8,6 +8,8 @@ from dsft.engine.assemble import Session
 from dsft.engine.evaluate import evaluate
 from dsft.engine.keep import Keeper
 from dsft.engine.optimizers import rate
+from dsft.engine.parts import Part, mark
+from dsft.engine.profile import profiled
 from dsft.engine.progress import STOPPED, Progress, Watch
 from dsft.engine.step import StepResult, train_step
 from dsft.engine.stop import StopFlag
@@ -18,6 +20,11 @@ def fit(session: Session, data: Dataset, watch: Watch, stop: StopFlag, keeper: K
     """Train from where at is to its last step, or until a stop is agreed. Collective."""
     if at.step == 0:
         _evaluate(session, data, at, watch)
+    with profiled(session, watch, done=at.step, total=at.total) as watched:
+        return _steps(session, data, watched, stop, keeper, at)
+
+
+def _steps(session: Session, data: Dataset, watch: Watch, stop: StopFlag, keeper: Keeper, at: Progress) -> Progress:
     while True:
         asked, busy = session.world.max(stop.reason is not None, keeper.busy)
         ends = at.over or at.step >= at.total
@@ -29,7 +36,8 @@ def fit(session: Session, data: Dataset, watch: Watch, stop: StopFlag, keeper: K
             return at
         at.step += 1
         watch.begin_step()
-        rows, batches = step_batches(session, data, at.step)
+        with mark(Part.DATA):
+            rows, batches = step_batches(session, data, at.step)
         scale = rate(session.run.optim, at.step, at.total)
         result = train_step(session, batches, at.step, scale, settle=keeper.settle)
         watch.step(at.step, _values(session, result, scale), [data.train.id(row) for row in rows])

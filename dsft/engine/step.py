@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from dsft.engine.assemble import Session, autocast, stream
+from dsft.engine.parts import Part, mark
 from dsft.protocols import Batch
 
 
@@ -50,7 +51,8 @@ def train_step(
     if math.isfinite(loss):
         if settle is not None:
             settle()
-        grad_norm = run.strategy.step(run.train.max_grad_norm, lr_scale)
+        with mark(Part.OPTIMIZER):
+            grad_norm = run.strategy.step(run.train.max_grad_norm, lr_scale)
     else:
         run.strategy.drop()
     return StepResult(

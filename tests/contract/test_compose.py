@@ -23,6 +23,7 @@ from dsft.compose import compose
         (["method.rank=true"], "method.rank must be an integer, got True"),
         (["optim.name=adamm"], "optim.name must be 'adamw'"),
         (["train.steps=4", "train.epochs=1.0"], "not both"),
+        (["train.steps=4", "train.profile=4"], "train.profile must be below train.steps, 4, got 4"),
         (["train.global_batch_size=1", "launcher.devices=2"], "at least the number of data ranks, 2"),
         (["strategy=single", "launcher.devices=2"], "strategy=single runs on one process"),
         (["launcher.devices=1000"], "launcher.devices must be at most"),
