@@ -52,10 +52,10 @@ class Measured:
 
 
 def write_rows(path: Path, batches: int) -> None:
-    """Rows in batches of eight, each 14 bytes shorter than the one before; of four, the first and the last are nearly
-    all supervised, the others hardly.
+    """Rows in batches of eight, each 14 bytes shorter than the one before; of every four the first and the last are
+    nearly all supervised, the others hardly.
 
-    Of four rows, two ranks get 0, 3 and 1, 2, and four ranks one each; of eight, two ranks get 0, 3, 4, 7 and the others,
+    Of four rows, two ranks get 0, 3 and 1, 2, four ranks one each; of eight, two ranks get 0, 3, 4, 7 and the others,
     four ranks 0, 7 and 1, 6 and so on: their label counts differ by more than 2.
     """
     text = "the quick brown fox jumps over the lazy dog and runs away from a very large bear; " * 8

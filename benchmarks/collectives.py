@@ -74,12 +74,12 @@ def fake_world(size: int) -> World:
 
 
 def closed_form(bones: Skeleton, strategy: str, size: int, shards: int, micro_batches: int) -> dict[str, int]:
-    """Bytes of a step by collective, as in Volume, numbers left out; of ddp, fsdp, hsdp (shards ranks a copy) and zero3.
+    """Bytes of a step by collective, as in Volume, without those of numbers; shards: ranks of a copy, for hsdp.
 
     ddp: what learns, once. fsdp, hsdp: each micro-batch gathers all parameters in forward and in backward, and reduces
-    what learns; a tensor's rows are divided among the ranks, the same number for each, so that all are filled up to it.
-    hsdp: the copies then sum what a shard got. zero3: each micro-batch gathers all once (they stay until backward, the
-    model being below stage3_max_live_parameters), and reduces what learns; a tensor's elements are filled up.
+    what learns; each rank has equally many of a tensor's rows, which are filled up to that. hsdp: the copies then sum
+    what a shard got. zero3: each micro-batch gathers all once (a model below stage3_max_live_parameters stays until
+    backward), and reduces what learns; a tensor's elements are filled up.
     """
     params = list(bones.model.parameters())
     learning = [param for param in params if param.requires_grad]
@@ -87,13 +87,17 @@ def closed_form(bones: Skeleton, strategy: str, size: int, shards: int, micro_ba
         return {f"all-reduce x{size}": sum(param.nbytes for param in learning)}
     if strategy == "zero3":
         return {
-            f"all-gather x{size}": micro_batches * sum(_filled(param.numel(), size) * param.itemsize for param in params),
+            f"all-gather x{size}": micro_batches
+            * sum(_filled(param.numel(), size) * param.itemsize for param in params),
             f"reduce-scatter x{size}": micro_batches * sum(_filled(param.numel(), size) * 4 for param in learning),
         }
     whole = {id(param): _filled(len(param), shards) * param[0].numel() for param in params}
     width = 2 if any(param.dtype == torch.bfloat16 for param in params) else 4
     reduced = micro_batches * sum(whole[id(param)] * 4 for param in learning)
-    found = {f"all-gather x{shards}": 2 * micro_batches * sum(whole.values()) * width, f"reduce-scatter x{shards}": reduced}
+    found = {
+        f"all-gather x{shards}": 2 * micro_batches * sum(whole.values()) * width,
+        f"reduce-scatter x{shards}": reduced,
+    }
     return found | ({f"all-reduce x{size // shards}": reduced // shards} if strategy == "hsdp" else {})
 
 

@@ -7,16 +7,16 @@ import torch
 from torch import Tensor
 
 from dsft.comm.world import World
-from dsft.compose import OWN_CONF, compose
+from dsft.compose import compose
 from dsft.engine.assemble import Session, assemble
 
-METHODS = sorted(path.stem for path in (OWN_CONF / "method").glob("*.yaml"))
-WINDOW = 16
 ATTENTION = {
     "plain": ["model.config.num_key_value_heads=4"],
     "grouped heads": [],
-    "sliding window": ["model.config.model_type=mistral", f"+model.config.sliding_window={WINDOW}"],
+    "sliding window": ["model.config.model_type=mistral", "+model.config.sliding_window=16"],
 }
+"""Mixtures of experts are held to rounding in tests/unit/models: an expert's number of rows hangs on the neighbours."""
+
 LENGTHS = (40, 33, 64, 2, 47)
 
 
@@ -46,7 +46,7 @@ def _scores(session: Session, rows: list[Tensor], lengths: tuple[int, ...]) -> l
 
 
 @pytest.mark.parametrize("attention", ATTENTION)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ["full", "lora", "qlora"])
 def test_replacing_an_example_changes_no_bit_of_another(method: str, attention: str) -> None:
     session = _session(method, attention)
     rows = [torch.randint(0, 250, (length,)) for length in LENGTHS]
@@ -54,15 +54,9 @@ def test_replacing_an_example_changes_no_bit_of_another(method: str, attention: 
     for index, row in enumerate(rows):
         others = [*rows[:index], (row + 1) % 250, *rows[index + 1 :]]
         after = _scores(session, others, LENGTHS)
-        same = [all(map(torch.equal, one, other)) for one, other in zip(before, after, strict=True)]
-        assert same == [place != index for place in range(len(rows))]
-
-
-@pytest.mark.parametrize("attention", ATTENTION)
-def test_the_bits_would_show_it(attention: str) -> None:
-    session = _session("lora", attention)
-    rows = [torch.randint(0, 250, (length,)) for length in LENGTHS]
-    one = (sum(LENGTHS),)  # all of them taken for one example
-    before, after = _scores(session, rows, one), _scores(session, [(rows[0] + 1) % 250, *rows[1:]], one)
+        for place, (one, other) in enumerate(zip(before, after, strict=True)):
+            assert [torch.equal(*pair) for pair in zip(one, other, strict=True)] == [place != index] * 2
+    whole = (sum(LENGTHS),)  # taken for one example, they do feel each other: the bits show it
+    before, after = _scores(session, rows, whole), _scores(session, [(rows[0] + 1) % 250, *rows[1:]], whole)
     assert not torch.equal(before[1][0], after[1][0])
     assert not torch.equal(before[1][1], after[1][1])
