@@ -22,8 +22,8 @@ from dsft.engine.assemble import Skeleton
 KINDS = {"allgather": "all-gather", "reducescatter": "reduce-scatter", "allreduce": "all-reduce"}
 """Part of an operator's name -> what is told; other collectives keep their own name."""
 
-NUMBERS = 1024
-"""Bytes of a message up to which it is a few numbers: a count, a loss, a norm."""
+NUMBERS = 8192
+"""Bytes up to which what is neither gathered nor scattered are numbers: a count, a loss, the norm of each tensor."""
 
 Volume = dict[str, list[int]]
 """Collective -> [calls, bytes]. Bytes are the whole of a call: what an all-gather gives, what the others are given."""
@@ -44,7 +44,7 @@ class Counted(TorchDispatchMode):
             name = func._schema.name.partition("::")[2].replace("_", "")
             kind = next((told for part, told in KINDS.items() if part in name), name)
             size = max(_nbytes(part) for part in (*args, out))
-            small = " of numbers" if size <= NUMBERS else ""
+            small = " of numbers" if size <= NUMBERS and kind not in ("all-gather", "reduce-scatter") else ""
             entry = self.found.setdefault(f"{kind}{small} x{ranks}", [0, 0])
             entry[0] += 1
             entry[1] += size

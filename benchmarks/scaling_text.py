@@ -80,7 +80,7 @@ def volumes(found: dict[int, Found], shards: int) -> Iterator[str]:
         "own step; tests find the same counts on 2 and on 4 real ranks. Calls: MiB of a step, the whole of what is",
         "handed over: what all-gathers give, what reduce-scatters and all-reduces are given. How much of it a rank",
         "sends is the algorithm's: **sent** is MiB on rings, (N - 1) / N of the whole and twice that for all-reduce.",
-        f"hsdp: {shards} ranks a copy. Counts, losses and norms, a few calls of under 1 KiB, are left out.",
+        f"hsdp: {shards} ranks a copy. Counts, losses and norms, a few calls of at most 8 KiB, are left out.",
         "",
         "| | | " + " | ".join(f"{size} ranks" for size in sizes) + " |",
         "|---|---|" + "---|" * len(sizes),
