@@ -68,7 +68,7 @@ def fake_world(size: int) -> World:
     """Rank 0 of size, alone. What composes a run is told of size ranks too. leave() ends it."""
     from torch.testing._internal.distributed.fake_pg import FakeStore  # registers the backend
 
-    os.environ |= {"RANK": "0", "WORLD_SIZE": str(size), "LOCAL_RANK": "0"}
+    os.environ |= {"RANK": "0", "WORLD_SIZE": str(size), "LOCAL_RANK": "0", "MASTER_ADDR": "localhost"}
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=size)
     return World(0, size, 0, torch.device("cpu"))
 

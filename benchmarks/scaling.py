@@ -7,9 +7,11 @@ linears, and full where collectives are counted.
 import argparse
 import json
 import os
+import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +120,7 @@ def _flops(session: Any, length: int) -> list[float]:
 
 
 def measure_ranks(job: dict[str, Any]) -> dict[str, Any]:
-    """CPU seconds of each step, summed over ranks, by strategy."""
+    """CPU seconds of each step, summed over ranks, by strategy; of the last step before those, too."""
     import torch
 
     from benchmarks.speed import Clock
@@ -131,7 +133,8 @@ def measure_ranks(job: dict[str, Any]) -> dict[str, Any]:
     for strategy in STRATEGIES if world.size > 1 else ("single",):
         session = assembled(job, world, "method=lora", f"strategy={strategy}")
         took = []
-        for step in range(1, job["steps"] + TRACES + 1):
+        warm = TRACES if strategy == "zero3" else 1
+        for step in range(1, job["steps"] + warm + 1):
             micro_batch = batch(session, [PER_RANK // 2] * 2, 1000 * step + world.rank)
             world.barrier()
             clock = Clock()
@@ -139,7 +142,7 @@ def measure_ranks(job: dict[str, Any]) -> dict[str, Any]:
             world.barrier()
             clock.end(PER_RANK, 0, 0, 0.0)
             took.append(sum(world.gather(clock.steps[0].cpu_seconds)))
-        found[strategy] = took[TRACES:]
+        found[strategy] = {"before": took[warm - 1], "steps": took[warm:]}
         session.run.strategy.close()
         del session
     leave()
@@ -184,7 +187,7 @@ def child(path: Path) -> None:
     """Measure what a job asks for; rank 0 writes what was found."""
     job = json.loads(path.read_text())
     found = PARTS[job["part"]](job)
-    if os.environ["RANK"] == "0":
+    if os.environ.get("RANK", "0") == "0":
         Path(job["out"]).write_text(json.dumps(found))
 
 
@@ -196,7 +199,9 @@ def measured(part: str, processes: int, threads: int, **job: Any) -> dict[str, A
         command = [sys.executable, "-m", "benchmarks.scaling", "--child", str(path)]
         env = {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}
         begun = time.monotonic()
-        if launch(command, num_processes=processes, log_dir=logs, env=env) != 0:
+        if processes == 1:
+            subprocess.run(command, env=os.environ | env, check=True)
+        elif launch(command, num_processes=processes, log_dir=logs, env=env) != 0:
             raise RuntimeError("\n".join(log.read_text()[-2000:] for log in sorted(logs.iterdir())))
         print(f"{part} {job}: {time.monotonic() - begun:.0f} s", flush=True)
         found: dict[str, Any] = json.loads(out.read_text())
@@ -215,7 +220,9 @@ def main() -> int:
         child(args.child)
         return 0
     job = {"model": args.model, "steps": args.steps}
-    volumes = {size: measured("volumes", 1, 1, size=size, **job) for size in SIZES}
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # counts, not times: side by side
+        counts = pool.map(lambda size: measured("volumes", 1, 1, size=size, **job), SIZES)
+        volumes = dict(zip(SIZES, counts, strict=True))
     ranks = {size: measured("ranks", size, 1, **job) for size in RANKS}
     lengths = measured("lengths", 1, os.cpu_count() or 1, **job)
     wrong = scaling_text.wrong(volumes)

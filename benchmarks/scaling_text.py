@@ -51,21 +51,24 @@ def ranks(found: dict[int, Found], volumes: dict[int, Found], per_rank: int) -> 
         "| strategy | ranks | CPU seconds | x one process | sent, MiB | CPU seconds above one process per GiB sent |",
         "|---|---|---|---|---|---|",
     )
-    alone = median(found[1]["single"]) / per_rank * 1000
+    alone = median(found[1]["single"]["steps"]) / per_rank * 1000
     yield f"| single | 1 | {alone:.2f} | 1.00 | 0 | |"
     for strategy in found[max(found)]:
         for size in (size for size in found if size > 1):
-            cost = median(found[size][strategy]) / (per_rank * size) * 1000
+            cost = median(found[size][strategy]["steps"]) / (per_rank * size) * 1000
             sent = on_rings(volumes[size][f"lora {strategy}"]["counted"])
             above = (cost - alone) * per_rank / 1000 / (sent / 2**30)
             yield f"| {strategy} | {size} | {cost:.2f} | {cost / alone:.2f} | {sent / MIB:,.0f} | {above:.2f} |"
+    second = found[max(found)]["zero3"]["before"] / max(found)
     yield from (
         "",
         "A token's arithmetic does not change, so what is above one process is communication (the copies into and out",
         "of flat buffers, gloo's sockets), and caches that more ranks than cores take from each other. ddp sends what",
         "learns, once a step; fsdp and zero3 send the whole base for every micro-batch, which is much beside a step as",
         "short as this: larger micro-batches (train.micro_batch_tokens) thin it out. Bytes are (N - 1) / N of the",
-        "whole, so the bend is between 1 and 2 ranks; what grows beyond the bytes is the last column's.",
+        "whole, so the bend is between 1 and 2 ranks; what grows beyond the bytes is the last column's. Not timed is",
+        f"the start: zero3's second step takes {second:.0f} CPU seconds a rank, once, because DeepSpeed looks through its",
+        "trace for each module in it (`__params_to_release`, up to stage3_max_reuse_distance, 10^9 elements).",
         "",
     )
 
@@ -112,8 +115,8 @@ def _reasons(most: Found, size: int) -> Iterator[str]:
         "- **fsdp** gathers every parameter twice and reduces what learns once for every micro-batch. Its bend towards",
         "  the right is filling up: FSDP2 gives each rank equally many of a tensor's rows, so that the 16 rows of a",
         f"  LoRA A become {size} on {size} ranks. With lora it gathers {gathered:.2f} x and reduces {reduced:.2f} x",
-        f"  what there is, with full {full:.2f} x. Beside that the calls stay and a rank's part of each shrinks as",
-        "  1 / N, so that time goes into latency.",
+        f"  what there is, with full {full:.2f} x. The calls stay and a rank's part of each shrinks as 1 / N, so that",
+        "  time goes into latency.",
         "- **hsdp** gathers and reduces among the ranks of a copy, whose number does not grow; the copies sum a shard",
         "  each, once for every micro-batch. Flat: the way out of fsdp's bend.",
         f"- **zero3** divides elements, not rows: {flat:.3f} x on {size} ranks, no bend. It gathers once where fsdp",
