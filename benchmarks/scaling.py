@@ -73,7 +73,7 @@ def measure_lengths(job: dict[str, Any]) -> dict[str, Any]:
     session = assembled(job, World(0, 1, 0, torch.device("cpu")), "method=lora")
     lengths = [length for length in LENGTHS if length <= session.model.config.max_position_embeddings]
     steps = {length: batch(session, [length] * (TOKENS // length), length) for length in lengths}
-    train_step(session, [steps[lengths[0]]], 1, 1.0)
+    train_step(session, [batch(session, [lengths[0]], 0)], 1, 1.0)
     clock = Clock()
     found: dict[str, Any] = {str(length): {"step": [], "attention": []} for length in lengths}
     for turn in range(job["steps"]):

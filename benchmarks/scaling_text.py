@@ -67,8 +67,8 @@ def ranks(found: dict[int, Found], volumes: dict[int, Found], per_rank: int) -> 
         "learns, once a step; fsdp and zero3 send the whole base for every micro-batch, which is much beside a step as",
         "short as this: larger micro-batches (train.micro_batch_tokens) thin it out. Bytes are (N - 1) / N of the",
         "whole, so the bend is between 1 and 2 ranks; what grows beyond the bytes is the last column's. Not timed is",
-        f"the start: zero3's second step takes {second:.0f} CPU seconds a rank, once, because DeepSpeed looks through its",
-        "trace for each module in it (`__params_to_release`, up to stage3_max_reuse_distance, 10^9 elements).",
+        f"the start: zero3's second step takes {second:.0f} CPU seconds a rank, once, because DeepSpeed looks through",
+        "its trace for each module in it (`__params_to_release`, up to stage3_max_reuse_distance, 10^9 elements).",
         "",
     )
 
