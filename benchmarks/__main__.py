@@ -6,6 +6,7 @@ import sys
 COMMANDS = (
     ["benchmarks.load_memory"],
     ["benchmarks.saving"],
+    ["benchmarks.scaling"],
     *(["benchmarks.speed", "--mode", mode] for mode in ("lora", "qlora", "full")),
     ["benchmarks.speed_ranks"],
 )

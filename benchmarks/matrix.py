@@ -17,20 +17,23 @@ from typing import Any
 from dsft_launchers.local import launch
 
 from benchmarks.machine import here
+from dsft.wording import OWN_CONF
 
 BOUND = 1e-5
 """Largest relative difference of loss and gradient norm to `single`, fp32, 10 steps of AdamW at lr 1e-3."""
 
 MODELS = ("tiny", "tiny_moe")
 METHODS = {
-    "full": ["method=full"],
-    "freeze": ["method=freeze"],
-    "lora": ["method=lora"],
-    "dora": ["method=dora"],
-    "qlora": ["method=qlora"],
+    **{path.stem: [f"method={path.stem}"] for path in sorted((OWN_CONF / "method").glob("*.yaml"))},
     "lora+int8": ["method=lora", "quantization=int8"],
 }
-RECOMPUTE = ("none", "full")
+VARIANTS = {
+    "none": ["train.gradient_checkpointing=none", "train.global_batch_size=4"],
+    "full": ["train.gradient_checkpointing=full", "train.global_batch_size=4"],
+    "packed": ["train.gradient_checkpointing=none", "train.global_batch_size=8"],
+}
+"""none, full: what is computed again. packed: nothing is, and a rank has its examples, two or more, in one micro-batch,
+while a single process has each of the same examples in a micro-batch of its own, as all have in the other variants."""
 
 
 @dataclass(frozen=True)
@@ -60,48 +63,50 @@ COLUMNS = (
 
 
 def cells(
-    column: Column, data: Path, models: tuple[str, ...], methods: tuple[str, ...], recompute: tuple[str, ...]
+    column: Column, data: Path, models: tuple[str, ...], methods: tuple[str, ...], variants: tuple[str, ...]
 ) -> dict[str, list[str]]:
     """Cell name -> overrides, for one column."""
     sgd = column.optim == "sgd"
     shared = [
         "data=local", f"data.path={data}", "data.shuffle=false", "train.precision=fp32", "train.steps=10",
-        "train.global_batch_size=4", "train.micro_batch_tokens=300", "train.max_length=512", "tracker=[]",
+        "train.max_length=512", "tracker=[]",
         f"optim.name={column.optim}", f"optim.lr={0.05 if sgd else 1e-3}", "optim.schedule=constant",
         f"train.max_grad_norm={'inf' if sgd else 1.0}", f"strategy={column.strategy}", *column.extra,
     ]  # fmt: skip
     return {
-        f"{model} {method} {again}": [
-            f"model={model}", *METHODS[method], f"train.gradient_checkpointing={again}", *shared,
+        f"{model} {method} {variant}": [
+            f"model={model}", *METHODS[method], *VARIANTS[variant], *shared,
+            f"train.micro_batch_tokens={8192 if variant == 'packed' and column.size > 1 else 1}",
         ]
-        for model in models for method in methods for again in recompute
+        for model in models for method in methods for variant in variants
     }  # fmt: skip
 
 
 def run_columns(
     columns: Sequence[Column], data: Path, *, models: tuple[str, ...] = MODELS,
-    methods: tuple[str, ...] = tuple(METHODS), recompute: tuple[str, ...] = RECOMPUTE, only: tuple[str, ...] = (),
-    planted: tuple[str, ...] = (),
+    methods: tuple[str, ...] = tuple(METHODS), variants: tuple[str, ...] = tuple(VARIANTS), only: tuple[str, ...] = (),
+    planted: tuple[str, ...] = (), fake: bool = False,
 ) -> dict[str, dict[str, Any]]:  # fmt: skip
     """Run the cells of columns of one size in one warm group of processes, or each planted fault in them instead.
 
-    only: names of the cells to run, all if empty.
+    only: names of the cells to run, all if empty. fake: one process plays rank 0 of the group; its collectives are
+    those of a real one, its numbers are not.
 
     Returns column name -> cell name -> measured or refused; with planted faults the cell's name ends in "!FAULT".
     """
     (size,) = {column.size for column in columns}
     todo: dict[str, Any] = {}
     for column in columns:
-        for name, words in cells(column, data, models, methods, recompute).items():
+        for name, words in cells(column, data, models, methods, variants).items():
             if only and name not in only:
                 continue
             for fault in planted or (None,):
                 todo[f"{column.name}|{name}{f'!{fault}' if fault else ''}"] = [words, fault]
     with tempfile.TemporaryDirectory() as folder:
         job, out, logs = (Path(folder) / name for name in ("job.json", "out.json", "logs"))
-        job.write_text(json.dumps({"cells": todo, "out": str(out)}))
+        job.write_text(json.dumps({"cells": todo, "out": str(out), "fake": size if fake else 0}))
         command = [sys.executable, "-m", "benchmarks.cells", str(job)]
-        code = launch(command, num_processes=size, log_dir=logs, env={"OMP_NUM_THREADS": "1"})
+        code = launch(command, num_processes=1 if fake else size, log_dir=logs, env={"OMP_NUM_THREADS": "1"})
         if code != 0:
             raise RuntimeError(f"{', '.join(column.name for column in columns)} ended with {code}: {_tail(logs)}")
         measured: dict[str, Any] = json.loads(out.read_text())
@@ -128,7 +133,7 @@ def difference(cell: dict[str, Any], single: dict[str, Any]) -> float:
     return worst
 
 
-def faults(cell: dict[str, Any], single: dict[str, Any], column: Column) -> list[str]:
+def faults(name: str, cell: dict[str, Any], single: dict[str, Any], column: Column) -> list[str]:
     """What keeps a cell from being green; empty if nothing does."""
     found = []
     if difference(cell, single) > BOUND:
@@ -138,6 +143,8 @@ def faults(cell: dict[str, Any], single: dict[str, Any], column: Column) -> list
     moved = abs(single["losses"][0] - single["losses"][-1]) / single["losses"][0]
     if moved < 0.01:
         found.append(f"proves nothing: the loss moves by {moved:.1%}")
+    if single["examples"][1] > 1 or (name.endswith("packed") and cell["examples"][0] < 2):
+        found.append("proves nothing: the single process packed, or a rank did not")
     if column.size > 1 and cell["label_ratio"] < 2:
         found.append(f"proves nothing: label counts differ by {cell['label_ratio']:.1f} x")
     return found
@@ -171,7 +178,7 @@ def write_table(
 ) -> int:
     """Write the table; returns the number of red cells."""
     red, reasons, worst = 0, [], 0.0
-    lines = ["| model, method, recompute | " + " | ".join(column.name for column in table) + " |"]
+    lines = ["| model, method, variant | " + " | ".join(column.name for column in table) + " |"]
     lines += ["|---|" + "---|" * len(table)]
     for name in single["adamw"]:
         row = []
@@ -182,7 +189,7 @@ def write_table(
                 row.append("**RED** refused")
                 reasons.append(f"{name}, {column.name}: {cell['refused']}")
                 continue
-            off, wrong = difference(cell, alone), faults(cell, alone, column)
+            off, wrong = difference(cell, alone), faults(name, cell, alone, column)
             worst = max(worst, off)
             red += bool(wrong)
             row.append(f"**RED** {'; '.join(wrong)}" if wrong else f"{off:.0e}")
@@ -191,7 +198,9 @@ def write_table(
         "# The equality matrix",
         "",
         "Largest relative difference of loss and of gradient norm to one process over 10 steps: fp32, AdamW at lr",
-        "1e-3 (the sgd column: 0.05), constant rate, dropout 0, global batch 4, micro-batches of 300 tokens. In every",
+        "1e-3 (the sgd column: 0.05), constant rate, dropout 0. none, full: what is computed again in backward; global",
+        "batch 4, each example in a micro-batch of its own. packed: global batch 8, a rank's examples in one",
+        "micro-batch, two or more, against one process that takes each of them alone. In every",
         "cell the label counts of the ranks differ by 2 x or more and the loss moves by 1 % or more. A sharding cell",
         "is green only if the ranks together hold at most 1.1 x the model (hsdp: 1.1 x its two copies) after step 1.",
         f"Bound {BOUND:g}; largest {worst:.1e}; red cells: {red}. Made by `make matrix` in {seconds / 60:.1f} minutes",

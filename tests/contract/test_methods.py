@@ -77,10 +77,12 @@ def _text(method: str) -> str:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_the_loss_is_the_same_for_any_micro_batch_budget(method: str) -> None:
+def test_packed_equals_one_example_at_a_time(method: str) -> None:
     results = []
-    for budget in (100, 4000):
+    for budget, micro_batches in ((1, 4), (4000, 1)):
         session, data = _session(method, f"train.micro_batch_tokens={budget}")
-        result = train_step(session, step_batches(session, data, 1)[1], 1, 1.0)  # type: ignore[arg-type]
+        batches = step_batches(session, data, 1)[1]  # type: ignore[arg-type]
+        assert len(batches) == micro_batches
+        result = train_step(session, batches, 1, 1.0)
         results.append((result.loss, result.grad_norm))
     assert results[0] == pytest.approx(results[1], rel=1e-5)

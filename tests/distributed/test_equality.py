@@ -6,9 +6,12 @@ from typing import Any
 import pytest
 
 from benchmarks.cells import write_rows
+from benchmarks.collectives import closed_form
 from benchmarks.matrix import BOUND, COLUMNS, METHODS, MODELS, SINGLE, SINGLE_SGD, difference, faults, run_columns
+from dsft.compose import compose
+from dsft.engine.assemble import skeleton
 
-CORNER: dict[str, Any] = {"only": ("tiny full full", "tiny qlora none")}
+CORNER: dict[str, Any] = {"only": ("tiny full full", "tiny qlora packed")}
 PLANTED = ("local-counts", "lost-gradients")
 SIZES = sorted({column.size for column in COLUMNS})
 
@@ -22,18 +25,56 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def single(rows: Path) -> dict[str, Any]:
-    alone = run_columns((SINGLE, SINGLE_SGD), rows, **CORNER)
+    return _alone(rows, CORNER)
+
+
+@pytest.fixture(scope="module", params=SIZES)
+def ran(request: pytest.FixtureRequest, rows: Path) -> dict[str, Any]:
+    """Column -> cell -> measured, on so many processes."""
+    return run_columns(_columns(request.param), rows, **CORNER)
+
+
+def _columns(size: int) -> list[Any]:
+    return [column for column in COLUMNS if column.size == size]
+
+
+def _alone(rows: Path, what: dict[str, Any]) -> dict[str, Any]:
+    """Optimizer -> cell -> measured, on one process."""
+    alone = run_columns((SINGLE, SINGLE_SGD), rows, **what)
     return {SINGLE.optim: alone[SINGLE.name], SINGLE_SGD.optim: alone[SINGLE_SGD.name]}
 
 
-@pytest.mark.parametrize("size", SIZES)
-def test_every_strategy_equals_one_process(size: int, rows: Path, single: dict[str, Any]) -> None:
-    columns = [column for column in COLUMNS if column.size == size]
-    results = run_columns(columns, rows, **CORNER)
+def test_every_strategy_equals_one_process(ran: dict[str, Any], single: dict[str, Any]) -> None:
+    _all_green(ran, single)
+
+
+def test_a_fake_group_counts_the_collectives_of_a_real_one(ran: dict[str, Any], rows: Path) -> None:
+    cell, strategies = "tiny full full", ("ddp", "fsdp", "hsdp", "zero3")
+    columns = [c for c in COLUMNS if c.name in ran and c.strategy in strategies and c.optim == "adamw"]
+    fake = run_columns(columns, rows, only=(cell,), fake=True)
+    run = compose(["model=tiny", "method=full", "train.precision=fp32"]).run
+    bones = skeleton(run, run.model.resolve())
     for column in columns:
-        alone = single[column.optim]
-        assert results[column.name].keys() == alone.keys()
-        wrong = {cell: faults(results[column.name][cell], alone[cell], column) for cell in alone}
+        counted = ran[column.name][cell]["collectives"]
+        assert fake[column.name][cell]["collectives"] == counted, column.name
+        shards = column.size // (column.copies or 1)
+        expected = closed_form(bones, column.strategy, column.size, shards, 4 // column.size)
+        assert {name: nbytes for name, (_, nbytes) in counted.items() if "numbers" not in name} == expected, column.name
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("size", SIZES)
+def test_packed_equals_unpacked_under_every_strategy_and_method(size: int, rows: Path) -> None:
+    whole: dict[str, Any] = {"variants": ("packed",)}
+    _all_green(run_columns(_columns(size), rows, **whole), _alone(rows, whole))
+
+
+def _all_green(results: dict[str, Any], single: dict[str, Any]) -> None:
+    for column in (column for column in COLUMNS if column.name in results):
+        cells, alone = results[column.name], single[column.optim]
+        assert cells.keys() == alone.keys()
+        wrong = {cell: faults(cell, cells[cell], alone[cell], column) for cell in alone}
         assert not any(wrong.values()), (column.name, wrong)
 
 
@@ -47,12 +88,11 @@ def test_planted_faults_turn_every_strategy_red(size: int, rows: Path, single: d
 @pytest.mark.parametrize("size", SIZES)
 def test_planted_faults_turn_every_distributed_cell_red(size: int, rows: Path) -> None:
     whole: dict[str, Any] = {"models": MODELS, "methods": tuple(METHODS)}
-    alone = run_columns((SINGLE, SINGLE_SGD), rows, **whole)
-    _all_red(size, rows, {"adamw": alone[SINGLE.name], "sgd": alone[SINGLE_SGD.name]}, whole)
+    _all_red(size, rows, _alone(rows, whole), whole)
 
 
 def _all_red(size: int, rows: Path, single: dict[str, Any], corner: dict[str, Any]) -> None:
-    columns = [column for column in COLUMNS if column.size == size]
+    columns = _columns(size)
     results = run_columns(columns, rows, **corner, planted=PLANTED)
     for column in columns:
         assert results[column.name]

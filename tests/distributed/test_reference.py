@@ -38,8 +38,8 @@ def _rows(folder: Path) -> Path:
     return path
 
 
-def _plain_loop(base: str, rows: list[dict[str, str]]) -> list[float]:
-    """What the field writes by hand: padded batches, PEFT, AdamW; the loss is the mean over supervised tokens."""
+def _plain_loop(base: str, rows: list[dict[str, str]]) -> list[tuple[float, float]]:
+    """What the field writes by hand: padded batches, PEFT, AdamW; loss (mean over supervised tokens), gradient norm."""
     tokenizer = AutoTokenizer.from_pretrained(base)
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     model = get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules=LINEARS, task_type="CAUSAL_LM"))
@@ -48,18 +48,18 @@ def _plain_loop(base: str, rows: list[dict[str, str]]) -> list[float]:
             torch.manual_seed(stream(0, name.removeprefix("base_model.model.")))
             nn.init.kaiming_uniform_(param, a=5**0.5)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=RATE, weight_decay=0.0)
-    losses = []
+    steps = []
     for start in range(0, len(rows), BATCH):
         batch = padded([encode(tokenizer, row) for row in rows[start : start + BATCH]])
         labels = batch.pop("labels")
         logits = model(**batch).logits
         loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(loss.item())
-    return losses
+        steps.append((loss.item(), norm.item()))
+    return steps
 
 
 @pytest.mark.parametrize("num_steps", [2, pytest.param(20, marks=pytest.mark.slow)])
@@ -73,16 +73,44 @@ def test_losses_equal_a_plain_transformers_and_peft_loop(num_steps: int, tmp_pat
     ]  # fmt: skip
     done = subprocess.run([sys.executable, "-m", "dsft.run", *words], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    ours = [json.loads(line)["loss"] for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    metrics = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    ours = [(line["loss"], line["grad_norm"]) for line in metrics]
     order = [i for line in (run_dir / "samples.jsonl").read_text().splitlines() for i in json.loads(line)["ids"]]
     source = [json.loads(line) for line in path.read_text().splitlines()]
     chosen = [source[int(sample.rpartition(":")[2])] for sample in order]
     base = json.loads((run_dir / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"]
     theirs = _plain_loop(base, chosen)
-    worst = max(abs(a - b) / b for a, b in zip(ours, theirs, strict=True))
+    pairs = zip(ours, theirs, strict=True)
+    worst = max(abs(a - b) / b for step in pairs for a, b in zip(*step, strict=True))
     print(f"largest relative difference over {num_steps} steps: {worst:.1e}")
     assert len(ours) == num_steps
     assert worst < 1e-4
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("model", ["tiny", "tiny_moe"])
+def test_a_packed_step_equals_a_padded_batch_in_plain_transformers(model: str, attention: str) -> None:
+    run = compose([
+        f"model={model}", "method=full", "data=reasoning_gym", "data.size=32", "data.eval_size=0", "launcher=local",
+        "train.precision=fp32", "train.global_batch_size=8", "train.micro_batch_tokens=8192",
+    ]).run  # fmt: skip
+    files = run.model.resolve()
+    data = open_data(run.data, files.tokenizer(), max_length=512, seed=0)
+    session = assemble(run, files, World(0, 1, 0, torch.device("cpu")))
+    rows, batches = step_batches(session, data, 1)
+    assert [len(batch.lengths) for batch in batches] == [8]
+    examples = [data.train.example(row) for row in rows]
+    batch = padded([(ids.tolist(), [int(i) if m else -100 for i, m in zip(ids, mask, strict=True)])
+                    for ids, mask in examples])  # fmt: skip
+    assert not batch["attention_mask"].all()
+    labels = batch.pop("labels")
+    plain = AutoModelForCausalLM.from_pretrained(files.folder, dtype=torch.float32, attn_implementation=attention)
+    logits = plain(**batch).logits
+    loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
+    loss.backward()
+    norm = torch.nn.utils.clip_grad_norm_(plain.parameters(), float("inf"))
+    ours = train_step(session, batches, 1, 1.0)
+    assert (ours.loss, ours.grad_norm) == pytest.approx((loss.item(), norm.item()), rel=1e-5)
 
 
 def _trained(words: list[str]) -> Session:
