@@ -73,12 +73,15 @@ def fake_world(size: int) -> World:
     return World(0, size, 0, torch.device("cpu"))
 
 
-def closed_form(bones: Skeleton, strategy: str, size: int, shards: int, micro_batches: int) -> dict[str, int]:
+def closed_form(
+    bones: Skeleton, strategy: str, size: int, shards: int, micro_batches: int, *, kept: bool = False
+) -> dict[str, int]:
     """Bytes of a step by collective, as in Volume, without those of numbers; shards: ranks of a copy, for hsdp.
 
-    ddp: what learns, once. fsdp, hsdp: each micro-batch gathers all parameters in forward and in backward, and reduces
-    what learns; each rank has equally many of a tensor's rows, which are filled up to that. hsdp: the copies then sum
-    what a shard got. zero3: each micro-batch gathers all once (a model below stage3_max_live_parameters stays until
+    ddp: what learns, once. fsdp, hsdp: each micro-batch gathers a block in forward and in backward, all else (embedding
+    and head, which the one ends and the other begins with) once, and reduces what learns; kept (keep_unsharded): a step
+    gathers all once. Each rank has equally many of a tensor's rows, which are filled up to that. hsdp: the copies then
+    sum what a shard got. zero3: each micro-batch gathers all once (a model below stage3_max_live_parameters stays until
     backward), and reduces what learns; a tensor's elements are filled up.
     """
     params = list(bones.model.parameters())
@@ -93,9 +96,12 @@ def closed_form(bones: Skeleton, strategy: str, size: int, shards: int, micro_ba
         }
     whole = {id(param): _filled(len(param), shards) * param[0].numel() for param in params}
     width = 2 if any(param.dtype == torch.bfloat16 for param in params) else 4
+    blocks = [param for name in bones.anatomy.blocks for param in bones.model.get_submodule(name).parameters()]
+    again = sum(whole[id(param)] for param in blocks)
+    gathered = sum(whole.values()) if kept else micro_batches * (sum(whole.values()) + again)
     reduced = micro_batches * sum(whole[id(param)] * 4 for param in learning)
     found = {
-        f"all-gather x{shards}": 2 * micro_batches * sum(whole.values()) * width,
+        f"all-gather x{shards}": gathered * width,
         f"reduce-scatter x{shards}": reduced,
     }
     return found | ({f"all-reduce x{size // shards}": reduced // shards} if strategy == "hsdp" else {})

@@ -66,7 +66,7 @@ def measure_lengths(job: dict[str, Any]) -> dict[str, Any]:
     """CPU seconds of a step and of its attention alone, for each length of example; the lengths take turns."""
     import torch
 
-    from benchmarks.speed import Clock
+    from benchmarks.job import Clock
     from dsft.comm.world import World
     from dsft.engine.step import train_step
 
@@ -123,7 +123,7 @@ def measure_ranks(job: dict[str, Any]) -> dict[str, Any]:
     """CPU seconds of each step, summed over ranks, by strategy; of the last step before those, too."""
     import torch
 
-    from benchmarks.speed import Clock
+    from benchmarks.job import Clock
     from dsft.comm.world import join, leave
     from dsft.engine.step import train_step
 
