@@ -82,7 +82,8 @@ def _gathered(run: Run, bones: Skeleton) -> int:
         return sum(param.numel() * min(width, param.element_size()) for param in module.parameters())
 
     blocks = [size(bones.model.get_submodule(name)) for name in bones.anatomy.blocks]
-    return run.strategy.gathered(blocks, size(bones.model) - sum(blocks))
+    whole_at_once: int = run.strategy.gathered(blocks, size(bones.model) - sum(blocks))
+    return whole_at_once
 
 
 def _forward(run: Run, bones: Skeleton) -> tuple[int | None, int]:
