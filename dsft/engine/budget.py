@@ -16,6 +16,9 @@ from dsft.telemetry.meter import resident_bytes
 CONTEXT = 2**29
 """What a CUDA context and its libraries take of a GPU, about."""
 
+SLACK = 2**29
+"""What glibc's heap leaves unused between a step's tensors: 0.1 to 0.95 GB, benchmarks/results/memory.md."""
+
 
 @dataclass(frozen=True)
 class Budget:
@@ -23,7 +26,7 @@ class Budget:
 
     weights: what is frozen, as it is stored; values, gradients, moments: of what learns; gathered: what sharding makes
     whole at a time; activations: of one micro-batch, None where they cannot be counted; working: the most that one
-    block, the head or the update takes for itself; process: what is there before the model.
+    block, the head or the update takes for itself; slack: what a CPU's heap wastes; process: what is there before.
     """
 
     weights: int
@@ -33,6 +36,7 @@ class Budget:
     gathered: int
     activations: int | None
     working: int
+    slack: int
     process: int
 
     def as_dict(self) -> dict[str, int | None]:
@@ -55,7 +59,9 @@ def estimate(run: Run, bones: Skeleton, ranks: int, *, accelerator: bool) -> Bud
         "gradients": shares.gradients * (largest if _freed_at_once(run, ranks) else values),
         "moments": shares.moments * sum(state_bytes(run.optim, param.shape) for param in learning),
     }
-    activations, working = _forward(run, bones)
+    saved = _saved(run, bones)
+    activations, working = _kept(saved, run) if saved else (None, 0)
+    working = max(working, _head(bones, run.train.micro_batch_tokens))
     if accelerator and run.train.offload_activations and activations is not None:
         activations = 0  # one block's come back at a time: working has them
     update = round(kept["values"]) if accelerator else 2 * largest  # on GPUs torch moves all parameters at once
@@ -64,6 +70,7 @@ def estimate(run: Run, bones: Skeleton, ranks: int, *, accelerator: bool) -> Bud
         gathered=_gathered(run, bones),
         activations=activations,
         working=max(working, update - (activations or 0)),
+        slack=0 if accelerator or saved is None else min(SLACK, sum(saved.blocks)),
         process=CONTEXT if accelerator else resident_bytes(),
     )
 
@@ -71,7 +78,8 @@ def estimate(run: Run, bones: Skeleton, ranks: int, *, accelerator: bool) -> Bud
 def _freed_at_once(run: Run, ranks: int) -> bool:
     """True if no gradient outlives backward: nothing is added up over micro-batches, as a step is surely one."""
     examples = -(-run.train.global_batch_size // ranks)
-    return run.optim.in_backward and examples * run.train.max_length <= run.train.micro_batch_tokens
+    one_micro_batch: bool = examples * run.train.max_length <= run.train.micro_batch_tokens
+    return run.optim.in_backward and one_micro_batch
 
 
 def _gathered(run: Run, bones: Skeleton) -> int:
@@ -82,20 +90,16 @@ def _gathered(run: Run, bones: Skeleton) -> int:
         return sum(param.numel() * min(width, param.element_size()) for param in module.parameters())
 
     blocks = [size(bones.model.get_submodule(name)) for name in bones.anatomy.blocks]
-    return run.strategy.gathered(blocks, size(bones.model) - sum(blocks))
+    whole: int = run.strategy.gathered(blocks, size(bones.model) - sum(blocks))
+    return whole
 
 
-def _forward(run: Run, bones: Skeleton) -> tuple[int | None, int]:
-    """Activations of one micro-batch, and what the head or a block in its backward takes beside them."""
-    train, tokens = run.train, run.train.micro_batch_tokens
-    whole, rest = divmod(tokens, train.max_length)
+def _saved(run: Run, bones: Skeleton) -> Saved | None:
+    """What one micro-batch keeps: rows of train.max_length, and a shorter one to fill it."""
+    train = run.train
+    whole, rest = divmod(train.micro_batch_tokens, train.max_length)
     lengths = (train.max_length,) * whole + ((rest,) if rest else ())
-    head = _head(bones, tokens)
-    saved = count_saved(bones.model, bones.anatomy, lengths, bf16=train.precision == "bf16")
-    if saved is None:
-        return None, head
-    kept, again = _kept(saved, run)
-    return kept, max(head, again)
+    return count_saved(bones.model, bones.anatomy, lengths, bf16=train.precision == "bf16")
 
 
 def _kept(saved: Saved, run: Run) -> tuple[int, int]:
