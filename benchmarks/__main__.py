@@ -6,6 +6,7 @@ import sys
 COMMANDS = (
     ["benchmarks.load_memory"],
     ["benchmarks.saving"],
+    ["benchmarks.memory"],
     *(["benchmarks.speed", "--mode", mode] for mode in ("lora", "qlora", "full")),
 )
 

@@ -16,17 +16,18 @@ from dsft.telemetry.meter import resident_bytes
 CONTEXT = 2**29
 """What a CUDA context and its libraries take of a GPU, about."""
 
-SLACK = 2**29
-"""What glibc's heap leaves unused between a step's tensors: 0.1 to 0.95 GB, benchmarks/results/memory.md."""
+SLACK = 3 * 2**28
+"""What glibc's heap leaves unused between a step's tensors: 0.1 to 1.4 GB, benchmarks/results/memory.md."""
 
 
 @dataclass(frozen=True)
 class Budget:
     """Bytes of one rank on the device that computes.
 
-    weights: what is frozen, as it is stored; values, gradients, moments: of what learns; gathered: what sharding makes
-    whole at a time; activations: of one micro-batch, None where they cannot be counted; working: the most that one
-    block, the head or the update takes for itself; slack: what a CPU's heap wastes; process: what is there before.
+    weights: what is frozen, as it is stored; values, gradients, moments: of what learns (gradients: those beside
+    activations); gathered: what sharding makes whole at a time; activations: of one micro-batch, None where they cannot
+    be counted; working: the most that one block, the head or the update takes for itself; slack: what a CPU's heap
+    wastes; process: what is there before.
     """
 
     weights: int
@@ -56,7 +57,7 @@ def estimate(run: Run, bones: Skeleton, ranks: int, *, accelerator: bool) -> Bud
     kept = {
         "weights": shares.weights * sum(tensor.nbytes for tensor in frozen),
         "values": shares.values * values,
-        "gradients": shares.gradients * (largest if _freed_at_once(run, ranks) else values),
+        "gradients": shares.gradients * values,
         "moments": shares.moments * sum(state_bytes(run.optim, param.shape) for param in learning),
     }
     saved = _saved(run, bones)
@@ -64,6 +65,9 @@ def estimate(run: Run, bones: Skeleton, ranks: int, *, accelerator: bool) -> Bud
     working = max(working, _head(bones, run.train.micro_batch_tokens))
     if accelerator and run.train.offload_activations and activations is not None:
         activations = 0  # one block's come back at a time: working has them
+    if _one_micro_batch(run, ranks):
+        most = kept["gradients"] if not run.optim.in_backward else min(kept["gradients"], largest)
+        kept["gradients"] = max(0, most - (activations or 0))  # they come as activations go
     update = round(kept["values"]) if accelerator else 2 * largest  # on GPUs torch moves all parameters at once
     return Budget(
         **{name: 0 if accelerator and name in shares.on_host else round(value) for name, value in kept.items()},
@@ -75,11 +79,11 @@ def estimate(run: Run, bones: Skeleton, ranks: int, *, accelerator: bool) -> Bud
     )
 
 
-def _freed_at_once(run: Run, ranks: int) -> bool:
-    """True if no gradient outlives backward: nothing is added up over micro-batches, as a step is surely one."""
+def _one_micro_batch(run: Run, ranks: int) -> bool:
+    """True if a step is surely one on each rank, so that no gradient waits for another."""
     examples = -(-run.train.global_batch_size // ranks)
-    one_micro_batch: bool = examples * run.train.max_length <= run.train.micro_batch_tokens
-    return run.optim.in_backward and one_micro_batch
+    surely: bool = examples * run.train.max_length <= run.train.micro_batch_tokens
+    return surely
 
 
 def _gathered(run: Run, bones: Skeleton) -> int:
