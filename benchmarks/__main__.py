@@ -7,6 +7,7 @@ COMMANDS = (
     ["benchmarks.load_memory"],
     ["benchmarks.saving"],
     ["benchmarks.scaling"],
+    ["benchmarks.memory"],
     *(["benchmarks.speed", "--mode", mode] for mode in ("lora", "qlora", "full")),
     ["benchmarks.speed_ranks"],
 )

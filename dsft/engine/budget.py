@@ -16,14 +16,18 @@ from dsft.telemetry.meter import resident_bytes
 CONTEXT = 2**29
 """What a CUDA context and its libraries take of a GPU, about."""
 
+SLACK = 3 * 2**28
+"""What glibc's heap leaves unused between a step's tensors: 0.1 to 1.4 GB, benchmarks/results/memory.md."""
+
 
 @dataclass(frozen=True)
 class Budget:
     """Bytes of one rank on the device that computes.
 
-    weights: what is frozen, as it is stored; values, gradients, moments: of what learns; gathered: what sharding makes
-    whole at a time; activations: of one micro-batch, None where they cannot be counted; working: the most that one
-    block, the head or the update takes for itself; process: what is there before the model.
+    weights: what is frozen, as it is stored; values, gradients, moments: of what learns (gradients: those beside
+    activations); gathered: what sharding makes whole at a time; activations: of one micro-batch, None where they cannot
+    be counted; working: the most that one block, the head or the update takes for itself; slack: what a CPU's heap
+    wastes; process: what is there before.
     """
 
     weights: int
@@ -33,6 +37,7 @@ class Budget:
     gathered: int
     activations: int | None
     working: int
+    slack: int
     process: int
 
     def as_dict(self) -> dict[str, int | None]:
@@ -52,26 +57,33 @@ def estimate(run: Run, bones: Skeleton, ranks: int, *, accelerator: bool) -> Bud
     kept = {
         "weights": shares.weights * sum(tensor.nbytes for tensor in frozen),
         "values": shares.values * values,
-        "gradients": shares.gradients * (largest if _freed_at_once(run, ranks) else values),
+        "gradients": shares.gradients * values,
         "moments": shares.moments * sum(state_bytes(run.optim, param.shape) for param in learning),
     }
-    activations, working = _forward(run, bones)
+    saved = _saved(run, bones)
+    activations, working = _kept(saved, run) if saved else (None, 0)
+    working = max(working, _head(bones, run.train.micro_batch_tokens))
     if accelerator and run.train.offload_activations and activations is not None:
         activations = 0  # one block's come back at a time: working has them
+    if _one_micro_batch(run, ranks):
+        most = kept["gradients"] if not run.optim.in_backward else min(kept["gradients"], largest)
+        kept["gradients"] = max(0, most - (activations or 0))  # they come as activations go
     update = round(kept["values"]) if accelerator else 2 * largest  # on GPUs torch moves all parameters at once
     return Budget(
         **{name: 0 if accelerator and name in shares.on_host else round(value) for name, value in kept.items()},
         gathered=_gathered(run, bones),
         activations=activations,
         working=max(working, update - (activations or 0)),
+        slack=0 if accelerator or saved is None else min(SLACK, sum(saved.blocks)),
         process=CONTEXT if accelerator else resident_bytes(),
     )
 
 
-def _freed_at_once(run: Run, ranks: int) -> bool:
-    """True if no gradient outlives backward: nothing is added up over micro-batches, as a step is surely one."""
+def _one_micro_batch(run: Run, ranks: int) -> bool:
+    """True if a step is surely one on each rank, so that no gradient waits for another."""
     examples = -(-run.train.global_batch_size // ranks)
-    return run.optim.in_backward and examples * run.train.max_length <= run.train.micro_batch_tokens
+    surely: bool = examples * run.train.max_length <= run.train.micro_batch_tokens
+    return surely
 
 
 def _gathered(run: Run, bones: Skeleton) -> int:
@@ -82,21 +94,16 @@ def _gathered(run: Run, bones: Skeleton) -> int:
         return sum(param.numel() * min(width, param.element_size()) for param in module.parameters())
 
     blocks = [size(bones.model.get_submodule(name)) for name in bones.anatomy.blocks]
-    whole_at_once: int = run.strategy.gathered(blocks, size(bones.model) - sum(blocks))
-    return whole_at_once
+    whole: int = run.strategy.gathered(blocks, size(bones.model) - sum(blocks))
+    return whole
 
 
-def _forward(run: Run, bones: Skeleton) -> tuple[int | None, int]:
-    """Activations of one micro-batch, and what the head or a block in its backward takes beside them."""
-    train, tokens = run.train, run.train.micro_batch_tokens
-    whole, rest = divmod(tokens, train.max_length)
+def _saved(run: Run, bones: Skeleton) -> Saved | None:
+    """What one micro-batch keeps: rows of train.max_length, and a shorter one to fill it."""
+    train = run.train
+    whole, rest = divmod(train.micro_batch_tokens, train.max_length)
     lengths = (train.max_length,) * whole + ((rest,) if rest else ())
-    head = _head(bones, tokens)
-    saved = count_saved(bones.model, bones.anatomy, lengths, bf16=train.precision == "bf16")
-    if saved is None:
-        return None, head
-    kept, again = _kept(saved, run)
-    return kept, max(head, again)
+    return count_saved(bones.model, bones.anatomy, lengths, bf16=train.precision == "bf16")
 
 
 def _kept(saved: Saved, run: Run) -> tuple[int, int]:

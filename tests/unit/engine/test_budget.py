@@ -148,12 +148,17 @@ def test_what_will_not_fit_is_said_and_not_refused() -> None:
     assert "will not do" not in as_text(make_plan(fits, fits.run.model.resolve(planning=True)))
 
 
-def test_gradients_that_are_freed_at_once_are_not_counted_where_a_step_is_one_micro_batch() -> None:
-    words = ["method=full", "train.max_grad_norm=inf", "train.global_batch_size=4", "train.max_length=512"]
-    plain, moving = budget_of(*words), budget_of(*words, "optim.in_backward=true")
-    several = budget_of(*words, "optim.in_backward=true", "train.micro_batch_tokens=512")
+def test_gradients_count_beside_activations_unless_they_take_their_place() -> None:
+    words = ["method=full", "train.max_grad_norm=inf", "train.max_length=64"]
+    one = [*words, "train.global_batch_size=1", "train.micro_batch_tokens=64", "train.gradient_checkpointing=full"]
+    several, plain, moving = (
+        budget_of(*words, "train.global_batch_size=64"),
+        budget_of(*one),
+        budget_of(*one, "optim.in_backward=true"),
+    )
+    assert several.gradients == several.values
+    assert plain.gradients == plain.values - (plain.activations or 0)
     assert moving.gradients < plain.gradients / 4
-    assert several.gradients == plain.gradients
 
 
 def test_offloading_to_where_activations_are_is_said_to_do_nothing() -> None:

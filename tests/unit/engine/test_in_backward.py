@@ -48,9 +48,11 @@ def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
         ["method=lora"],
         ["method=full", "train.gradient_checkpointing=full"],
         ["method=full", "optim.name=sgd"],
+        ["method=full", "optim.name=paged_adamw8bit"],
     ],
     ids=" ".join,
 )
+@pytest.mark.filterwarnings("ignore:Paged optimizers")
 def test_it_ends_in_the_same_bits(words: list[str], tokens: int) -> None:
     ends = []
     for more in ([], [IN_BACKWARD]):
