@@ -52,16 +52,17 @@ class Clock:
 
     def __init__(self) -> None:
         self.steps: list[Step] = []
-        self._begin()
+        self.begin()
 
-    def _begin(self) -> None:
+    def begin(self) -> None:
+        """The next step begins now."""
         self.wall, self.cpu = time.perf_counter(), _cpu()
 
     def end(self, tokens: int, supervised: int, positions: int, loss: float) -> None:
         """A step is over."""
         seconds, cpu = time.perf_counter() - self.wall, _cpu() - self.cpu
         self.steps.append(Step(tokens, supervised, positions, seconds, cpu, loss))
-        self._begin()
+        self.begin()
 
 
 def _cpu() -> float:

@@ -17,7 +17,7 @@ from benchmarks.job import BATCH, Job
 from benchmarks.machine import here
 
 GSM8K = Path(__file__).parents[2] / "shared" / "data" / "gsm8k" / "train.jsonl"
-KEYS = ("tok_s", "tok_cpu_s", "padding", "imbalance", "peak_mib")
+KEYS = ("tok_s", "tok_cpu_s", "share", "padding", "imbalance", "peak_mib")
 
 Found = dict[str, list[dict[str, Any]]]
 """Peer -> what each of its rounds gave."""
@@ -66,15 +66,24 @@ def parsed(parser: argparse.ArgumentParser, peers: Mapping[str, object]) -> argp
 
 
 def interleaved(peers: Mapping[str, Peer], args: argparse.Namespace, *, mode: str, ranks: int = 1) -> Found:
-    """Round by round, every peer once."""
-    from dsft.compose import compose
+    """Round by round, every peer once. share: of the matmul ceiling, measured just before, the work that it did."""
+    import torch
 
-    model = compose(["model=smollm2_135m"]).run.model.resolve().name_or_path
+    from dsft.compose import compose
+    from dsft.engine.assemble import DTYPES, skeleton
+    from dsft.models.work import matmul_ceiling, widest, work
+
+    run = compose(["model=smollm2_135m", f"method={mode}", f"train.precision={args.precision}"]).run
+    files = run.model.resolve()
+    bones = skeleton(run, files)
+    needed, shape = work(bones.model, bones.anatomy), widest(bones.model, bones.anatomy)
     found: Found = {name: [] for name in peers}
     for turn in range(args.rounds):
         for name, peer in peers.items():
-            job = Job(mode, model, str(args.data.resolve()), args.steps, args.precision, peer.setting)
+            ceiling = matmul_ceiling(2048, shape, DTYPES[args.precision], torch.device("cpu"))
+            job = Job(mode, files.name_or_path, str(args.data.resolve()), args.steps, args.precision, peer.setting)
             found[name].append(last := measure(peer, job, ranks))
+            last["share"] = needed.of(last["tok_s"], last["sup_s"]) / ceiling
             print(f"round {turn + 1} {name}: {last['tok_s']:.0f} tokens/s, {last['peak_mib']:.0f} MiB", flush=True)
     return found
 
@@ -107,11 +116,14 @@ def together(parts: list[dict[str, Any]]) -> dict[str, Any]:
     """Sums over ranks; the slowest one's time; imbalance: (largest - mean) / mean of a step's tokens, mean of steps."""
     timed = [part["steps"][1:] for part in parts]
     steps = list(zip(*timed, strict=True))
-    total = {key: sum(step[key] for mine in timed for step in mine) for key in ("tokens", "positions", "cpu_seconds")}
+    keys = ("tokens", "supervised", "positions", "cpu_seconds")
+    total = {key: sum(step[key] for mine in timed for step in mine) for key in keys}
+    seconds = max(sum(step["seconds"] for step in mine) for mine in timed)
     tokens = [[part["tokens"] for part in step] for step in steps]
     whole = zip(*(part["steps"] for part in parts), strict=True)
     return {
-        "tok_s": total["tokens"] / max(sum(step["seconds"] for step in mine) for mine in timed),
+        "tok_s": total["tokens"] / seconds,
+        "sup_s": total["supervised"] / seconds,
         "tok_cpu_s": total["tokens"] / total["cpu_seconds"],
         "padding": 1 - total["tokens"] / total["positions"],
         "imbalance": statistics.mean(max(each) / statistics.mean(each) - 1 for each in tokens),
@@ -124,8 +136,8 @@ def table(found: Found, peers: Mapping[str, Peer], *, ranks: int = 1) -> Iterato
     """A row per peer: medians, and ratios to the first."""
     first = next(iter(found))
     several = ["imbalance"] if ranks > 1 else []
-    heads = ["", "real tokens/s", f"x {first}", "tokens/CPU-s", "padding", *several, "peak MiB", f"x {first}",
-             "losses at steps 1, 2, last"]  # fmt: skip
+    heads = ["", "real tokens/s", f"x {first}", "tokens/CPU-s", "of the ceiling", "padding", *several, "peak MiB",
+             f"x {first}", "losses at steps 1, 2, last"]  # fmt: skip
     yield f"| {' | '.join(heads)} |"
     yield "|---" * len(heads) + "|"
     middle = {name: {key: statistics.median(run[key] for run in runs) for key in KEYS} for name, runs in found.items()}
@@ -133,7 +145,8 @@ def table(found: Found, peers: Mapping[str, Peer], *, ranks: int = 1) -> Iterato
         losses = [found[name][0]["losses"][index] for index in (0, 1, -1)]
         cells = [
             peers[name].title, f"{values['tok_s']:.0f}", f"{values['tok_s'] / middle[first]['tok_s']:.2f}",
-            f"{values['tok_cpu_s']:.0f}", f"{values['padding']:.0%}", *[f"{values[key]:.1%}" for key in several],
+            f"{values['tok_cpu_s']:.0f}", f"{values['share']:.0%}", f"{values['padding']:.0%}",
+            *[f"{values[key]:.1%}" for key in several],
             f"{values['peak_mib']:,.0f}", f"{values['peak_mib'] / middle[first]['peak_mib']:.2f}",
             ", ".join(f"{loss:.4f}" for loss in losses),
         ]  # fmt: skip

@@ -11,13 +11,14 @@ from dsft.protocols import IGNORE
 
 
 def words(job: Job) -> list[str]:
-    """Overrides of the run that all peers make; ranks find each other by what launched them."""
-    launcher = "local" if job.setting == "single" else "auto"
+    """Overrides of the run that all peers make, and the setting's own; ranks find each other by what launched them."""
+    strategy, *own = job.setting.split()
+    launcher = "local" if strategy == "single" else "auto"
     return [
         "model=smollm2_135m", f"method={job.mode}", "data=local", f"data.path={job.rows}", "data.shuffle=false",
         f"train.global_batch_size={BATCH}", f"train.max_length={LENGTH}", "train.max_grad_norm=inf",
         f"optim.lr={RATE}", "optim.weight_decay=0", "tracker=[]", f"train.precision={job.precision}",
-        f"strategy={job.setting}", f"launcher={launcher}",
+        f"strategy={strategy}", f"launcher={launcher}", *own,
     ]  # fmt: skip
 
 

@@ -28,17 +28,17 @@ def test_ranks_are_summed_over_the_timed_steps_alone() -> None:
 
 def test_ratios_are_of_medians_to_the_first_peer() -> None:
     def round_(speed: float) -> dict[str, object]:
-        return {"tok_s": speed, "tok_cpu_s": 1.0, "padding": 0.25, "imbalance": 0.02, "peak_mib": 2 * speed,
-                "losses": [1.0, 2.0, 3.0]}  # fmt: skip
+        return {"tok_s": speed, "tok_cpu_s": 1.0, "share": 0.5, "padding": 0.25, "imbalance": 0.02,
+                "peak_mib": 2 * speed, "losses": [1.0, 2.0, 3.0]}  # fmt: skip
 
     peers = {"plain": Peer("by hand", "", "fsdp"), "ours": Peer("ours", "", "fsdp")}
     found = {"plain": [round_(100), round_(1), round_(110)], "ours": [round_(300), round_(250), round_(900)]}
     assert list(table(found, peers, ranks=2)) == [
-        "|  | real tokens/s | x plain | tokens/CPU-s | padding | imbalance | peak MiB | x plain "
+        "|  | real tokens/s | x plain | tokens/CPU-s | of the ceiling | padding | imbalance | peak MiB | x plain "
         "| losses at steps 1, 2, last |",
-        "|---|---|---|---|---|---|---|---|---|",
-        "| by hand | 100 | 1.00 | 1 | 25% | 2.0% | 200 | 1.00 | 1.0000, 2.0000, 3.0000 |",
-        "| ours | 300 | 3.00 | 1 | 25% | 2.0% | 600 | 3.00 | 1.0000, 2.0000, 3.0000 |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+        "| by hand | 100 | 1.00 | 1 | 50% | 25% | 2.0% | 200 | 1.00 | 1.0000, 2.0000, 3.0000 |",
+        "| ours | 300 | 3.00 | 1 | 50% | 25% | 2.0% | 600 | 3.00 | 1.0000, 2.0000, 3.0000 |",
     ]
 
 
