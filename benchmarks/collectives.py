@@ -74,7 +74,7 @@ def fake_world(size: int) -> World:
 
 
 def closed_form(
-    bones: Skeleton, strategy: str, size: int, shards: int, micro_batches: int, *, kept: bool = False
+    bones: Skeleton, strategy: str, precision: str, *, size: int, shards: int, micro_batches: int, kept: bool
 ) -> dict[str, int]:
     """Bytes of a step by collective, as in Volume, without those of numbers; shards: ranks of a copy, for hsdp.
 
@@ -95,7 +95,7 @@ def closed_form(
             f"reduce-scatter x{size}": micro_batches * sum(_filled(param.numel(), size) * 4 for param in learning),
         }
     whole = {id(param): _filled(len(param), shards) * param[0].numel() for param in params}
-    width = 2 if any(param.dtype == torch.bfloat16 for param in params) else 4
+    width = 2 if precision == "bf16" else 4  # what learns is gathered in the precision of forward, reduced in fp32
     blocks = [param for name in bones.anatomy.blocks for param in bones.model.get_submodule(name).parameters()]
     again = sum(whole[id(param)] for param in blocks)
     gathered = sum(whole.values()) if kept else micro_batches * (sum(whole.values()) + again)

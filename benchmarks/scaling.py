@@ -1,7 +1,7 @@
 """How cost grows: with the length of examples, with ranks on this machine, and with ranks by what collectives carry.
 
-python -m benchmarks.scaling [--steps 2] [--model smollm2_135m]   writes benchmarks/results/scaling.md; LoRA r=16 on all
-linears, and full where collectives are counted.
+python -m benchmarks.scaling [--steps 2] [--model smollm2_135m] [--precision auto]   writes benchmarks/results/scaling.md
+LoRA r=16 on all linears, and full where collectives are counted.
 """
 
 import argparse
@@ -42,7 +42,8 @@ def assembled(job: dict[str, Any], world: Any, *words: str) -> Any:
     from dsft.compose import compose
     from dsft.engine.assemble import assemble
 
-    run = compose([f"model={job['model']}", "tracker=[]", f"train.global_batch_size={world.size}", *words]).run
+    shared = [f"model={job['model']}", f"train.precision={job['precision']}", f"train.global_batch_size={world.size}"]
+    run = compose([*shared, "tracker=[]", *words]).run
     return assemble(run, run.model.resolve(), world)
 
 
@@ -170,8 +171,9 @@ def measure_volumes(job: dict[str, Any]) -> dict[str, Any]:
             with Counted() as counted:
                 train_step(session, [batch(session, [8], 3)], 3, 1.0)
             bones = skeleton(session.run, session.files)
-            expected = closed_form(bones, strategy, size, shards, 1)
-            bare = closed_form(bones, strategy, 1, 1, 1)
+            asked = (bones, strategy, session.run.train.precision)
+            expected = closed_form(*asked, size=size, shards=shards, micro_batches=1, kept=False)
+            bare = closed_form(*asked, size=1, shards=1, micro_batches=1, kept=False)
             filled = [many / one for many, one in zip(expected.values(), bare.values(), strict=True)][:2]
             found[f"{method} {strategy}"] = {"counted": counted.found, "expected": expected, "filled": filled}
             session.run.strategy.close()
@@ -213,13 +215,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=2, help="timed steps of each kind")
     parser.add_argument("--model", default="smollm2_135m")
+    parser.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto")
     parser.add_argument("--out", type=Path, default=RESULT)
     parser.add_argument("--child", type=Path)
     args = parser.parse_args()
     if args.child:
         child(args.child)
         return 0
-    job = {"model": args.model, "steps": args.steps}
+    job = {"model": args.model, "precision": args.precision, "steps": args.steps}
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # counts, not times: side by side
         counts = pool.map(lambda size: measured("volumes", 1, 1, size=size, **job), SIZES)
         volumes = dict(zip(SIZES, counts, strict=True))
@@ -230,8 +233,8 @@ def main() -> int:
         "# How cost grows",
         "",
         f"model={args.model}, LoRA r=16 on all linears (full too, where bytes are counted), half of the tokens",
-        f"supervised, train.precision=auto; medians of {args.steps} steps.",
-        f"`python -m benchmarks.scaling --model {args.model} --steps {args.steps}` on {here()}.",
+        f"supervised, train.precision={args.precision}; medians of {args.steps} steps.",
+        f"`python -m benchmarks.scaling {' '.join(sys.argv[1:])}` on {here()}.".replace(" `", "`"),
         "",
         *scaling_text.lengths(lengths, TOKENS),
         *scaling_text.ranks(ranks, volumes, PER_RANK),

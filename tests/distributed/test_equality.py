@@ -59,7 +59,8 @@ def test_a_fake_group_counts_the_collectives_of_a_real_one(ran: dict[str, Any], 
         assert fake[column.name][cell]["collectives"] == counted, column.name
         shards = column.size // (column.copies or 1)
         kept = "strategy.keep_unsharded=true" in column.extra
-        expected = closed_form(bones, column.strategy, column.size, shards, 4 // column.size, kept=kept)
+        ranks = {"size": column.size, "shards": shards, "micro_batches": 4 // column.size, "kept": kept}
+        expected = closed_form(bones, column.strategy, "fp32", **ranks)
         assert {name: nbytes for name, (_, nbytes) in counted.items() if "numbers" not in name} == expected, column.name
 
 
