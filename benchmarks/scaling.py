@@ -1,6 +1,6 @@
 """How cost grows: with the length of examples, with ranks on this machine, and with ranks by what collectives carry.
 
-python -m benchmarks.scaling [--steps 2] [--model smollm2_135m] [--precision auto]   writes benchmarks/results/scaling.md
+python -m benchmarks.scaling [--steps 2] [--model smollm2_135m] [--precision auto] writes benchmarks/results/scaling.md
 LoRA r=16 on all linears, and full where collectives are counted.
 """
 
