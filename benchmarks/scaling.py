@@ -234,7 +234,7 @@ def main() -> int:
         "",
         f"model={args.model}, LoRA r=16 on all linears (full too, where bytes are counted), half of the tokens",
         f"supervised, train.precision={args.precision}; medians of {args.steps} steps.",
-        f"`python -m benchmarks.scaling {' '.join(sys.argv[1:])}` on {here()}.".replace(" `", "`"),
+        f"`{' '.join(['python -m benchmarks.scaling', *sys.argv[1:]])}` on {here()}.",
         "",
         *scaling_text.lengths(lengths, TOKENS),
         *scaling_text.ranks(ranks, volumes, PER_RANK),
