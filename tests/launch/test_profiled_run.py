@@ -4,11 +4,14 @@ import gzip
 import json
 from pathlib import Path
 
+import pytest
+
 from dsft import folder
 from dsft.compose import compose
 from tests.launch.processes import dsft, steps
 
 
+@pytest.mark.slow
 def test_the_table_is_shown_and_each_rank_leaves_a_trace(tmp_path: Path, rows: Path) -> None:
     run_dir = tmp_path / "run"
     words = [

@@ -114,7 +114,7 @@ def test_all_time_of_the_steps_is_given_away(tmp_path: Path) -> None:
     assert sum(rows[part] for part in Part) == pytest.approx(rows["all"], abs=1e-3 * len(Part))
 
 
-@pytest.mark.parametrize("again", ["none", "full"])
+@pytest.mark.parametrize("again", ["none", pytest.param("full", marks=pytest.mark.slow)])
 def test_no_number_changes_and_no_mark_stays(again: str, tmp_path: Path) -> None:
     words = (f"train.gradient_checkpointing={again}", "method.dropout=0.1")
     attention, wait = AttentionInterface()["dsft_ragged"], vars(dist.Work)["wait"]

@@ -10,6 +10,7 @@ from benchmarks.matrix import Column, run_columns
 UNCLIPPED, MOVING = "train.max_grad_norm=inf", "optim.in_backward=true"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("strategy", "extra"), [("fsdp", ()), ("hsdp", ("strategy.shard_size=1",))])
 def test_moving_in_backward_changes_no_bit(strategy: str, extra: tuple[str, ...], tmp_path: Path) -> None:
     rows = tmp_path / "rows.jsonl"
