@@ -27,14 +27,14 @@ METHODS = {
     **{path.stem: [f"method={path.stem}"] for path in sorted((OWN_CONF / "method").glob("*.yaml"))},
     "lora+int8": ["method=lora", "quantization=int8"],
 }
-PACKED = 540
-"""Tokens of a micro-batch that holds two examples or more; a rank of two then has two of them."""
+PACKED = 1024
+"""Tokens of a micro-batch that holds all examples of a rank: two, or four."""
 
 VARIANTS = {
     "none": ["train.gradient_checkpointing=none", "train.global_batch_size=8"],
     "full": ["train.gradient_checkpointing=full", "train.global_batch_size=4"],
 }
-"""What is computed again in backward. With none, a rank's micro-batches are packed; with full, each example is alone in
+"""What is computed again in backward. With none, a rank's examples are packed in one micro-batch; with full, each example is alone in
 its own, as they always are in the single process."""
 
 
@@ -201,7 +201,7 @@ def write_table(
         "",
         "Largest relative difference of loss and of gradient norm to one process over 10 steps: fp32, AdamW at lr",
         "1e-3 (the sgd column: 0.05), constant rate, dropout 0. none: nothing is computed again in backward; global",
-        "batch 8, two examples or more in each of a rank's micro-batches. full: every block is; global batch 4, each",
+        "batch 8, a rank's two or four examples in one micro-batch. full: every block is; global batch 4, each",
         "example in a micro-batch of its own, as all are in the one process that a cell is compared to. In every",
         "cell the label counts of the ranks differ by 2 x or more and the loss moves by 1 % or more. A sharding cell",
         "is green only if the ranks together hold at most 1.1 x the model (hsdp: 1.1 x its two copies) after step 1.",
