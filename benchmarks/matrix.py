@@ -34,8 +34,8 @@ VARIANTS = {
     "none": ["train.gradient_checkpointing=none", "train.global_batch_size=8"],
     "full": ["train.gradient_checkpointing=full", "train.global_batch_size=4"],
 }
-"""What is computed again in backward. With none, a rank's examples are packed in one micro-batch; with full, each example is alone in
-its own, as they always are in the single process."""
+"""What is computed again in backward. With none, a rank's examples are packed in one micro-batch; with full, each
+example is alone in its own, as they always are in the single process."""
 
 
 @dataclass(frozen=True)
