@@ -115,7 +115,7 @@ def _text(lines: list[str], steps: int, precision: str) -> Iterator[str]:
     yield (
         f"SmolLM2-135M, {BATCH} rows of {TOKENS} tokens a step, all supervised, {precision}, one process; "
         f"{steps - 1} timed steps, one run of each. Peak: VmHWM of the whole process, some 500 MiB of it libraries; "
-        "estimate: the plan's. Speeds were taken while the machine was busy and bear no weight."
+        "estimate: the plan's."
     )
     yield f"`python -m benchmarks.memory --steps {steps}` on {here()}."
     yield ""

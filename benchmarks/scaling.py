@@ -107,17 +107,16 @@ def _attention(session: Any, lengths: tuple[int, ...]) -> None:
 
 
 def _flops(session: Any, length: int) -> list[float]:
-    """Per token: of products with weights, and of attention.
+    """Per token, half of them supervised: of products with weights, an adapter's too, and of attention.
 
-    A frozen weight: 2 forward, 2 for the input's gradient; an adapter's 2 more for its own; the head where a target is.
     Attention: 2 products forward and 5 backward over the pairs that a causal mask leaves.
     """
-    model, anatomy, config = session.model, session.anatomy, session.model.config
-    frozen = sum(model.get_submodule(f"{name}.base_layer").weight.numel() for name in anatomy.linears)
-    learning = sum(param.numel() for param in model.parameters() if param.requires_grad)
-    head = model.get_submodule(anatomy.head).weight.numel()
+    from dsft.models.work import work
+
+    config = session.model.config
+    adapter = sum(param.numel() for param in session.model.parameters() if param.requires_grad)
     pairs = (length + 1) / 2 * config.hidden_size * config.num_hidden_layers
-    return [4.0 * frozen + 6.0 * learning + 4.0 * head / 2, 14.0 * pairs]
+    return [work(session.model, session.anatomy).of(1, 0.5) + 6.0 * adapter, 14.0 * pairs]
 
 
 def measure_ranks(job: dict[str, Any]) -> dict[str, Any]:

@@ -31,7 +31,7 @@ BUCKET = 50_000_000
 """Elements that are reduced or prefetched together: 200 MB in fp32."""
 
 LIVE = 2 * 10**9
-"""Bytes that stage 3 leaves gathered: DeepSpeed's stage3_max_live_parameters, a milliard elements, in bf16."""
+"""Bytes that stage 3 leaves gathered: DeepSpeed's stage3_max_live_parameters, 10^9 elements, in bf16."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,8 +82,8 @@ class Zero(Strategy):
         trainable = sum(param.numel() for param in model.parameters() if param.requires_grad)
         run = _Run(world=world, config=self._config(world, precision, trainable), owns_group=owns_group)
         if self.stage == 3:
-            # A block is gathered as one: module by module, two thirds of a small step went into the calls. Routing
-            # inside it then cannot change the order in which ranks gather.
+            # A block is gathered as one: DeepSpeed looks through its whole trace for each module it knows, quadratic in
+            # their number. Routing inside a block then cannot change the order in which ranks gather.
             _deepspeed().utils.set_z3_leaf_modules_by_name(model, list(anatomy.blocks))
             model.get_submodule(anatomy.embedding).register_forward_hook(_needs_grad)
             run.converter = _deepspeed().zero.Init(config_dict_or_path=run.config)
