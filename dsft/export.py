@@ -11,6 +11,7 @@ from dsft.compose import read
 from dsft.config import Run
 from dsft.entry import collect_again, enter
 from dsft.folder import state
+from dsft.imports import uncompiled
 from dsft.wording import refuse
 
 
@@ -64,7 +65,9 @@ def merged(run: Run, adapter: Path) -> Any:
     The weights are computed in fp32 and kept in the dtype of train.precision, which rounds them once.
     """
     import torch
-    from peft import PeftModel
+
+    with uncompiled():
+        from peft import PeftModel
 
     base = unpacked_base(run)
     dtype = base.dtype

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from dsft.compose import read
 from dsft.config import Run
+from dsft.imports import uncompiled
 from dsft.wording import refuse
 
 if TYPE_CHECKING:
@@ -128,7 +129,8 @@ def _base(model: Any) -> Any:
 
 def load(run: Run, result: Path) -> Any:
     """The result on its base (as training saw it), by PEFT's or transformers' own loader, on CPU."""
-    from peft import PeftModel
+    with uncompiled():
+        from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
     from dsft.engine.assemble import DTYPES

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from dsft.config import Optim
+from dsft.imports import uncompiled
 from dsft.protocols import OptimizerFactory
 
 WHOLE_BELOW, BLOCK = 4096, 256
@@ -25,7 +26,8 @@ def factory(optim: Optim) -> OptimizerFactory:
         adam = {"lr": optim.lr, "betas": optim.betas, "eps": optim.eps, "weight_decay": optim.weight_decay}
         if optim.name == "adamw":
             return torch.optim.AdamW(parts, **adam)  # type: ignore[arg-type]
-        from bitsandbytes.optim.adamw import PagedAdamW8bit
+        with uncompiled():
+            from bitsandbytes.optim.adamw import PagedAdamW8bit
 
         made: torch.optim.Optimizer = PagedAdamW8bit(parts, **adam)
         return made

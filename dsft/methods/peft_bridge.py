@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dsft.imports import uncompiled
 from dsft.protocols import ROLES, Anatomy, Method
 
 ADAPTER = "default"
@@ -47,7 +48,8 @@ class Peft(Method):
     def attach(self, model: nn.Module, anatomy: Anatomy) -> nn.Module:
         """Freeze the base and put PEFT's layers around the targets, on meta."""
         targets = resolve_targets(self.target_modules, model, anatomy)
-        from peft import inject_adapter_in_model  # seconds: after what can be refused without it
+        with uncompiled():
+            from peft import inject_adapter_in_model  # seconds: after what can be refused without it
 
         from dsft.methods.fused_lora import fuse
 

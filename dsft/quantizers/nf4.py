@@ -8,6 +8,7 @@ from types import ModuleType
 import torch
 from torch import Tensor, nn
 
+from dsft.imports import uncompiled
 from dsft.protocols import Anatomy, Quantizer
 from dsft.quantizers.packed import (
     ByteLinear,
@@ -141,7 +142,8 @@ def _bitsandbytes() -> ModuleType:
 
     log.addFilter(keep)
     try:
-        import bitsandbytes.functional as functional
+        with uncompiled():
+            import bitsandbytes.functional as functional
     finally:
         log.removeFilter(keep)
     module: ModuleType = functional

@@ -15,7 +15,7 @@ LEAVES = ("models", "quantizers", "strategies", "methods", "objectives", "data",
 VERBS = ("run", "job", "plan", "export", "verify", "chat", "report", "sweep")
 
 FLOORS = (
-    ("config",),
+    ("config", "imports"),
     ("comm",),
     ("protocols",),
     LEAVES,
