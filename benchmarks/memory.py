@@ -10,12 +10,11 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks.load_memory import peak_mib
+from benchmarks.job import peak_mib
 from benchmarks.machine import here
 from benchmarks.measure import GSM8K
 
@@ -66,28 +65,16 @@ def child(overrides: list[str], steps: int) -> int:
     """Estimate, then train, in this process; prints what came of both."""
     import torch
 
+    from benchmarks.peer_dsft import train
     from dsft.comm.world import World
     from dsft.compose import compose
-    from dsft.data.open import open_data
-    from dsft.engine.assemble import assemble
-    from dsft.engine.loop import step_batches
-    from dsft.engine.step import train_step
     from dsft.plan import make_plan
 
     composed = compose(overrides)
-    run, files = composed.run, composed.run.model.resolve()
-    memory = make_plan(composed, files)["memory"]
-    data = open_data(run.data, files.tokenizer(), max_length=256, seed=0)
-    session = assemble(run, files, World(0, 1, 0, torch.device("cpu")))
-    tokens, seconds, micro = 0, 0.0, 0
-    for step in range(1, steps + 1):
-        batches = step_batches(session, data, step)[1]
-        begun = time.perf_counter()
-        result = train_step(session, batches, step, 1.0)
-        if step > 1:
-            tokens, seconds, micro = tokens + result.tokens, seconds + time.perf_counter() - begun, len(batches)
-    found = {"tok_s": tokens / seconds, "micro": micro, "loss": result.loss, "peak_mib": peak_mib(), "memory": memory}
-    print(json.dumps(found))
+    memory = make_plan(composed, composed.run.model.resolve())["memory"]
+    done = train(composed.run, World(0, 1, 0, torch.device("cpu")), steps)
+    speed = sum(step.tokens for step in done[1:]) / sum(step.seconds for step in done[1:])
+    print(json.dumps({"tok_s": speed, "loss": done[-1].loss, "peak_mib": peak_mib(), "memory": memory}))
     return 0
 
 
@@ -104,7 +91,7 @@ def measure(overrides: list[str], steps: int) -> dict[str, Any]:
 def _row(method: str, option: str, found: dict[str, Any], base: dict[str, Any]) -> str:
     estimate, peak = found["memory"]["total"] / 2**20, found["peak_mib"]
     return (
-        f"| {method} | {option} | {found['micro']} | {peak:,.0f} | {peak / base['peak_mib']:.2f} | {estimate:,.0f} | "
+        f"| {method} | {option} | {peak:,.0f} | {peak / base['peak_mib']:.2f} | {estimate:,.0f} | "
         f"{estimate / peak:.2f} | {found['tok_s']:.0f} | {found['loss']:.4f} |"
     )
 
@@ -119,8 +106,8 @@ def _text(lines: list[str], steps: int, precision: str) -> Iterator[str]:
     )
     yield f"`python -m benchmarks.memory --steps {steps}` on {here()}."
     yield ""
-    yield "| method | option | micro-batches | peak MiB | x first | estimate MiB | x peak | tokens/s | last loss |"
-    yield "|---|---|---|---|---|---|---|---|---|"
+    yield "| method | option | peak MiB | x first | estimate MiB | x peak | tokens/s | last loss |"
+    yield "|---|---|---|---|---|---|---|---|"
     yield from lines
     yield ""
     yield (

@@ -1,8 +1,9 @@
 """dsft as a peer: the engine's own assembly and step, on one process or several."""
 
 from benchmarks.job import BATCH, LENGTH, RATE, Clock, Job, Step, serve
-from dsft.comm.world import join, leave
+from dsft.comm.world import World, join, leave
 from dsft.compose import compose
+from dsft.config import Run
 from dsft.data.open import open_data
 from dsft.engine.assemble import assemble
 from dsft.engine.loop import step_batches
@@ -23,22 +24,28 @@ def words(job: Job) -> list[str]:
 
 
 def run(job: Job) -> list[Step]:
-    """The engine's steps; a silent micro-batch, which repeats an example without loss, counts as padding."""
+    """The job through the engine, by whatever launched this process."""
     world = join()
     settings = compose(words(job)).run
-    files = settings.model.resolve()
-    data = open_data(settings.data, files.tokenizer(), max_length=LENGTH, seed=0)
-    session = assemble(settings, files, world)
+    steps = train(settings, world, job.steps)
+    settings.strategy.close()
+    leave()
+    return steps
+
+
+def train(run: Run, world: World, num_steps: int) -> list[Step]:
+    """The engine's steps; a silent micro-batch, which repeats an example without loss, counts as padding."""
+    files = run.model.resolve()
+    data = open_data(run.data, files.tokenizer(), max_length=run.train.max_length, seed=run.train.seed)
+    session = assemble(run, files, world)
     clock = Clock()
-    for step in range(1, job.steps + 1):
+    for step in range(1, num_steps + 1):
         batches = step_batches(session, data, step)[1]
         result = train_step(session, batches, step, 1.0)
         supervised = [int((batch.targets != IGNORE).sum()) for batch in batches]
         sizes = [batch.tokens.numel() for batch in batches]
         real = sum(size for size, carries in zip(sizes, supervised, strict=True) if carries)
         clock.end(real, sum(supervised), sum(sizes), result.loss)
-    settings.strategy.close()
-    leave()
     return clock.steps
 
 
