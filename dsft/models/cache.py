@@ -5,6 +5,7 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 
 def cache_root() -> Path:
@@ -38,6 +39,17 @@ def written_once(name: str, write: Callable[[Path], None]) -> Path:
     finally:
         lock.release()
     return folder
+
+
+def save_model(model: Any, folder: Path) -> None:
+    """Write model by transformers' save_pretrained, by this process, whatever its rank.
+
+    In a process group transformers leaves that to rank 0; here the first of many that start together writes for all.
+    """
+    model.should_save_on_this_rank = lambda is_main_process: is_main_process
+    model.save_pretrained(folder)
+    if not (folder / "config.json").is_file():
+        raise RuntimeError(f"transformers wrote no model to {folder}: this version leaves it to another rank")
 
 
 def _write_aside(folder: Path, write: Callable[[Path], None]) -> None:

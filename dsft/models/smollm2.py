@@ -9,7 +9,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
-from dsft.models.cache import cache_root, written_once
+from dsft.models.cache import cache_root, save_model, written_once
 from dsft.models.files import ModelFiles, check_folder
 from dsft.models.source import Pretrained, local_folder, require_init
 
@@ -91,7 +91,7 @@ def _unpack(gguf: Path | None, folder: Path) -> None:
         plain = AutoModelForCausalLM.from_config(packed.config, dtype=torch.bfloat16)
         plain.load_state_dict(packed.state_dict())
         plain.generation_config = packed.generation_config
-        plain.save_pretrained(folder)
+        save_model(plain, folder)
         tokenizer.save_pretrained(folder)
 
 

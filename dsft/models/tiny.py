@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from dsft.models.cache import written_once
+from dsft.models.cache import save_model, written_once
 from dsft.models.files import ModelFiles
 from dsft.models.source import Pretrained, require_init
 
@@ -61,7 +61,7 @@ class Tiny:
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         fill_fixed(model, self.seed)
         with no_progress_bars():
-            model.save_pretrained(folder)
+            save_model(model, folder)
         byte_tokenizer().save_pretrained(folder)
 
 

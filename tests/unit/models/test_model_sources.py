@@ -12,6 +12,7 @@ import torch
 
 from dsft.models.build import build_meta
 from dsft.models.cache import written_once
+from dsft.models.headers import read_headers
 from dsft.models.values import open_values
 
 PUBLISHED = {
@@ -133,6 +134,20 @@ def test_many_that_start_together_write_the_cache_once(tmp_path: Path, monkeypat
         folders = list(pool.map(lambda _: written_once("name", write), range(8)))
     assert len(calls) == 1
     assert {(folder / "file").read_text() for folder in folders} == {"whole"}
+
+
+def test_any_rank_that_comes_first_writes_the_whole_model(
+    source: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from torch.testing._internal.distributed.fake_pg import FakeStore  # registers the backend
+
+    monkeypatch.setenv("DSFT_CACHE", str(tmp_path))
+    torch.distributed.init_process_group("fake", rank=1, world_size=2, store=FakeStore())
+    try:
+        files = source("tiny_moe").resolve()
+    finally:
+        torch.distributed.destroy_process_group()
+    assert set(read_headers(files.folder)) >= {"lm_head.weight", "model.embed_tokens.weight"}
 
 
 def test_a_write_that_fails_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
