@@ -1,6 +1,6 @@
 """Speed and memory against the plain loop and TRL: the same examples, interleaved, medians, as ratios.
 
-python -m benchmarks.speed [--mode lora|qlora|full] [--peers plain,dsft,dsft-1024,trl,trl-best] [--steps 4] [--rounds 3]
+python -m benchmarks.speed [--mode lora|qlora|full] [--peers plain,dsft,...] [--steps 4] [--rounds 3]
 writes benchmarks/results/speed-MODE.md. 8 examples of GSM8K a step, SmolLM2-135M; the first step is not timed.
 """
 
@@ -14,6 +14,11 @@ PEERS = {
     "plain": Peer("transformers + PEFT, padded batches", "benchmarks.peer_plain", "single"),
     "dsft": Peer("this project", "benchmarks.peer_dsft", "single"),
     "dsft-1024": Peer("this project, train.micro_batch_tokens=1024", "benchmarks.peer_dsft", f"single {SMALL}"),
+    "dsft-compiled": Peer(
+        "this project, train.micro_batch_tokens=1024 train.compile=true",
+        "benchmarks.peer_dsft",
+        f"single {SMALL} train.compile=true",
+    ),
     "trl": Peer("TRL, its defaults", "benchmarks.peer_trl", "default"),
     "trl-best": Peer("TRL, grouped by length (other examples in each step)", "benchmarks.peer_trl", "grouped"),
 }

@@ -23,6 +23,7 @@ class Train:
     max_grad_norm: float
     gradient_checkpointing: Literal["none", "full", "selective"]
     offload_activations: bool
+    compile: bool | Literal["auto"]
     eval_every: int
     early_stop_metric: str | None
     early_stop_patience: int

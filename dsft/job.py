@@ -128,7 +128,9 @@ def work(run_dir: Path, attempt: Attempt) -> int:
         attempt.number = recorder.attempt
         if holder is not None and recorder.overtakes:
             recorder.event("takeover", 0, {"holder": holder})
-        session = assemble(run, files, world)
+        session = assemble(run, files, world, total)
+        if session.compiler and run.train.compile == "auto":
+            recorder.event("compile", 0, {"steps": total})
         who = folder.identity(run_dir, load_yaml(run_dir / "config.yaml"))
         at = resume(session, run_dir, who, lease, total, recorder)
         attempt.started = at.step

@@ -28,6 +28,8 @@ SAID = {
     "quarantine": "CHECKPOINT SET ASIDE: {checkpoint}: {reason}; it is in {moved_to} now",
     "verified": "the result was read back in a fresh process: it is the model that was trained",
     "unverified": "the result was not read back: {reason}",
+    "compile": "train.compile=auto: {steps:,} steps are worth it, blocks are compiled",
+    "compiled": "{graphs} graphs compiled in {seconds:.0f} s",
     "profile": "{what}\n{table}",
     "profile_short": "train.profile={wanted}: {steps} steps are left to be profiled",
     "save_failed": "SAVE FAILED: {error}; training goes on, the newest checkpoint is step {newest}",

@@ -1,7 +1,9 @@
 """Which combinations are repaired (and printed) or refused, as data. Names of options, not classes; no torch."""
 
+import importlib.util
 import math
 import os
+import shutil
 from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
@@ -80,6 +82,17 @@ REFUSED = (
         "{names[strategy]} adds the ranks' up afterwards; take strategy=fsdp or optim.in_backward=false",
     ),
     Rule(
+        "no-compiler",
+        lambda run, names, size: run.train.compile is True and missing_compiler() is not None,
+        "train.compile=true needs {compiler}, which this machine has not; install it, or take train.compile=false",
+    ),
+    Rule(
+        "compiled-profile",
+        lambda run, names, size: run.train.compile is True and run.train.profile > 0,
+        "train.profile={run.train.profile} tells the parts of a block apart, and train.compile=true makes one program "
+        "of them; take train.compile=false to profile",
+    ),
+    Rule(
         "whole-model-on-packed-base",
         lambda run, names, size: names["method"] in ("full", "freeze") and names["quantization"] != "none",
         "method={names[method]} trains the base's own weights and quantization={names[quantization]} freezes them as "
@@ -106,7 +119,11 @@ def refuse(run: Run, names: Mapping[str, str], size: int) -> None:
     """Raise ValueError for the first rule that refuses this run on size processes."""
     for rule in REFUSED:
         if rule.holds(run, names, size):
-            raise ValueError(rule.why.format(run=run, names=names, size=size, capacity=_over_capacity(run)))
+            raise ValueError(
+                rule.why.format(
+                    run=run, names=names, size=size, capacity=_over_capacity(run), compiler=missing_compiler()
+                )
+            )
 
 
 def repair(tree: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
@@ -120,6 +137,9 @@ def repair(tree: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
     if train["precision"] == "auto":
         train["precision"] = "bf16" if computes_bf16() else "fp32"
         said.append(f"train.precision=auto: {train['precision']}, as this machine computes")
+    if train["compile"] == "auto" and (why := _uncompiled(train)):
+        train["compile"] = False
+        said.append(f"train.compile=auto: false, {why}")
     if isinstance(train["epochs"], int):
         train["epochs"] = float(train["epochs"])
     return fixed, tuple(said)
@@ -132,6 +152,21 @@ def computes_bf16() -> bool:
     info = Path("/proc/cpuinfo")
     words = set(info.read_text().split()) if info.is_file() else set()
     return bool(words & {"avx512_bf16", "amx_bf16", "bf16"})
+
+
+def missing_compiler() -> str | None:
+    """What torch.compile wants to make programs with and this machine has not; None where nothing is missing."""
+    if count_devices(os.environ):
+        return None if importlib.util.find_spec("triton") else "triton (pip install triton)"
+    names = (os.environ.get("CXX", "g++"), "clang++")
+    return None if any(map(shutil.which, names)) else "a C++ compiler (g++ or clang++)"
+
+
+def _uncompiled(train: Mapping[str, Any]) -> str | None:
+    if train["profile"]:
+        return "train.profile tells the parts of a block apart"
+    compiler = missing_compiler()
+    return compiler and f"{compiler} is not there"
 
 
 def _over_capacity(run: Run) -> str | None:

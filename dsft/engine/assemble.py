@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from dsft.comm.world import World
 from dsft.config import Run
+from dsft.engine.compiling import Compiler, compiler_for
 from dsft.engine.optimizers import factory
 from dsft.engine.recompute import recompute
 from dsft.models import scoring
@@ -44,6 +45,7 @@ class Session:
     model: Any
     module: nn.Module
     anatomy: Anatomy
+    compiler: Compiler | None
 
 
 def skeleton(run: Run, files: ModelFiles) -> Skeleton:
@@ -61,11 +63,13 @@ def skeleton(run: Run, files: ModelFiles) -> Skeleton:
     return Skeleton(model, anatomy, origins)
 
 
-def assemble(run: Run, files: ModelFiles, world: World) -> Session:
-    """Build this process's part of the run. Collective: every rank of world calls it with the same run."""
+def assemble(run: Run, files: ModelFiles, world: World, total: int = 0) -> Session:
+    """Build this process's part of a run of total steps. Collective: every rank of world calls it with the same run."""
     bones = skeleton(run, files)
     model, anatomy = bones.model, bones.anatomy
-    recompute(model, anatomy, run.train.gradient_checkpointing, reentrant=run.strategy.reentrant_recompute)
+    compiler = compiler_for(run.train, total, model, anatomy)
+    reentrant = run.strategy.reentrant_recompute
+    recompute(model, anatomy, run.train.gradient_checkpointing, reentrant=reentrant, run=compiler)
     first = _first_packed(model)
     model = run.strategy.shard(model, anatomy, world, run.train.precision)
     values = open_values(files, DTYPES[run.train.precision], run.train.seed)
@@ -86,7 +90,14 @@ def assemble(run: Run, files: ModelFiles, world: World) -> Session:
     learning = [(name, param) for name, param in model.named_parameters() if param.requires_grad]
     module = run.strategy.prepare(model, [{"params": learning}], factory(run.optim))
     return Session(
-        run=run, files=files, world=world, tokenizer=files.tokenizer(), model=model, module=module, anatomy=anatomy
+        run=run,
+        files=files,
+        world=world,
+        tokenizer=files.tokenizer(),
+        model=model,
+        module=module,
+        anatomy=anatomy,
+        compiler=compiler,
     )
 
 

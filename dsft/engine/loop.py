@@ -41,6 +41,8 @@ def _steps(session: Session, data: Dataset, watch: Watch, stop: StopFlag, keeper
         scale = rate(session.run.optim, at.step, at.total)
         result = train_step(session, batches, at.step, scale, settle=keeper.settle)
         watch.step(at.step, _values(session, result, scale), [data.train.id(row) for row in rows])
+        if session.compiler and (news := session.compiler.news()):
+            watch.event("compiled", at.step, news)
         if not result.moved:
             _survive(session, at, result, watch)
         _look(session, data, at, watch, last=at.step == at.total)

@@ -1,7 +1,8 @@
-"""Gradient checkpointing: which blocks are computed again in backward instead of kept."""
+"""How blocks are run in training: which are computed again in backward instead of kept, and whether by the compiler."""
 
+from collections.abc import Callable
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -9,27 +10,38 @@ from torch.utils.checkpoint import checkpoint
 from dsft.protocols import Anatomy
 
 Recompute = Literal["none", "full", "selective"]
+Run = Callable[..., Any]
 
 
-def recompute(model: nn.Module, anatomy: Anatomy, what: Recompute, *, reentrant: bool) -> None:
+def recompute(model: nn.Module, anatomy: Anatomy, what: Recompute, *, reentrant: bool, run: Run | None = None) -> None:
     """Mark the blocks: full = all, selective = every second one. Random streams are restored, so dropout is the same.
 
-    Uses transformers' own gradient checkpointing layers. Reentrant checkpointing gives gradients only where a block's
+    Uses transformers' own gradient checkpointing layers, which hand over a block's forward instead of calling it, in
+    training alone; run, where given, is what calls it. Reentrant checkpointing gives gradients only where a block's
     input needs one: the strategy that asks for it (ZeRO-3) sees to that.
     """
-    if what == "none":
+    if what == "none" and run is None:
         return
     again = partial(checkpoint, use_reentrant=reentrant, preserve_rng_state=True)
     for index, name in enumerate(anatomy.blocks):
         block = model.get_submodule(name)
         if not hasattr(block, "gradient_checkpointing"):
+            wanted = "train.compile=true" if what == "none" else f"train.gradient_checkpointing={what}"
             raise ValueError(
-                f"train.gradient_checkpointing={what} needs a model whose blocks support it, "
-                f"{type(block).__name__} does not; take train.gradient_checkpointing=none"
+                f"{wanted} needs a model whose blocks support gradient checkpointing, {type(block).__name__} does not; "
+                "take train.compile=false and train.gradient_checkpointing=none"
             )
-        if is_recomputed(what, index):
+        recomputed = is_recomputed(what, index)
+        if recomputed or run is not None:
             block.gradient_checkpointing = True  # type: ignore[assignment]
-            block._gradient_checkpointing_func = again  # type: ignore[assignment]
+            block._gradient_checkpointing_func = _caller(again if recomputed else None, run)  # type: ignore[assignment]
+
+
+def _caller(again: Run | None, run: Run | None) -> Run:
+    """(forward, *args) -> what forward gives; at least one of both is there."""
+    if again is None or run is None:
+        return again or run  # type: ignore[return-value]
+    return lambda forward, *args: again(partial(run, forward), *args)
 
 
 def is_recomputed(what: Recompute, index: int) -> bool:

@@ -14,13 +14,15 @@ from torch import Tensor, nn
 class FusedLinear(Linear):
     """PEFT's Linear with one plain adapter that learns; whatever else is asked of it, PEFT's forward does.
 
-    So does it outside the blocks under ZeRO-3, which gathers each module there (marked with ds_id) when it is called.
+    So does it under torch.compile, which loses the gradient of what is changed in place at the edge of a graph, and
+    outside the blocks under ZeRO-3, which gathers each module there (marked with ds_id) when it is called.
     """
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """X (..., in) -> (..., out), in the type of the base's product."""
         names = self.active_adapters
-        if args or kwargs or self.disable_adapters or self.merged or len(names) != 1 or hasattr(self, "ds_id"):
+        others = self.disable_adapters or self.merged or len(names) != 1 or hasattr(self, "ds_id")
+        if args or kwargs or others or torch.compiler.is_compiling():
             y: Tensor = super().forward(x, *args, **kwargs)
             return y
         name, flat = names[0], x.reshape(-1, x.shape[-1])  # of three dimensions, a product with a bias is a view

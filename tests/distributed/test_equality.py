@@ -1,5 +1,6 @@
 """A corner of the equality matrix, and two planted faults that must turn it red; the whole is `make matrix`."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,14 @@ def test_a_fake_group_counts_the_collectives_of_a_real_one(ran: dict[str, Any], 
 def test_packed_equals_unpacked_under_every_strategy_and_method(size: int, rows: Path) -> None:
     whole: dict[str, Any] = {"variants": ("none",)}
     _all_green(run_columns(_columns(size), rows, **whole), _alone(rows, whole))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_compiled_blocks_on_ranks_equal_one_plain_process(rows: Path, single: dict[str, Any]) -> None:
+    columns = [column for column in _columns(2) if column.name in ("fsdp x2", "zero3 x2")]
+    compiled = [replace(column, extra=(*column.extra, "train.compile=true")) for column in columns]
+    _all_green(run_columns(compiled, rows, **CORNER), single)
 
 
 def _all_green(results: dict[str, Any], single: dict[str, Any]) -> None:
