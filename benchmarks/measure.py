@@ -84,7 +84,8 @@ def interleaved(peers: Mapping[str, Peer], args: argparse.Namespace, *, mode: st
             job = Job(mode, files.name_or_path, str(args.data.resolve()), args.steps, args.precision, peer.setting)
             found[name].append(last := measure(peer, job, ranks))
             last["share"] = needed.of(last["tok_s"], last["sup_s"]) / ceiling
-            print(f"round {turn + 1} {name}: {last['tok_s']:.0f} tokens/s, {last['peak_mib']:.0f} MiB", flush=True)
+            speed = f"{last['tok_s']:.0f} tokens/s, {last['tok_cpu_s']:.0f} tokens/CPU-s"
+            print(f"round {turn + 1} {name}: {speed}, {last['peak_mib']:.0f} MiB", flush=True)
     return found
 
 

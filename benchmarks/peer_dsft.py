@@ -16,7 +16,8 @@ def words(job: Job) -> list[str]:
     strategy, *own = job.setting.split()
     launcher = "local" if strategy == "single" else "auto"
     return [
-        "model=smollm2_135m", f"method={job.mode}", "data=local", f"data.path={job.rows}", "data.shuffle=false",
+        "model=smollm2_135m", f"model.path={job.model}", f"method={job.mode}", "data=local", f"data.path={job.rows}",
+        "data.shuffle=false",
         f"train.global_batch_size={BATCH}", f"train.max_length={LENGTH}", "train.max_grad_norm=inf",
         f"optim.lr={RATE}", "optim.weight_decay=0", "tracker=[]", f"train.precision={job.precision}",
         f"strategy={strategy}", f"launcher={launcher}", *own,

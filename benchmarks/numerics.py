@@ -1,0 +1,94 @@
+"""How far bf16 takes the loss from fp32: this project and the plain loop, each beside itself in fp32.
+
+python -m benchmarks.numerics [--layers 30] [--characters 1000] [--steps 10] [--seeds 3]
+writes benchmarks/results/numerics.md. LoRA on SmolLM2-135M, 8 examples of GSM8K a step; a seed is another stretch of
+the rows. Fewer of the blocks, and shorter rows, are for a processor that only emulates bf16.
+"""
+
+import argparse
+import json
+import os
+import shlex
+import sys
+import tempfile
+from pathlib import Path
+
+from benchmarks.job import BATCH, Job
+from benchmarks.machine import here
+from benchmarks.measure import GSM8K, measure
+from benchmarks.speed import PEERS
+
+RESULT = Path("benchmarks/results/numerics.md")
+NAMES = ("plain", "dsft")
+
+
+def write_model(folder: Path, layers: int) -> int:
+    """SmolLM2-135M with the first layers of its blocks; returns how many it has."""
+    from transformers import AutoModelForCausalLM
+
+    from dsft.compose import compose
+
+    files = compose(["model=smollm2_135m"]).run.model.resolve()
+    model = AutoModelForCausalLM.from_pretrained(files.name_or_path)
+    model.model.layers = model.model.layers[:layers]
+    model.config.num_hidden_layers = len(model.model.layers)
+    model.save_pretrained(folder)
+    files.tokenizer().save_pretrained(folder)
+    return len(model.model.layers)
+
+
+def distances(job: Job, name: str) -> list[float]:
+    """|loss in bf16 - loss in fp32| at each step."""
+    peer, found = PEERS[name], {}
+    for precision in ("fp32", "bf16"):
+        found[precision] = measure(peer, Job(**{**vars(job), "precision": precision}), 1)["losses"]
+    return [abs(one - other) for one, other in zip(found["fp32"], found["bf16"], strict=True)]
+
+
+def main() -> int:
+    """Measure and write."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--layers", type=int, default=30)
+    parser.add_argument("--characters", type=int, default=1000, help="of the longest row")
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--out", type=Path, default=RESULT)
+    args = parser.parse_args()
+    if not GSM8K.is_file():
+        parser.error(f"{GSM8K} is not there")
+    os.environ |= {"CUDA_VISIBLE_DEVICES": "", "TOKENIZERS_PARALLELISM": "false", "OMP_WAIT_POLICY": "PASSIVE"}
+    lines = [
+        line for line in GSM8K.read_text().splitlines() if len("".join(json.loads(line).values())) <= args.characters
+    ]
+    found: dict[str, list[float]] = {name: [] for name in NAMES}
+    with tempfile.TemporaryDirectory() as folder:
+        model, rows = Path(folder) / "model", Path(folder) / "rows.jsonl"
+        layers = write_model(model, args.layers)
+        for seed in range(args.seeds):
+            first = seed * args.steps * BATCH
+            rows.write_text("\n".join(lines[first : first + args.steps * BATCH]) + "\n")
+            job = Job("lora", str(model), str(rows), args.steps, "fp32", "single")
+            for name in NAMES:
+                found[name].append(max(distances(job, name)))
+                print(f"seed {seed} {name}: {found[name][-1]:.5f}", flush=True)
+    worst = {name: max(values) for name, values in found.items()}
+    heads = ["", *(f"seed {seed}" for seed in range(args.seeds)), "largest", "x plain"]
+    table = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    for name, values in found.items():
+        cells = [PEERS[name].title, *(f"{value:.5f}" for value in (*values, worst[name]))]
+        table.append(f"| {' | '.join(cells)} | {worst[name] / worst['plain']:.2f} |")
+    args.out.write_text(
+        "# How far bf16 takes the loss from fp32\n\n"
+        f"Largest |loss in bf16 - loss in fp32| over {args.steps} steps of LoRA, each loop beside itself in fp32. "
+        f"SmolLM2-135M, {layers} of its 30 blocks, {BATCH} examples of GSM8K a step, rows of at most {args.characters} "
+        "characters.\n"
+        f"`{shlex.join(['python', '-m', 'benchmarks.numerics', *sys.argv[1:]])}` on {here()}.\n\n"
+        + "\n".join(table)
+        + "\n"
+    )
+    print(args.out.read_text())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
