@@ -94,9 +94,10 @@ class _Score(torch.autograd.Function):
         grads = torch.empty_like(hidden) if ctx.needs_input_grad[0] and not ctx.learns else None
         with torch.autocast(hidden.device.type, enabled=False):
             for rows, product, cast in _blocks(hidden, weight, bias):
-                scores[0, rows] = F.cross_entropy(product, targets[rows], reduction="none")
+                log_p = product.log_softmax(-1)
+                scores[0, rows] = -log_p.gather(1, targets[rows, None])[:, 0]
                 if grads is not None:
-                    torch.mm(_slope(product, targets[rows]).to(hidden.dtype), cast, out=grads[rows])
+                    torch.mm(_slope(log_p, targets[rows]).to(hidden.dtype), cast, out=grads[rows])
         ctx.save_for_backward(*((hidden, weight, bias, targets) if ctx.learns else (grads,)))
         return scores
 
@@ -111,7 +112,7 @@ class _Score(torch.autograd.Function):
         grad_bias = None if bias is None else torch.zeros_like(bias, dtype=torch.float32)
         with torch.autocast(grad.device.type, enabled=False):
             for rows, product, cast in _blocks(hidden, weight, bias):
-                slope = _slope(product, targets[rows]).mul_(grad[0, rows, None])
+                slope = _slope(product.log_softmax(-1), targets[rows]).mul_(grad[0, rows, None])
                 if grad_bias is not None:
                     grad_bias += slope.sum(0)
                 slope = slope.to(hidden.dtype)
@@ -130,8 +131,8 @@ def _blocks(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Any:
         yield rows, logits.float(), weight
 
 
-def _slope(logits: Tensor, targets: Tensor) -> Tensor:
-    """d(-log p) / d(logits) = softmax - one-hot, in the memory of logits."""
-    slope = logits.sub_(logits.logsumexp(-1, keepdim=True)).exp_()
+def _slope(log_p: Tensor, targets: Tensor) -> Tensor:
+    """d(-log p) / d(logits) = softmax - one-hot, in the memory of log_p (rows, V)."""
+    slope = log_p.exp_()
     slope[torch.arange(len(targets), device=targets.device), targets] -= 1
     return slope
