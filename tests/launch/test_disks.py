@@ -75,9 +75,10 @@ def test_checkpoints_that_turn_read_only_cost_saves_and_no_step(rows: Path, tmp_
         run_dir, place = disk / "run", f"{tmp_path}/disk/run/checkpoints"
         wait_for(lambda: run_dir.is_dir() and len(events(run_dir, "save")) > 3, run)
         inside = ["nsenter", "--preserve-credentials", "-U", "-m", "-t", str(run.pid), "sh", "-c"]
-        bind = [*inside, f"mount --bind {place} {place}"]  # busy while a save renames in there
-        wait_for(lambda: subprocess.run(bind, check=False).returncode == 0, run)
-        subprocess.run([*inside, f"mount -o remount,bind,ro {place}"], check=True)
+        side = f"{tmp_path}/disk/side"  # made read-only where no save is writing, which would keep it from being that
+        binds = (f"{place} {side}", f"{side} {place}")
+        closed = f"mount --bind {binds[0]} && mount -o remount,bind,ro {side} && mount --bind {binds[1]}"
+        subprocess.run([*inside, f"mkdir {side} && {closed}"], check=True)
         assert "Read-only file system" in said_until(
             run, tmp_path / "disk", lambda said: said.count("SAVE FAILED") >= 2
         )
