@@ -19,6 +19,12 @@ from benchmarks.machine import here
 GSM8K = Path(__file__).parents[2] / "shared" / "data" / "gsm8k" / "train.jsonl"
 KEYS = ("tok_s", "tok_cpu_s", "share", "padding", "imbalance", "peak_mib")
 
+ALIKE = {"CUDA_VISIBLE_DEVICES": "", "TOKENIZERS_PARALLELISM": "false", "TQDM_DISABLE": "1"}
+"""The environment of every peer."""
+
+WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+"""How a peer's threads wait is its own affair, and dsft has set it for the process that imported it."""
+
 Found = dict[str, list[dict[str, Any]]]
 """Peer -> what each of its rounds gave."""
 
@@ -55,10 +61,7 @@ def parsed(parser: argparse.ArgumentParser, peers: Mapping[str, object]) -> argp
         parser.error(f"--steps must be 2 or more and --rounds 1 or more, got {args.steps} and {args.rounds}")
     if not args.data.is_file():
         parser.error(f"--data must be a .jsonl of GSM8K, {args.data} is not there")
-    os.environ |= {
-        "CUDA_VISIBLE_DEVICES": "", "TOKENIZERS_PARALLELISM": "false", "OMP_WAIT_POLICY": "PASSIVE",
-        "TQDM_DISABLE": "1",
-    }  # fmt: skip
+    os.environ |= ALIKE
     from dsft.compose import compose
 
     args.precision = args.precision or compose(["model=tiny"]).run.train.precision
@@ -102,7 +105,8 @@ def measure(peer: Peer, job: Job, ranks: int) -> dict[str, Any]:
 
 
 def _alone(command: list[str]) -> tuple[int, str]:
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    env = {key: value for key, value in os.environ.items() if key not in WAITING}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     return done.returncode, done.stderr
 
 

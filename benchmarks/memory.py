@@ -16,7 +16,7 @@ from typing import Any
 
 from benchmarks.job import peak_mib
 from benchmarks.machine import here
-from benchmarks.measure import GSM8K
+from benchmarks.measure import ALIKE, GSM8K
 
 RESULT = Path("benchmarks/results/memory.md")
 BATCH, TOKENS = 8, 250
@@ -132,7 +132,7 @@ def main() -> int:
         return 2
     from dsft.compose import compose
 
-    os.environ |= {"TOKENIZERS_PARALLELISM": "false", "OMP_WAIT_POLICY": "PASSIVE"}
+    os.environ |= ALIKE
     lines = []
     with tempfile.TemporaryDirectory() as folder:
         rows = Path(folder) / "rows.jsonl"

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from benchmarks.job import BATCH, Job
 from benchmarks.machine import here
-from benchmarks.measure import GSM8K, measure
+from benchmarks.measure import ALIKE, GSM8K, measure
 from benchmarks.speed import PEERS
 
 RESULT = Path("benchmarks/results/numerics.md")
@@ -56,7 +56,7 @@ def main() -> int:
     args = parser.parse_args()
     if not GSM8K.is_file():
         parser.error(f"{GSM8K} is not there")
-    os.environ |= {"CUDA_VISIBLE_DEVICES": "", "TOKENIZERS_PARALLELISM": "false", "OMP_WAIT_POLICY": "PASSIVE"}
+    os.environ |= ALIKE
     lines = [
         line for line in GSM8K.read_text().splitlines() if len("".join(json.loads(line).values())) <= args.characters
     ]

@@ -198,7 +198,7 @@ def measured(part: str, processes: int, threads: int, **job: Any) -> dict[str, A
         path, out, logs = (Path(folder) / name for name in ("job.json", "out.json", "logs"))
         path.write_text(json.dumps({"part": part, "out": str(out), **job}))
         command = [sys.executable, "-m", "benchmarks.scaling", "--child", str(path)]
-        env = {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}
+        env = {"OMP_NUM_THREADS": str(threads)}
         begun = time.monotonic()
         if processes == 1:
             subprocess.run(command, env=os.environ | env, check=True)

@@ -4,6 +4,7 @@ import os
 
 __version__ = "0.1.0"
 
-# Read by OpenMP when torch is loaded, so before it: threads that spin at a barrier while another process has the core
-# made small CPU operations 5 to 20 times slower on a busy machine (benchmarks/results/omp-wait-policy.md).
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Read by GNU OpenMP when torch is loaded, so before it. By default its threads spin at a barrier for milliseconds, 20
+# times slower beside another process; not to spin costs a fifth alone (benchmarks/results/omp-wait-policy.md).
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")

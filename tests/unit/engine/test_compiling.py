@@ -84,13 +84,17 @@ def test_auto_compiles_long_runs_of_what_can_be_compiled() -> None:
     torch._dynamo.reset()
 
 
-def test_without_a_compiler_auto_is_false_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PATH", "")
+def test_without_a_compiler_auto_is_false_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    (tmp_path / "clang++").symlink_to("/bin/true")  # torch takes it only where CXX names it
     composed = compose(["model=tiny", "launcher=local", "tracker=[]"])
     assert composed.run.train.compile is False
-    assert "train.compile=auto: false, a C++ compiler (g++ or clang++) is not there" in composed.repairs
+    assert "train.compile=auto: false, a C++ compiler (g++, or another that CXX names) is not there" in composed.repairs
     with pytest.raises(ValueError, match=r"train.compile=true needs a C\+\+ compiler"):
         compose(["model=tiny", "launcher=local", "tracker=[]", "train.compile=true"])
+    monkeypatch.setenv("CXX", "clang++")
+    assert compose(["model=tiny", "launcher=local", "tracker=[]", "train.compile=true"]).run.train.compile is True
 
 
 def test_a_compiled_block_has_no_parts_to_profile() -> None:
