@@ -138,7 +138,7 @@ def together(parts: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def table(found: Found, peers: Mapping[str, Peer], *, ranks: int = 1) -> Iterator[str]:
-    """A row per peer: medians, and ratios to the first."""
+    """A row per peer: medians; ratios to the first of the same round, since a machine's pace drifts, their median."""
     first = next(iter(found))
     several = ["imbalance"] if ranks > 1 else []
     heads = ["", "real tokens/s", f"x {first}", "tokens/CPU-s", "of the ceiling", "padding", *several, "peak MiB",
@@ -146,13 +146,18 @@ def table(found: Found, peers: Mapping[str, Peer], *, ranks: int = 1) -> Iterato
     yield f"| {' | '.join(heads)} |"
     yield "|---" * len(heads) + "|"
     middle = {name: {key: statistics.median(run[key] for run in runs) for key in KEYS} for name, runs in found.items()}
+
+    def ratio(name: str, key: str) -> str:
+        pairs = zip(found[name], found[first], strict=True)
+        return f"{statistics.median(mine[key] / theirs[key] for mine, theirs in pairs):.2f}"
+
     for name, values in middle.items():
         losses = [found[name][0]["losses"][index] for index in (0, 1, -1)]
         cells = [
-            peers[name].title, f"{values['tok_s']:.0f}", f"{values['tok_s'] / middle[first]['tok_s']:.2f}",
+            peers[name].title, f"{values['tok_s']:.0f}", ratio(name, "tok_s"),
             f"{values['tok_cpu_s']:.0f}", f"{values['share']:.0%}", f"{values['padding']:.0%}",
             *[f"{values[key]:.1%}" for key in several],
-            f"{values['peak_mib']:,.0f}", f"{values['peak_mib'] / middle[first]['peak_mib']:.2f}",
+            f"{values['peak_mib']:,.0f}", ratio(name, "peak_mib"),
             ", ".join(f"{loss:.4f}" for loss in losses),
         ]  # fmt: skip
         yield f"| {' | '.join(cells)} |"

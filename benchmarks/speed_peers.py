@@ -18,7 +18,7 @@ THEIRS = {
         "LLaMA-Factory, neat packing 4 x 512, no checkpointing (other examples in each step)", MODULE, "packed"
     ),
 }
-PEERS = {name: OURS[name] for name in ("plain", "dsft", "dsft-1024")} | THEIRS
+PEERS = {name: OURS[name] for name in ("plain", "dsft", "dsft-1024", "dsft-compiled")} | THEIRS
 
 
 def main() -> int:
