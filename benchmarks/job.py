@@ -4,6 +4,7 @@ The standard library alone: a peer in another environment imports it too.
 """
 
 import json
+import math
 import os
 import resource
 import sys
@@ -47,11 +48,35 @@ class Step:
     loss: float
 
 
+class Turns:
+    """Peers that run side by side take their steps in turns: who has done fewest goes next, all others sleep.
+
+    A peer is all its ranks, and has done what each of them has.
+    """
+
+    def __init__(self, folder: Path, index: int, count: int) -> None:
+        self.folder, self.index, self.count = folder, index, count
+        self.rank, self.size = os.environ.get("RANK", "0"), int(os.environ.get("WORLD_SIZE", "1"))
+
+    def wait(self, done: float) -> None:
+        """Say that done steps are over, and return once it is this peer's turn; at once if it has no more."""
+        fresh = self.folder / f".turn-{self.index}-{self.rank}"
+        fresh.write_text(str(done))
+        fresh.replace(self.folder / f"turn-{self.index}-{self.rank}")
+        while done != math.inf and min((self._done(peer), peer) for peer in range(self.count))[1] != self.index:
+            time.sleep(0.01)
+
+    def _done(self, peer: int) -> float:
+        paths = [self.folder / f"turn-{peer}-{rank}" for rank in range(self.size)]
+        return min(float(path.read_text()) if path.exists() else 0.0 for path in paths)
+
+
 class Clock:
-    """Collects steps; one begins where the last ended."""
+    """Collects steps; one begins where the last ended, or with this peer's turn."""
 
     def __init__(self) -> None:
         self.steps: list[Step] = []
+        self.turns = turns()
         self.begin()
 
     def begin(self) -> None:
@@ -62,7 +87,17 @@ class Clock:
         """A step is over."""
         seconds, cpu = time.perf_counter() - self.wall, _cpu() - self.cpu
         self.steps.append(Step(tokens, supervised, positions, seconds, cpu, loss))
+        if self.turns:
+            self.turns.wait(len(self.steps))
         self.begin()
+
+
+def turns() -> Turns | None:
+    """What BENCH_TURNS says: a folder, this peer's number, how many there are; None for a peer that is alone."""
+    if "BENCH_TURNS" not in os.environ:
+        return None
+    folder, index, count = os.environ["BENCH_TURNS"].rsplit(":", 2)
+    return Turns(Path(folder), int(index), int(count))
 
 
 def _cpu() -> float:
@@ -80,5 +115,7 @@ def serve(run: Callable[[Job], list[Step]]) -> None:
     """Run the job whose file is the first argument, and leave steps and peak memory beside it as rank-R.json."""
     job = Path(sys.argv[1])
     steps = run(Job(**json.loads(job.read_text())))
+    if among := turns():
+        among.wait(math.inf)
     left = {"steps": [asdict(step) for step in steps], "peak_mib": peak_mib()}
     (job.parent / f"rank-{os.environ.get('RANK', '0')}.json").write_text(json.dumps(left))

@@ -1,4 +1,4 @@
-"""Peers side by side: each in a fresh process, in turns, medians as ratios to the first."""
+"""Peers side by side: each beside ours, their steps in turns, since a machine's pace drifts from minute to minute."""
 
 import argparse
 import json
@@ -8,7 +8,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,16 +17,18 @@ from benchmarks.job import BATCH, Job
 from benchmarks.machine import here
 
 GSM8K = Path(__file__).parents[2] / "shared" / "data" / "gsm8k" / "train.jsonl"
-KEYS = ("tok_s", "tok_cpu_s", "share", "padding", "imbalance", "peak_mib")
 
 ALIKE = {"CUDA_VISIBLE_DEVICES": "", "TOKENIZERS_PARALLELISM": "false", "TQDM_DISABLE": "1"}
 """The environment of every peer."""
 
+LAUNCH = "import sys; from pathlib import Path; from dsft_launchers.local import launch; \
+sys.exit(launch(sys.argv[3:], num_processes=int(sys.argv[1]), log_dir=Path(sys.argv[2]), env={'OMP_NUM_THREADS': '1'}))"
+
 WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
 """How a peer's threads wait is its own affair, and dsft has set it for the process that imported it."""
 
-Found = dict[str, list[dict[str, Any]]]
-"""Peer -> what each of its rounds gave."""
+Pairs = dict[str, tuple[dict[str, Any], dict[str, Any]]]
+"""Peer -> what the first peer gave beside it, and what it gave."""
 
 
 @dataclass(frozen=True)
@@ -42,9 +44,8 @@ class Peer:
 def arguments(doc: str | None, peers: Mapping[str, object]) -> argparse.ArgumentParser:
     """What every speed benchmark takes."""
     parser = argparse.ArgumentParser(description=doc)
-    parser.add_argument("--peers", default=",".join(peers), help=f"of {', '.join(peers)}; ratios are to the first")
-    parser.add_argument("--steps", type=int, default=4, help="the first is not timed")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--peers", default=",".join(peers), help=f"of {', '.join(peers)}; all are held to the first")
+    parser.add_argument("--steps", type=int, default=7, help="the first is not timed")
     parser.add_argument("--data", type=Path, default=GSM8K, help="rows with question and answer")
     parser.add_argument("--precision", choices=("bf16", "fp32"), default=None)
     parser.add_argument("--out", type=Path)
@@ -57,8 +58,8 @@ def parsed(parser: argparse.ArgumentParser, peers: Mapping[str, object]) -> argp
     args.peers = args.peers.split(",")
     if unknown := [name for name in args.peers if name not in peers]:
         parser.error(f"--peers must be of {', '.join(peers)}, got {', '.join(unknown)}")
-    if args.steps < 2 or args.rounds < 1:
-        parser.error(f"--steps must be 2 or more and --rounds 1 or more, got {args.steps} and {args.rounds}")
+    if args.steps < 2:
+        parser.error(f"--steps must be 2 or more, got {args.steps}")
     if not args.data.is_file():
         parser.error(f"--data must be a .jsonl of GSM8K, {args.data} is not there")
     os.environ |= ALIKE
@@ -68,8 +69,8 @@ def parsed(parser: argparse.ArgumentParser, peers: Mapping[str, object]) -> argp
     return args
 
 
-def interleaved(peers: Mapping[str, Peer], args: argparse.Namespace, *, mode: str, ranks: int = 1) -> Found:
-    """Round by round, every peer once. share: of the matmul ceiling, measured just before, the work that it did."""
+def abreast(peers: Mapping[str, Peer], args: argparse.Namespace, *, mode: str, ranks: int = 1) -> Pairs:
+    """Every peer but the first beside the first, their steps in turns. share: of the matmul ceiling, taken just before."""
     import torch
 
     from dsft.compose import compose
@@ -80,41 +81,61 @@ def interleaved(peers: Mapping[str, Peer], args: argparse.Namespace, *, mode: st
     files = run.model.resolve()
     bones = skeleton(run, files)
     needed, shape = work(bones.model, bones.anatomy), widest(bones.model, bones.anatomy)
-    found: Found = {name: [] for name in peers}
-    for turn in range(args.rounds):
-        for name, peer in peers.items():
-            ceiling = matmul_ceiling(2048, shape, DTYPES[args.precision], torch.device("cpu"))
-            job = Job(mode, files.name_or_path, str(args.data.resolve()), args.steps, args.precision, peer.setting)
-            found[name].append(last := measure(peer, job, ranks))
-            last["share"] = needed.of(last["tok_s"], last["sup_s"]) / ceiling
-            speed = f"{last['tok_s']:.0f} tokens/s, {last['tok_cpu_s']:.0f} tokens/CPU-s"
-            print(f"round {turn + 1} {name}: {speed}, {last['peak_mib']:.0f} MiB", flush=True)
+    (_, ours), *others = peers.items()
+    found: Pairs = {}
+    for name, peer in others:
+        ceiling = matmul_ceiling(2048, shape, DTYPES[args.precision], torch.device("cpu"))
+        jobs = [
+            Job(mode, files.name_or_path, str(args.data.resolve()), args.steps, args.precision, each.setting)
+            for each in (ours, peer)
+        ]
+        found[name] = pair = _pair((ours, peer), jobs, ranks)
+        for each in pair:
+            each["share"] = needed.of(each["tok_s"], each["sup_s"]) / ceiling
+        speeds = " and ".join(f"{each['tok_s']:.0f} tokens/s, {each['tok_cpu_s']:.0f} tokens/CPU-s" for each in pair)
+        print(f"ours and {name}: {speeds}", flush=True)
     return found
 
 
-def measure(peer: Peer, job: Job, ranks: int) -> dict[str, Any]:
-    """Run a peer on fresh processes; what its ranks left, put together. Raises RuntimeError if one fails."""
+def _pair(peers: Sequence[Peer], jobs: Sequence[Job], ranks: int) -> tuple[dict[str, Any], dict[str, Any]]:
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "job.json"
-        path.write_text(json.dumps(asdict(job)))
-        command = [peer.python, "-m", peer.module, str(path)]
-        code, said = _ranks(command, Path(folder) / "logs", ranks) if ranks > 1 else _alone(command)
-        if code != 0:
-            raise RuntimeError(f"{peer.title} ({job.mode}, {job.setting}) ended with {code}: {said[-3000:]}")
-        return together([json.loads((path.parent / f"rank-{rank}.json").read_text()) for rank in range(ranks)])
+        running = []
+        for index, (peer, job) in enumerate(zip(peers, jobs, strict=True)):
+            env = {"BENCH_TURNS": f"{folder}:{index}:{len(peers)}"}
+            running.append(_started(peer, job, Path(folder) / str(index), ranks, env))
+        codes = [process.wait() for process in running]
+        for index, code in enumerate(codes):
+            _check(peers[index], code, Path(folder) / str(index))
+        ours, theirs = (_left(Path(folder) / str(index), ranks) for index in range(2))
+        return together(ours), together(theirs)
 
 
-def _alone(command: list[str]) -> tuple[int, str]:
-    env = {key: value for key, value in os.environ.items() if key not in WAITING}
-    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
-    return done.returncode, done.stderr
+def measure(peer: Peer, job: Job) -> dict[str, Any]:
+    """Run a peer alone in a fresh process. Raises RuntimeError if it fails."""
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder) / "alone"
+        _check(peer, _started(peer, job, place, 1, {}).wait(), place)
+        return together(_left(place, 1))
 
 
-def _ranks(command: list[str], logs: Path, ranks: int) -> tuple[int, str]:
-    from dsft_launchers.local import launch
+def _started(peer: Peer, job: Job, place: Path, ranks: int, env: Mapping[str, str]) -> "subprocess.Popen[bytes]":
+    place.mkdir()
+    (place / "job.json").write_text(json.dumps(asdict(job)))
+    command = [peer.python, "-m", peer.module, str(place / "job.json")]
+    if ranks > 1:
+        command = [sys.executable, "-c", LAUNCH, str(ranks), str(place), *command]
+    own = {key: value for key, value in os.environ.items() if key not in WAITING}
+    with (place / "said").open("w") as said:
+        return subprocess.Popen(command, env={**own, **env}, stdout=said, stderr=said)
 
-    code = launch(command, num_processes=ranks, log_dir=logs, env={"OMP_NUM_THREADS": "1"})
-    return code, "\n".join(path.read_text()[-1500:] for path in sorted(logs.iterdir()))
+
+def _check(peer: Peer, code: int, place: Path) -> None:
+    if code != 0:
+        raise RuntimeError(f"{peer.title} ended with {code}: {(place / 'said').read_text()[-3000:]}")
+
+
+def _left(place: Path, ranks: int) -> list[dict[str, Any]]:
+    return [json.loads((place / f"rank-{rank}.json").read_text()) for rank in range(ranks)]
 
 
 def together(parts: list[dict[str, Any]]) -> dict[str, Any]:
@@ -137,28 +158,21 @@ def together(parts: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def table(found: Found, peers: Mapping[str, Peer], *, ranks: int = 1) -> Iterator[str]:
-    """A row per peer: medians; ratios to the first of the same round, since a machine's pace drifts, their median."""
-    first = next(iter(found))
-    several = ["imbalance"] if ranks > 1 else []
-    heads = ["", "real tokens/s", f"x {first}", "tokens/CPU-s", "of the ceiling", "padding", *several, "peak MiB",
-             f"x {first}", "losses at steps 1, 2, last"]  # fmt: skip
+def pairs(found: Pairs, peers: Mapping[str, Peer]) -> Iterator[str]:
+    """A row per pair: the first of peers, and the one beside it."""
+    heads = ["beside", "its real tokens/s", "ours", "ours / its", "by CPU seconds", "its share of the ceiling", "ours",
+             "its padding", "its imbalance", "ours", "its peak MiB", "ours", "ours / its",
+             "its losses at steps 1, 2, last", "ours"]  # fmt: skip
     yield f"| {' | '.join(heads)} |"
     yield "|---" * len(heads) + "|"
-    middle = {name: {key: statistics.median(run[key] for run in runs) for key in KEYS} for name, runs in found.items()}
-
-    def ratio(name: str, key: str) -> str:
-        pairs = zip(found[name], found[first], strict=True)
-        return f"{statistics.median(mine[key] / theirs[key] for mine, theirs in pairs):.2f}"
-
-    for name, values in middle.items():
-        losses = [found[name][0]["losses"][index] for index in (0, 1, -1)]
+    for name, (ours, its) in found.items():
+        losses = [", ".join(f"{each['losses'][index]:.4f}" for index in (0, 1, -1)) for each in (its, ours)]
         cells = [
-            peers[name].title, f"{values['tok_s']:.0f}", ratio(name, "tok_s"),
-            f"{values['tok_cpu_s']:.0f}", f"{values['share']:.0%}", f"{values['padding']:.0%}",
-            *[f"{values[key]:.1%}" for key in several],
-            f"{values['peak_mib']:,.0f}", ratio(name, "peak_mib"),
-            ", ".join(f"{loss:.4f}" for loss in losses),
+            peers[name].title, f"{its['tok_s']:.0f}", f"{ours['tok_s']:.0f}", f"**{ours['tok_s'] / its['tok_s']:.2f}**",
+            f"{ours['tok_cpu_s'] / its['tok_cpu_s']:.2f}", f"{its['share']:.0%}", f"{ours['share']:.0%}",
+            f"{its['padding']:.0%}", f"{its['imbalance']:.1%}", f"{ours['imbalance']:.1%}",
+            f"{its['peak_mib']:,.0f}", f"{ours['peak_mib']:,.0f}",
+            f"**{ours['peak_mib'] / its['peak_mib']:.2f}**", *losses,
         ]  # fmt: skip
         yield f"| {' | '.join(cells)} |"
 
@@ -169,8 +183,7 @@ def write(out: Path, title: str, what: str, args: argparse.Namespace, lines: Ite
     head = [
         f"# {title}",
         "",
-        f"SmolLM2-135M, GSM8K, {BATCH} examples a step, {args.precision}, {what}; medians of {args.rounds} interleaved "
-        f"rounds of {args.steps - 1} timed steps.",
+        f"SmolLM2-135M, GSM8K, {BATCH} examples a step, {args.precision}, {what}; {args.steps - 1} timed steps.",
         f"`{command}` on {here()}.",
         "",
     ]

@@ -41,7 +41,7 @@ def distances(job: Job, name: str) -> list[float]:
     """|loss in bf16 - loss in fp32| at each step."""
     peer, found = PEERS[name], {}
     for precision in ("fp32", "bf16"):
-        found[precision] = measure(peer, Job(**{**vars(job), "precision": precision}), 1)["losses"]
+        found[precision] = measure(peer, Job(**{**vars(job), "precision": precision}))["losses"]
     return [abs(one - other) for one, other in zip(found["fp32"], found["bf16"], strict=True)]
 
 

@@ -1,26 +1,24 @@
-"""Speed and memory against the plain loop and TRL: the same examples, interleaved, medians, as ratios.
+"""Speed and memory against the plain loop and TRL: one beside the other, their steps in turns, as ratios.
 
-python -m benchmarks.speed [--mode lora|qlora|full] [--peers plain,dsft,...] [--steps 4] [--rounds 3]
+python -m benchmarks.speed [--mode lora|qlora|full] [--peers dsft-1024,plain,...] [--steps 7]
 writes benchmarks/results/speed-MODE.md. 8 examples of GSM8K a step, SmolLM2-135M; the first step is not timed.
 """
 
 import sys
 from pathlib import Path
 
-from benchmarks.measure import Peer, arguments, interleaved, parsed, table, write
+from benchmarks.measure import Peer, abreast, arguments, pairs, parsed, write
 
 SMALL = "train.micro_batch_tokens=1024"
 PEERS = {
-    "plain": Peer("transformers + PEFT, padded batches", "benchmarks.peer_plain", "single"),
-    "dsft": Peer("this project", "benchmarks.peer_dsft", "single"),
     "dsft-1024": Peer("this project, train.micro_batch_tokens=1024", "benchmarks.peer_dsft", f"single {SMALL}"),
-    "dsft-compiled": Peer(
-        "this project, train.micro_batch_tokens=1024 train.compile=true",
-        "benchmarks.peer_dsft",
-        f"single {SMALL} train.compile=true",
-    ),
+    "plain": Peer("transformers + PEFT, padded batches", "benchmarks.peer_plain", "single"),
     "trl": Peer("TRL, its defaults", "benchmarks.peer_trl", "default"),
     "trl-best": Peer("TRL, grouped by length (other examples in each step)", "benchmarks.peer_trl", "grouped"),
+    "dsft": Peer("this project with micro-batches of whole batches", "benchmarks.peer_dsft", "single"),
+    "dsft-compiled": Peer(
+        "this project, train.compile=true", "benchmarks.peer_dsft", f"single {SMALL} train.compile=true"
+    ),
 }
 
 
@@ -30,9 +28,9 @@ def main() -> int:
     parser.add_argument("--mode", choices=("lora", "qlora", "full"), default="lora")
     args = parsed(parser, PEERS)
     peers = {name: PEERS[name] for name in args.peers}
-    found = interleaved(peers, args, mode=args.mode)
+    found = abreast(peers, args, mode=args.mode)
     out = args.out or Path(f"benchmarks/results/speed-{args.mode}.md")
-    write(out, f"Speed: {args.mode}", "rank 16 on all linears", args, table(found, peers))
+    write(out, f"Speed: {args.mode}", "rank 16 on all linears", args, pairs(found, peers))
     return 0
 
 

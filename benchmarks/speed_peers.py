@@ -1,6 +1,6 @@
-"""Speed and memory against LLaMA-Factory, which has an environment of its own: interleaved, medians, as ratios.
+"""Speed and memory against LLaMA-Factory, which has an environment of its own: steps in turns, as ratios.
 
-python -m benchmarks.speed_peers [--python .venv-peers/bin/python] [--peers plain,dsft,...]
+python -m benchmarks.speed_peers [--python .venv-peers/bin/python] [--peers dsft-1024,...]
 writes benchmarks/results/speed-peers.md. LoRA on the rows of benchmarks.speed; `make bench-peers` makes that Python.
 """
 
@@ -8,7 +8,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from benchmarks.measure import Peer, arguments, interleaved, parsed, table, write
+from benchmarks.measure import Peer, abreast, arguments, pairs, parsed, write
 from benchmarks.speed import PEERS as OURS
 
 MODULE = "benchmarks.peer_llamafactory"
@@ -18,7 +18,7 @@ THEIRS = {
         "LLaMA-Factory, neat packing 4 x 512, no checkpointing (other examples in each step)", MODULE, "packed"
     ),
 }
-PEERS = {name: OURS[name] for name in ("plain", "dsft", "dsft-1024", "dsft-compiled")} | THEIRS
+PEERS = {name: OURS[name] for name in ("dsft-1024",)} | THEIRS
 
 
 def main() -> int:
@@ -30,9 +30,9 @@ def main() -> int:
         parser.error(f"--python must be a Python with llamafactory, {args.python} is not there; make bench-peers")
     theirs = {name: replace(peer, python=str(args.python)) for name, peer in THEIRS.items()}
     peers = {name: (PEERS | theirs)[name] for name in args.peers}
-    found = interleaved(peers, args, mode="lora")
+    found = abreast(peers, args, mode="lora")
     out = args.out or Path("benchmarks/results/speed-peers.md")
-    write(out, "Speed: lora against LLaMA-Factory", "rank 16 on all linears", args, table(found, peers))
+    write(out, "Speed: lora against LLaMA-Factory", "rank 16 on all linears", args, pairs(found, peers))
     return 0
 
 

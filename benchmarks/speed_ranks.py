@@ -1,6 +1,6 @@
-"""Speed and memory of two ranks against the plain loop under the same strategy: interleaved, medians, as ratios.
+"""Speed and memory of two ranks against the plain loop under the same strategy: steps in turns, as ratios.
 
-python -m benchmarks.speed_ranks [--strategies fsdp,zero3] [--peers plain,dsft] [--steps 4] [--rounds 3]
+python -m benchmarks.speed_ranks [--strategies fsdp,zero3] [--steps 7]
 writes benchmarks/results/speed-ranks.md. LoRA; one thread a rank; the first step is not timed. The plain loop is FSDP2
 by block, or DeepSpeed's ZeRO-3 engine, and each of its ranks pads every second example of a step.
 """
@@ -9,13 +9,13 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from benchmarks.measure import Peer, arguments, interleaved, parsed, table, write
+from benchmarks.measure import Peer, abreast, arguments, pairs, parsed, write
 
 RANKS = 2
 STRATEGIES = ("fsdp", "zero3")
 PEERS = {
-    "plain": Peer("transformers + PEFT, padded batches", "benchmarks.peer_plain", "fsdp"),
     "dsft": Peer("this project", "benchmarks.peer_dsft", "fsdp"),
+    "plain": Peer("transformers + PEFT, padded batches", "benchmarks.peer_plain", "fsdp"),
 }
 
 
@@ -30,8 +30,8 @@ def main() -> int:
     lines = []
     for strategy in strategies:
         peers = {name: replace(PEERS[name], setting=strategy) for name in args.peers}
-        found = interleaved(peers, args, mode="lora", ranks=RANKS)
-        lines += [f"## {strategy}", "", *table(found, peers, ranks=RANKS), ""]
+        found = abreast(peers, args, mode="lora", ranks=RANKS)
+        lines += [f"## {strategy}", "", *pairs(found, peers), ""]
     lines.append("Tokens/s over both ranks; peak memory is their sum; imbalance: (largest - mean) / mean of the ranks'")
     lines.append("real tokens in a step, mean over the steps.")
     out = args.out or Path("benchmarks/results/speed-ranks.md")

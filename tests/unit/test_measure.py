@@ -1,9 +1,14 @@
 """How the speed benchmarks put ranks and rounds together."""
 
+import math
+import threading
+from pathlib import Path
+
 import pytest
 import torch
 
-from benchmarks.measure import Peer, table, together
+from benchmarks.job import Turns
+from benchmarks.measure import Peer, pairs, together
 from benchmarks.timed import real_tokens
 
 
@@ -26,20 +31,35 @@ def test_ranks_are_summed_over_the_timed_steps_alone() -> None:
     assert found["losses"] == [1.5, 4.0, 1.0]
 
 
-def test_ratios_are_to_the_first_peer_of_the_same_round() -> None:
-    def round_(speed: float) -> dict[str, object]:
-        return {"tok_s": speed, "tok_cpu_s": 1.0, "share": 0.5, "padding": 0.25, "imbalance": 0.02,
-                "peak_mib": 2 * speed, "losses": [1.0, 2.0, 3.0]}  # fmt: skip
+def test_a_row_holds_ours_to_the_one_beside_it() -> None:
+    def run(speed: float) -> dict[str, object]:
+        return {"tok_s": speed, "tok_cpu_s": speed / 2, "share": speed / 1000, "padding": 0.25, "imbalance": 0.02,
+                "peak_mib": 6000 / speed, "losses": [1.0, 2.0, 3.0]}  # fmt: skip
 
-    peers = {"plain": Peer("by hand", "", "fsdp"), "ours": Peer("ours", "", "fsdp")}
-    found = {"plain": [round_(100), round_(1), round_(110)], "ours": [round_(300), round_(2.5), round_(341)]}
-    assert list(table(found, peers, ranks=2)) == [
-        "|  | real tokens/s | x plain | tokens/CPU-s | of the ceiling | padding | imbalance | peak MiB | x plain "
-        "| losses at steps 1, 2, last |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-        "| by hand | 100 | 1.00 | 1 | 50% | 25% | 2.0% | 200 | 1.00 | 1.0000, 2.0000, 3.0000 |",
-        "| ours | 300 | 3.00 | 1 | 50% | 25% | 2.0% | 600 | 3.00 | 1.0000, 2.0000, 3.0000 |",
-    ]
+    peers = {"ours": Peer("ours", "", "fsdp"), "plain": Peer("by hand", "", "fsdp")}
+    row = list(pairs({"plain": (run(300), run(100))}, peers))[-1]
+    assert row == (
+        "| by hand | 100 | 300 | **3.00** | 3.00 | 10% | 30% | 25% | 2.0% | 2.0% | 60 | 20 | **0.33** "
+        "| 1.0000, 2.0000, 3.0000 | 1.0000, 2.0000, 3.0000 |"
+    )
+
+
+def test_peers_take_their_steps_in_turns(tmp_path: Path) -> None:
+    order: list[tuple[int, int]] = []
+
+    def peer(index: int) -> None:
+        turns = Turns(tmp_path, index, 2)
+        for done in range(1, 4):
+            turns.wait(done)
+            order.append((done, index))
+        turns.wait(math.inf)
+
+    threads = [threading.Thread(target=peer, args=(index,)) for index in (1, 0)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=20)
+    assert order == [(1, 0), (1, 1), (2, 0), (2, 1), (3, 0), (3, 1)]
 
 
 def test_padding_is_told_from_both_kinds_of_mask() -> None:
