@@ -13,7 +13,7 @@ PEERS_PIP := .venv/bin/python -m pip --disable-pip-version-check --python .venv-
 # DeepSpeed builds an operator at first use and looks for ninja on PATH.
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: help demo test check slow matrix faults bench bench-peers clean
+.PHONY: help demo test check slow slurm-test matrix faults bench bench-peers clean
 
 help:
 	@echo 'make demo     fine-tune a small real model on this machine, and see it before and after'
@@ -21,6 +21,7 @@ help:
 	@echo 'make check    lint, types, and the house, unit and contract tests'
 	@echo 'make matrix   every method x quantization x strategy: equal to the single process, or refused'
 	@echo 'make faults   runs killed at random moments, against one that never was; minutes'
+	@echo 'make slurm-test  runs on a real SLURM of four nodes, started here; root, installs SLURM'
 	@echo 'make slow     the tests that take minutes each'
 	@echo 'make bench    speed and memory, written to benchmarks/results/'
 	@echo 'make bench-peers  the same against LLaMA-Factory, in .venv-peers'
@@ -30,7 +31,7 @@ demo: $(READY)
 	@.venv/bin/python -m dsft.run experiment=demo
 
 test: $(READY)
-	@.venv/bin/python -m pytest -m 'not slow' -n 2 --dist worksteal $(ARGS)
+	@.venv/bin/python -m pytest -m 'not slow' --ignore=tests/slurm -n 2 --dist worksteal $(ARGS)
 
 check: $(READY)
 	@.venv/bin/python -m ruff check .
@@ -43,6 +44,11 @@ matrix: $(READY)
 
 slow: $(READY)
 	@.venv/bin/python -m pytest -m slow $(ARGS)
+
+# The first `up` installs what is missing.
+slurm-test: $(READY)
+	@slurm/testbed up && slurm/testbed down
+	@.venv/bin/python -m pytest tests/slurm $(ARGS)
 
 faults: $(READY)
 	@.venv/bin/python -m benchmarks.faults $(ARGS)

@@ -50,7 +50,7 @@ def words(data: Path, case: Sequence[str], size: int, *, background: bool, steps
         "model=tiny", "data=local", f"data.path={data}", "train.precision=fp32", f"train.steps={steps}",
         "train.global_batch_size=4", "train.max_length=512", "train.log_samples=true", "optim.lr=1e-3", "tracker=[]",
         "launcher=local", f"launcher.devices={size}", "checkpoint.every=3", f"checkpoint.background={background}",
-        "checkpoint.verify_result=false", *case,
+        "checkpoint.verify_result=false", "train.compile=false", *case,
     ]  # fmt: skip
 
 

@@ -63,8 +63,13 @@ class Turns:
         fresh = self.folder / f".turn-{self.index}-{self.rank}"
         fresh.write_text(str(done))
         fresh.replace(self.folder / f"turn-{self.index}-{self.rank}")
-        while done != math.inf and min((self._done(peer), peer) for peer in range(self.count))[1] != self.index:
+        while done != math.inf and not self._next(done):
             time.sleep(0.01)
+
+    def _next(self, done: float) -> bool:
+        """Whether all ranks of this peer have done as much, and no peer has done less."""
+        whole = [(self._done(peer), peer) for peer in range(self.count)]
+        return min(whole) == (done, self.index)
 
     def _done(self, peer: int) -> float:
         paths = [self.folder / f"turn-{peer}-{rank}" for rank in range(self.size)]

@@ -70,7 +70,7 @@ def parsed(parser: argparse.ArgumentParser, peers: Mapping[str, object]) -> argp
 
 
 def abreast(peers: Mapping[str, Peer], args: argparse.Namespace, *, mode: str, ranks: int = 1) -> Pairs:
-    """Every peer but the first beside the first, their steps in turns. share: of the matmul ceiling, taken just before."""
+    """Every peer but the first beside the first, their steps in turns. share: of the matmul ceiling."""
     import torch
 
     from dsft.compose import compose

@@ -10,6 +10,7 @@ from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
 
+from dsft_launchers.cluster import gpus_of
 from dsft_launchers.join import count_devices, resolve
 
 from dsft import config, rules
@@ -38,12 +39,18 @@ class Choice:
 
 @dataclass(frozen=True)
 class Started:
-    """How this run gets its processes, size of them in all. variables: the rank's, where others started it."""
+    """How this run gets its processes. devices: on each node; variables: the rank's, where others started it."""
 
     kind: str
     why: str
-    size: int
+    place: rules.Place
+    devices: int
     variables: dict[str, str]
+
+    @property
+    def size(self) -> int:
+        """Processes in all."""
+        return self.place.size
 
 
 @dataclass(frozen=True)
@@ -68,17 +75,17 @@ def compose(overrides: Sequence[str]) -> Composed:
         option = "single" if size == 1 else "fsdp"
         tree, choices = _compose_tree([o for o in overrides if o != "strategy=auto"] + [f"strategy={option}"])
         repairs.append(f"strategy=auto: {option}, for {size} process{'es' if size > 1 else ''}")
-    tree, more = rules.repair(tree)
+    tree, more = rules.repair(tree, start.place)
     run = build(tree)
     names = {choice.group: choice.option for choice in choices}
-    rules.refuse(run, names, size)
+    rules.refuse(run, names, start.place)
     return Composed(run, start, tree, tuple(overrides), tuple(choices), tuple(repairs) + more)
 
 
 def build(tree: Mapping[str, Any]) -> config.Run:
     """The Run that a resolved tree describes; every key is checked against its dataclass."""
     parts = {
-        name: _build_dataclass(_PLAIN[name], value, name) if name in _PLAIN else _build(value, name)
+        name: _build_dataclass(_plain_class(name, value), value, name) if name in _PLAIN else _build(value, name)
         for name, value in tree.items()
     }
     run: config.Run = _build_dataclass(config.Run, parts, "")
@@ -144,11 +151,17 @@ def _compose_tree(overrides: list[str]) -> tuple[dict[str, Any], list[Choice]]:
 
 
 def _start(tree: Mapping[str, Any]) -> Started:
-    launcher: config.Launcher = _build_dataclass(config.Launcher, tree, "launcher")
-    found = resolve(launcher.name, os.environ, devices=launcher.devices, nodes=launcher.nodes)
-    devices = max(1, count_devices(os.environ)) if launcher.devices == "auto" else launcher.devices
+    launcher: config.Launcher = _build_dataclass(_plain_class("launcher", tree), tree, "launcher")
+    dry_run = isinstance(launcher, config.Slurm) and launcher.dry_run
+    found = resolve(launcher.name, os.environ, devices=launcher.devices, nodes=launcher.nodes, dry_run=dry_run)
+    gpus = gpus_of(getattr(launcher, "partition", None)) if found.kind == "slurm" else count_devices(os.environ)
+    devices = max(1, gpus) if launcher.devices == "auto" else launcher.devices
     size = int(found.variables.get("WORLD_SIZE", devices * launcher.nodes))
-    return Started(found.kind, found.why, size, found.variables)
+    return Started(found.kind, found.why, rules.Place(size, gpus, found.kind != "slurm"), devices, found.variables)
+
+
+def _plain_class(group: str, tree: Mapping[str, Any]) -> type:
+    return config.Slurm if group == "launcher" and "partition" in tree else _PLAIN[group]
 
 
 def _choices(chosen: Mapping[str, Any], sources: Sequence[Any]) -> list[Choice]:

@@ -104,7 +104,7 @@ class Optim:
 class Launcher:
     """Where the processes come from; devices = processes per node."""
 
-    name: Literal["auto", "local"]
+    name: Literal["auto", "local", "slurm"]
     devices: int | Literal["auto"]
     nodes: int
 
@@ -113,6 +113,33 @@ class Launcher:
         if self.devices != "auto":
             _at_least("launcher.devices", self.devices, 1)
         _at_least("launcher.nodes", self.nodes, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Slurm(Launcher):
+    """The processes of a SLURM job; None: as the cluster has it. notice_s: from SLURM's signal to the time limit."""
+
+    partition: str | int | None
+    account: str | int | None
+    qos: str | int | None
+    time: str | int | None
+    memory: str | int | None
+    cpus: int | None
+    constraint: str | None
+    exclude: str | None
+    reservation: str | int | None
+    extra: dict[str, str | int | bool]
+    setup: list[str]
+    prefix: str
+    notice_s: int
+    wait: bool
+    dry_run: bool
+
+    def __post_init__(self) -> None:
+        """Refuse counts that mean nothing."""
+        super().__post_init__()
+        _at_least("launcher.cpus", self.cpus, 1)
+        _at_least("launcher.notice_s", self.notice_s, 1)
 
 
 @dataclass(frozen=True, kw_only=True)

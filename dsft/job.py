@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dsft_launchers import verdict
+from dsft_launchers.join import resolve
+from dsft_launchers.supervise import SUPERVISED
 
 from dsft import folder
 from dsft.compose import load_yaml, read
@@ -50,8 +52,10 @@ class Attempt:
 
 
 def main() -> int:
-    """Run the rank that the environment names."""
-    return guarded(Path(sys.argv[1]))
+    """Run the rank that the environment names; a task of srun first learns which it is."""
+    os.environ.update(resolve("auto", os.environ, devices="auto", nodes=1).variables)
+    code = guarded(Path(sys.argv[1]))
+    return DONE if code == STOPPED and SUPERVISED in os.environ else code
 
 
 def guarded(run_dir: Path) -> int:
@@ -67,6 +71,7 @@ def guarded(run_dir: Path) -> int:
         print(f"dsft: {error}", file=sys.stderr)
     except Exception as error:  # the last fence: whatever went wrong is this attempt's end
         traceback.print_exc()
+        print(f"{verdict.CRASH}{type(error).__name__}: {' '.join(str(error).split())}", file=sys.stderr)
         try:
             if attempt.lease is not None:
                 attempt.lease.check()

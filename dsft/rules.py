@@ -10,17 +10,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dsft_launchers.join import count_devices
-
 from dsft.config import Run
 
 
 @dataclass(frozen=True)
+class Place:
+    """Where a run will be. size: processes in all; gpus: of each node; here: whether this machine is the node."""
+
+    size: int
+    gpus: int
+    here: bool
+
+
+@dataclass(frozen=True)
 class Rule:
-    """holds(run, names, size) -> True where the combination is refused; why: one line with the way out."""
+    """holds(run, names, at) -> True where the combination is refused; why: one line with the way out."""
 
     name: str
-    holds: Callable[[Run, Mapping[str, str], int], bool]
+    holds: Callable[[Run, Mapping[str, str], Place], bool]
     why: str
 
 
@@ -37,96 +44,93 @@ PER_CORE = 8
 REFUSED = (
     Rule(
         "too-many-devices",
-        lambda run, names, size: _over_capacity(run) is not None,
+        lambda run, names, at: _over_capacity(run, at) is not None,
         "{capacity}",
     ),
     Rule(
         "single-process",
-        lambda run, names, size: names["strategy"] == "single" and size > 1,
+        lambda run, names, at: names["strategy"] == "single" and at.size > 1,
         "strategy=single runs on one process, got {size}; take strategy=fsdp or ddp, or launcher.devices=1",
     ),
     Rule(
         "batch-below-ranks",
-        lambda run, names, size: run.train.global_batch_size < size,
+        lambda run, names, at: run.train.global_batch_size < at.size,
         "train.global_batch_size must be at least the number of data ranks, {size}, got "
         "{run.train.global_batch_size}; raise it or lower launcher.devices",
     ),
     Rule(
         "warm-up-without-end",
-        lambda run, names, size: run.train.steps is not None and run.optim.warmup_steps >= run.train.steps,
+        lambda run, names, at: run.train.steps is not None and run.optim.warmup_steps >= run.train.steps,
         "optim.warmup_steps must be below train.steps, {run.train.steps}, got {run.optim.warmup_steps}: the rate would "
         "never be reached",
     ),
     Rule(
         "optimizer-on-shards",
-        lambda run, names, size: names["strategy"] in SHARDED and run.optim.name not in SHARD_WISE,
+        lambda run, names, at: names["strategy"] in SHARDED and run.optim.name not in SHARD_WISE,
         "optim.name={run.optim.name} needs whole tensors (its blocks or factors cross shards) and "
         "strategy={names[strategy]} splits them; take optim.name=adamw or strategy=ddp",
     ),
     Rule(
         "in-backward-unclipped",
-        lambda run, names, size: run.optim.in_backward and math.isfinite(run.train.max_grad_norm),
+        lambda run, names, at: run.optim.in_backward and math.isfinite(run.train.max_grad_norm),
         "optim.in_backward=true moves parameters before the global gradient norm is known, and train.max_grad_norm="
         "{run.train.max_grad_norm} clips by it; take train.max_grad_norm=inf or optim.in_backward=false",
     ),
     Rule(
         "in-backward-stops",
-        lambda run, names, size: run.optim.in_backward and run.train.on_nonfinite == "skip",
+        lambda run, names, at: run.optim.in_backward and run.train.on_nonfinite == "skip",
         "optim.in_backward=true moves parameters before a NaN or Inf is seen, so train.on_nonfinite=skip could skip "
         "nothing; take train.on_nonfinite=stop or optim.in_backward=false",
     ),
     Rule(
         "in-backward-strategy",
-        lambda run, names, size: run.optim.in_backward and names["strategy"] not in MOVE_IN_BACKWARD,
+        lambda run, names, at: run.optim.in_backward and names["strategy"] not in MOVE_IN_BACKWARD,
         "optim.in_backward=true needs a gradient that is whole when backward has made it, and strategy="
         "{names[strategy]} adds the ranks' up afterwards; take strategy=fsdp or optim.in_backward=false",
     ),
     Rule(
         "no-compiler",
-        lambda run, names, size: run.train.compile is True and missing_compiler() is not None,
+        lambda run, names, at: run.train.compile is True and missing_compiler(at.gpus) is not None,
         "train.compile=true needs {compiler}, which this machine has not; install it, or take train.compile=false",
     ),
     Rule(
         "compiled-profile",
-        lambda run, names, size: run.train.compile is True and run.train.profile > 0,
+        lambda run, names, at: run.train.compile is True and run.train.profile > 0,
         "train.profile={run.train.profile} tells the parts of a block apart, and train.compile=true makes one program "
         "of them; take train.compile=false to profile",
     ),
     Rule(
         "whole-model-on-packed-base",
-        lambda run, names, size: names["method"] in ("full", "freeze") and names["quantization"] != "none",
+        lambda run, names, at: names["method"] in ("full", "freeze") and names["quantization"] != "none",
         "method={names[method]} trains the base's own weights and quantization={names[quantization]} freezes them as "
         "bytes; take quantization=none or method=qlora",
     ),
     Rule(
         "qlora-without-4-bit",
-        lambda run, names, size: names["method"] == "qlora" and names["quantization"] != "nf4",
+        lambda run, names, at: names["method"] == "qlora" and names["quantization"] != "nf4",
         "method=qlora means a 4-bit base, got quantization={names[quantization]}; take method=lora for it",
     ),
     Rule(
         "hsdp-shape",
-        lambda run, names, size: (
+        lambda run, names, at: (
             names["strategy"] == "hsdp"
             and isinstance(run.strategy.shard_size, int)
-            and size % run.strategy.shard_size != 0
+            and at.size % run.strategy.shard_size != 0
         ),
         "strategy.shard_size must divide the number of ranks, {size}, got {run.strategy.shard_size}",
     ),
 )
 
 
-def refuse(run: Run, names: Mapping[str, str], size: int) -> None:
-    """Raise ValueError for the first rule that refuses this run on size processes."""
+def refuse(run: Run, names: Mapping[str, str], at: Place) -> None:
+    """Raise ValueError for the first rule that refuses this run there."""
     for rule in REFUSED:
-        if rule.holds(run, names, size):
-            raise ValueError(
-                rule.why.format(
-                    run=run, names=names, size=size, capacity=_over_capacity(run), compiler=missing_compiler()
-                )
-            )
+        if rule.holds(run, names, at):
+            capacity, compiler = _over_capacity(run, at), missing_compiler(at.gpus)
+            raise ValueError(rule.why.format(run=run, names=names, size=at.size, capacity=capacity, compiler=compiler))
 
 
-def repair(tree: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
+def repair(tree: Mapping[str, Any], at: Place) -> tuple[dict[str, Any], tuple[str, ...]]:
     """The tree with what can only mean one thing filled in, and a sentence for each change."""
     fixed = deepcopy(dict(tree))
     said = []
@@ -135,9 +139,10 @@ def repair(tree: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
         train["epochs"] = 1.0
         said.append("train.epochs=1: neither train.steps nor train.epochs was given")
     if train["precision"] == "auto":
-        train["precision"] = "bf16" if computes_bf16() else "fp32"
-        said.append(f"train.precision=auto: {train['precision']}, as this machine computes")
-    if train["compile"] == "auto" and (why := _uncompiled(train)):
+        train["precision"] = "bf16" if computes_bf16(at.gpus) else "fp32"
+        where = "this machine computes" if at.here else f"nodes with {at.gpus or 'no'} GPUs compute"
+        said.append(f"train.precision=auto: {train['precision']}, as {where}")
+    if train["compile"] == "auto" and (why := _uncompiled(train, at.gpus)):
         train["compile"] = False
         said.append(f"train.compile=auto: false, {why}")
     if isinstance(train["epochs"], int):
@@ -145,34 +150,34 @@ def repair(tree: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
     return fixed, tuple(said)
 
 
-def computes_bf16() -> bool:
+def computes_bf16(gpus: int) -> bool:
     """True with an accelerator, or a CPU whose instructions include bf16; other CPUs emulate it many times slower."""
-    if count_devices(os.environ):
+    if gpus:
         return True
     info = Path("/proc/cpuinfo")
     words = set(info.read_text().split()) if info.is_file() else set()
     return bool(words & {"avx512_bf16", "amx_bf16", "bf16"})
 
 
-def missing_compiler() -> str | None:
+def missing_compiler(gpus: int) -> str | None:
     """What torch.compile wants to make programs with and this machine has not; None where nothing is missing."""
-    if count_devices(os.environ):
+    if gpus:
         return None if importlib.util.find_spec("triton") else "triton (pip install triton)"
     return None if shutil.which(os.environ.get("CXX", "g++")) else "a C++ compiler (g++, or another that CXX names)"
 
 
-def _uncompiled(train: Mapping[str, Any]) -> str | None:
+def _uncompiled(train: Mapping[str, Any], gpus: int) -> str | None:
     if train["profile"]:
         return "train.profile tells the parts of a block apart"
-    compiler = missing_compiler()
+    compiler = missing_compiler(gpus)
     return compiler and f"{compiler} is not there"
 
 
-def _over_capacity(run: Run) -> str | None:
+def _over_capacity(run: Run, at: Place) -> str | None:
     devices = run.launcher.devices
-    if devices == "auto":
+    if devices == "auto" or not at.here:
         return None
-    found = count_devices(os.environ)
+    found = at.gpus
     if found and devices > found:
         return f"launcher.devices must be at most {found}, the accelerators of this machine, got {devices}"
     cores = os.cpu_count() or 1

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from dsft import folder
+from dsft import dispatch, folder
 from dsft.compose import Composed, compose, hand_to_hydra, hydra_flags
 from dsft.config import Run
 from dsft.entry import enter
@@ -41,12 +41,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _start(composed: Composed) -> int:
     """Check, make the run folder, and start the processes: in this one if it is alone."""
+    if composed.start.kind == "slurm":
+        dispatch.check(composed)
     prepared = _preflight(composed)
     if prepared is None:
         return 0
     run_dir = Path(composed.run.run_dir)
-    _announce(composed, prepared)
-    folder.create(run_dir, composed, prepared["plan"], prepared["digests"])
+
+    def begin() -> None:
+        _announce(composed, prepared)
+        folder.create(run_dir, composed, prepared["plan"], prepared["digests"])
+
+    if composed.start.kind == "slurm":
+        return dispatch.dispatch(composed, begin)
+    begin()
     from dsft import job
 
     if composed.start.size == 1:

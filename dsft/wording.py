@@ -63,9 +63,12 @@ def _near_key(key: str) -> str:
     if not leaf or group not in groups:
         return suggest(group, groups | {"run_dir"})
     owners: dict[str, list[str]] = {}
+    first = leaf.partition(".")[0]
     for path in sorted((OWN_CONF / group).glob("*.yaml")):
-        for name in yaml.safe_load(path.read_text()) or {}:
+        for name, value in (yaml.safe_load(path.read_text()) or {}).items():
             owners.setdefault(str(name), []).append(path.stem)
+            if name == first and value == {}:
+                return f" that stands here already; add to it one by one: +{group}.{first}.NAME=VALUE"
     if leaf in owners:
         return f" of the chosen option: {group}={', '.join(owners[leaf])} has it, with its own kind of value"
     names = set(owners) - {"_target_", "defaults"}

@@ -32,7 +32,7 @@ def _steps(session: Session, data: Dataset, watch: Watch, stop: StopFlag, keeper
         if ends:
             return at
         if asked:
-            at.state, at.reason = STOPPED, stop.reason or "another rank was asked to stop"
+            at.state, at.reason = STOPPED, next(filter(None, session.world.gather(stop.reason)))
             return at
         at.step += 1
         watch.begin_step()

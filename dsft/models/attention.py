@@ -53,7 +53,7 @@ def ragged_attention(
         raise ValueError(f"model must be causal, got {type(module).__name__} without a causal mask")
     segments = zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True)
     outputs = [_segment(q, k, v, dropout=dropout, scaling=scaling, window=sliding_window) for q, k, v in segments]
-    return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None  # (1, T, H, D)
+    return torch.cat([output.transpose(1, 2) for output in outputs], dim=1).contiguous(), None  # (1, T, H, D)
 
 
 def _checked(

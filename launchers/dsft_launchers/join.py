@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from dsft_launchers import cluster
+
 TORCHRUN_PORT = "29500"
 """torchrun's own default."""
 SLURM_PORTS = range(20000, 26000)
@@ -13,36 +15,44 @@ SLURM_PORTS = range(20000, 26000)
 SPECIAL_STEPS = 0xFFFFFFF0
 """Step ids from here on are no srun step: the batch script (0xfffffffb), the interactive step (0xfffffffa), ..."""
 
-Kind = Literal["torchrun", "slurm task", "local"]
+Kind = Literal["torchrun", "slurm task", "slurm", "local"]
 
 
 @dataclass(frozen=True)
 class Start:
-    """How this run gets its processes. variables: RANK, WORLD_SIZE, ... of this process; empty for local."""
+    """How this run gets its processes. variables: RANK, WORLD_SIZE, ... of this process; empty where it has no rank."""
 
     kind: Kind
     why: str
     variables: dict[str, str]
 
 
-def resolve(name: str, env: Mapping[str, str], *, devices: int | Literal["auto"], nodes: int) -> Start:
+def resolve(
+    name: str, env: Mapping[str, str], *, devices: int | Literal["auto"], nodes: int, dry_run: bool = False
+) -> Start:
     """Tell what launcher=name means in the environment env; raise ValueError where it cannot work.
 
-    auto joins torchrun or an srun step if this process was started by one, else it is local. An sbatch script or an
-    salloc shell is not a task of a step: there, auto is local.
+    auto joins torchrun or an srun step if this process was started by one, else it is a SLURM job where a controller
+    answers and this machine has no accelerator, else it is local. An sbatch script or an salloc shell is not a task of
+    a step: there, auto is local.
     """
     start = _torchrun(env) or _slurm_task(env)
-    if name == "local" and start is not None:
+    if start is not None and name != "auto":
         raise ValueError(
-            f"launcher must be auto where others start the processes, got local; {start.why}: leave launcher=local out"
+            f"launcher must be auto where others start the processes, got {name}; {start.why}: leave "
+            f"launcher={name} out"
         )
     if start is not None:
         _agree(start, devices, nodes)
         return start
+    if name == "slurm" or (name == "auto" and dry_run):
+        return _job(dry_run)
+    if name == "auto" and "SLURM_JOB_ID" not in env and not count_devices(env) and cluster.answers():
+        return Start("slurm", "a SLURM controller answers and this machine has no GPU", {})
     if nodes != 1:
         raise ValueError(
-            f"launcher.nodes must be 1 for processes of this machine, got {nodes}; "
-            "for more, start the same command with srun or torchrun on every node and leave launcher=auto"
+            f"launcher.nodes must be 1 for processes of this machine, got {nodes}; for more, take launcher=slurm "
+            "where there is SLURM, or start the same command with torchrun on every node and leave launcher=auto"
         )
     inside = (
         f"in SLURM job {env['SLURM_JOB_ID']}, but no task of a many-task srun step" if "SLURM_JOB_ID" in env else ""
@@ -50,6 +60,15 @@ def resolve(name: str, env: Mapping[str, str], *, devices: int | Literal["auto"]
     return Start(
         "local", f"{inside or 'not started by torchrun or srun'}: the processes are started on this machine", {}
     )
+
+
+def _job(dry_run: bool) -> Start:
+    if not dry_run and not cluster.answers():
+        raise ValueError(
+            "launcher=slurm needs sbatch and a SLURM controller that answers, and this machine has not; run it on a "
+            "login node, or take launcher=local"
+        )
+    return Start("slurm", "a job of this machine's SLURM", {})
 
 
 def count_devices(env: Mapping[str, str]) -> int:

@@ -20,6 +20,12 @@ CONSEQUENCE = re.compile(
 """What a rank says (gloo, NCCL, the store) when it lost a peer."""
 
 
+CRASH = "dsft: this rank crashed: "
+"""How a rank's last word begins when it raised an error."""
+OVERTAKEN = "was taken over by process"
+"""What a rank says that lost its run folder to another start."""
+
+
 @dataclass(frozen=True)
 class Failure:
     """A rank that ended wrongly. code as in subprocess: negative = signal; at: when seen; text: end of its log."""

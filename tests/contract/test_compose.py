@@ -19,6 +19,8 @@ MOVING, UNCLIPPED = "optim.in_backward=true", "train.max_grad_norm=inf"
         (["methd=lora"], "did you mean method?"),
         (["method.rnk=4"], "method.rnk is not a key; did you mean method.rank?"),
         (["train.stps=4"], "did you mean train.steps?"),
+        (["launcher=slurm", "launcher.extra={nice: 1}"], "add to it one by one: +launcher.extra.NAME=VALUE"),
+        (["method.options.use_rslora=true"], "add to it one by one: +method.options.NAME=VALUE"),
         (["method.rank=0"], "method.rank must be 1 or more, got 0"),
         (["method.rank=-3"], "method.rank must be 1 or more, got -3"),
         (["method.rank=four"], "method.rank must be an integer, got 'four'"),

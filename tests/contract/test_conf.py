@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from dsft.compose import _PLAIN, OWN_CONF, compose, load_yaml
+from dsft.compose import _PLAIN, OWN_CONF, _plain_class, compose, load_yaml
 
 OPTIONS = sorted(path.relative_to(OWN_CONF) for path in OWN_CONF.glob("*/*.yaml"))
 SOURCE = (
@@ -18,6 +18,7 @@ NEEDED = {
     "data/hf": ["data.path=some/set"],
     "data/mixture": [f"data.sources={{a: {SOURCE}}}", "data.weights={a: 1.0}"],
     "model/custom": ["model.path=some/model"],
+    "launcher/slurm": ["launcher.dry_run=true"],
 }  # fmt: skip
 PROCESSES = {"strategy/single": 1}
 
@@ -43,8 +44,11 @@ def test_keys_are_the_fields_of_its_class(path: Path) -> None:
     text = (OWN_CONF / path).read_text()
     if tree is None or "@package _global_" in text or (path.parts[0], path.stem) == ("strategy", "auto"):
         return  # sets other groups' keys, which compose checks
-    cls = _PLAIN.get(path.parts[0])
-    if cls is None:
+    for base in tree.pop("defaults", []):
+        tree = {**load_yaml(OWN_CONF / path.with_stem(base)), **tree}
+    if path.parts[0] in _PLAIN:
+        cls = _plain_class(path.parts[0], tree)
+    else:
         module, _, name = tree["_target_"].rpartition(".")
         cls = getattr(importlib.import_module(module), name)
     assert {key for key in tree if key != "_target_"} == {field.name for field in fields(cls) if field.init}

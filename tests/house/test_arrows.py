@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 LEAVES = ("models", "quantizers", "strategies", "methods", "objectives", "data", "telemetry", "checkpoint")
-VERBS = ("run", "job", "plan", "export", "verify", "chat", "report", "sweep")
+VERBS = ("run", "dispatch", "job", "plan", "export", "verify", "chat", "report", "sweep")
 
 FLOORS = (
     ("config", "imports"),
@@ -39,7 +39,7 @@ IMPORTERS = {
     "wandb": ("dsft/telemetry/",),
     "tensorboard": ("dsft/telemetry/",),
     "peft": ("dsft/methods/", "dsft/export.py", "dsft/verify.py"),
-    "submitit": (),
+    "submitit": ("launchers/dsft_launchers/submit.py",),
 }
 """A back end -> the only files (or beginnings of paths) that may import it."""
 

@@ -77,10 +77,18 @@ def test_auto_is_local_elsewhere(env: dict[str, str]) -> None:
     assert start.why
 
 
+@pytest.mark.parametrize("name", ["local", "slurm"])
 @pytest.mark.parametrize("env", [TORCHRUN, TASK])
-def test_local_is_refused_where_others_start_the_processes(env: dict[str, str]) -> None:
+def test_other_launchers_are_refused_where_others_start_the_processes(env: dict[str, str], name: str) -> None:
     with pytest.raises(ValueError, match="launcher must be auto"):
-        resolve("local", env, devices="auto", nodes=1)
+        resolve(name, env, devices="auto", nodes=1)
+
+
+def test_slurm_is_refused_without_sbatch_but_for_a_dry_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(ValueError, match=r"launcher=slurm needs sbatch .* take launcher=local"):
+        resolve("slurm", {}, devices=2, nodes=2)
+    assert resolve("slurm", {}, devices=2, nodes=2, dry_run=True).kind == "slurm"
 
 
 @pytest.mark.parametrize(("devices", "nodes"), [(4, 1), (2, 3)])

@@ -59,7 +59,7 @@ def test_the_run_folder_is_as_documented(tmp_path: Path) -> None:
 
 def test_a_killed_rank_ends_the_run_with_76_and_is_named(tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
-    words = [*SMALL, "train.steps=100000", "launcher.devices=2", f"run_dir={run_dir}"]
+    words = [*SMALL, "train.steps=100000", "train.compile=false", "launcher.devices=2", f"run_dir={run_dir}"]
     run = subprocess.Popen(
         [sys.executable, "-m", "dsft.run", *words], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     )
@@ -80,7 +80,7 @@ def test_a_killed_rank_ends_the_run_with_76_and_is_named(tmp_path: Path) -> None
 
 def test_ctrl_c_stops_the_run_with_75_and_leaves_no_process(tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
-    words = [*SMALL, "train.steps=100000", "launcher.devices=2", f"run_dir={run_dir}"]
+    words = [*SMALL, "train.steps=100000", "train.compile=false", "launcher.devices=2", f"run_dir={run_dir}"]
     run = subprocess.Popen(
         [sys.executable, "-m", "dsft.run", *words], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     )

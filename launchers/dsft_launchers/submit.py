@@ -1,0 +1,182 @@
+"""A run as a SLURM job: what is asked of sbatch through submitit, checked first against what the cluster has."""
+
+import contextlib
+import io
+import os
+import re
+import shlex
+import shutil
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dsft_launchers import cluster
+
+LOCAL_FILE_SYSTEMS = ("tmpfs", "ramfs", "overlayfs", "devtmpfs")
+"""What lies in one machine's memory or image: other nodes see another one."""
+KEPT_S = 120
+"""Least time between the start of a job and the notice of its end, which SLURM may give 60 s early."""
+SHADOWS = {
+    "partition": "PARTITION", "account": "ACCOUNT", "qos": "QOS", "time": "TIMELIMIT", "constraint": "CONSTRAINT",
+    "exclude": "EXCLUDE", "reservation": "RESERVATION",
+}  # fmt: skip
+"""Key of a request -> SBATCH_... variable, which would win over what the script says."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """One job. None: as the cluster has it. time: SLURM's notation; notice_s: from the signal to the time limit."""
+
+    name: str
+    nodes: int
+    devices: int
+    gpus: int
+    partition: str | None
+    account: str | None
+    qos: str | None
+    time: str | None
+    memory: str | None
+    cpus: int | None
+    constraint: str | None
+    exclude: str | None
+    reservation: str | None
+    extra: Mapping[str, str | int | bool]
+    setup: Sequence[str]
+    notice_s: int
+
+
+def check(request: Request, run_dir: Path) -> None:
+    """Raise ValueError for what this cluster would refuse, or leave waiting for ever."""
+    if odd := sorted(set(":%") & set(str(run_dir))):
+        raise ValueError(f"run_dir must be without {' and '.join(odd)} for SLURM, got {run_dir}; choose another")
+    limit = None if request.time is None else cluster.minutes(request.time)
+    if limit is not None and limit * 60 < request.notice_s + KEPT_S:
+        raise ValueError(
+            f"launcher.time must leave {KEPT_S} s beside launcher.notice_s={request.notice_s}, the time to save, got "
+            f"{request.time}; raise it or lower launcher.notice_s"
+        )
+    try:
+        _check_partition(request, limit)
+        _check_account(request.account)
+    except cluster.ClusterError as error:
+        raise ValueError(f"launcher=slurm needs SLURM's answer, and it says: {error}; try again later") from error
+    kind = _file_system(run_dir)
+    if kind in LOCAL_FILE_SYSTEMS:
+        raise ValueError(
+            f"run_dir must lie where every node sees it, got {run_dir} on a {kind} of this machine; choose a shared "
+            "folder"
+        )
+
+
+def _check_partition(request: Request, limit: float | None) -> None:
+    """Nodes and time against the largest of the partitions that are named, or the default one."""
+    known = {each.name: each for each in cluster.partitions()}
+    names = request.partition.split(",") if request.partition else [n for n, each in known.items() if each.default]
+    if absent := [name for name in names if name not in known]:
+        raise ValueError(f"launcher.partition must be one of {', '.join(known)}, got {absent[0]}")
+    if not names:  # the site chooses by other means: sbatch will tell
+        return
+    nodes = max(known[name].nodes for name in names)
+    if request.nodes > nodes:
+        raise ValueError(
+            f"launcher.nodes must be at most {nodes}, the nodes of partition {','.join(names)}, got {request.nodes}"
+        )
+    limits = [known[name].minutes for name in names]
+    longest = None if None in limits else max(filter(None, limits), default=None)
+    if limit is not None and longest is not None and limit > longest:
+        raise ValueError(
+            f"launcher.time must be at most {longest:g} minutes, the limit of partition {','.join(names)}, got "
+            f"{request.time}"
+        )
+
+
+def _check_account(account: str | None) -> None:
+    if account is None or shutil.which("sacctmgr") is None:
+        return
+    try:
+        known = cluster.ask("sacctmgr", "--noheader", "--parsable2", "list", "account", "format=Account").split()
+    except cluster.ClusterError:  # no accounting here: sbatch will tell
+        return
+    if known and account not in known:
+        raise ValueError(f"launcher.account must be one of {', '.join(known)}, got {account}")
+
+
+def _file_system(path: Path) -> str:
+    """Kind of file system that path, or its nearest folder that exists, lies on."""
+    while not path.exists():
+        path = path.parent
+    done = subprocess.run(["stat", "-f", "-c", "%T", str(path)], capture_output=True, text=True, check=False)
+    return done.stdout.strip()
+
+
+def script(request: Request, command: Sequence[str], folder: Path) -> str:
+    """The batch script: command runs once, on the first node, as the batch step itself. Needs no SLURM."""
+    return str(_executor(request, folder)._make_submission_file_text(_line(command), ""))
+
+
+def submit(request: Request, command: Sequence[str], folder: Path) -> str:
+    """Hand the job to SLURM, held until `scontrol release`; returns its id. folder: for the script and its output.
+
+    Raises ValueError in SLURM's own words, and leaves nothing then.
+    """
+    from submitit.core.utils import FailedJobError, FailedSubmissionError
+
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for key, name in SHADOWS.items():
+        if getattr(request, key) is not None:
+            os.environ.pop(f"SBATCH_{name}", None)
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):  # submitit shows what it raises
+            return str(_executor(request, folder)._submit_command(_line(command)).job_id)
+    except (FailedJobError, FailedSubmissionError) as error:
+        for leftover in folder.glob(".submission_file_*"):
+            leftover.unlink()
+        for path in made:
+            path.rmdir()
+        said = [line for line in str(error).splitlines() if line.strip()]
+        raise ValueError(f"SLURM refused the job: {said[-1].removeprefix('sbatch: error: ')}") from error
+
+
+def _line(command: Sequence[str]) -> str:
+    """The script's last command: what takes its place gets the signals that SLURM sends to the batch step."""
+    return f"exec {shlex.join(command)}"
+
+
+def _executor(request: Request, folder: Path) -> Any:
+    from submitit import SlurmExecutor
+
+    class Writer(SlurmExecutor):
+        @classmethod
+        def affinity(cls) -> int:
+            return 2  # a script can be written where no srun is
+
+    executor = Writer(folder=folder)
+    asked = {
+        "job_name": request.name, "nodes": request.nodes, "ntasks_per_node": request.devices,
+        "partition": request.partition, "account": request.account, "qos": request.qos,
+        "cpus_per_task": request.cpus, "constraint": request.constraint, "exclude": request.exclude,
+        "gpus_per_node": request.gpus or None, "setup": list(request.setup) or None,
+    }  # fmt: skip
+    more = {
+        "time": request.time, "mem": request.memory, "reservation": request.reservation, "requeue": True,
+        "hold": True, "signal": f"USR2@{request.notice_s}", "open-mode": "append", "output": str(folder / "%j.log"),
+        **request.extra,
+    }  # fmt: skip
+    executor.update_parameters(
+        **{key: value for key, value in asked.items() if value is not None},
+        additional_parameters={key: value for key, value in more.items() if value not in (None, False)},
+        stderr_to_stdout=True,
+        use_srun=False,
+    )
+    executor.parameters["wckey"] = None  # submitit's own, which clusters that know wckeys refuse
+    if request.time is None:  # submitit's own is 5 minutes
+        executor.parameters["time"] = None
+    return executor
+
+
+def job_name(run_dir: Path) -> str:
+    """A job's name from its run folder."""
+    return re.sub(r"[^\w.-]", "-", f"dsft-{run_dir.name}")

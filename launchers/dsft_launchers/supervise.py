@@ -1,0 +1,221 @@
+"""python -m dsft_launchers.supervise RUN NODES DEVICES NOTICE_S [PREFIX]: a job's batch step; starts the ranks.
+
+A crash restarts them inside the allocation. A stop that SLURM asked for (time limit, preemption) puts the job back into
+the queue. How an attempt ended stands in RUN/status.json, which rank 0 wrote, and in what the ranks logged.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from dsft_launchers import cluster, verdict
+
+DONE, USER_ERROR, STOPPED, CRASHED, HOPELESS = 0, 2, 75, 76, 77
+ATTEMPTS = 3
+"""Crashes, or returns to the queue, without a new checkpoint between them after which the job gives up."""
+PATIENCE_S = 300.0
+"""How long SLURM may take for what it was asked."""
+LONGEST_PAUSE_S = 60.0
+SUPERVISED = "DSFT_SUPERVISED"
+"""Tells a rank that its leaving on request is no failure: srun would end the others for it."""
+
+
+@dataclass(frozen=True)
+class Tally:
+    """supervisor.json: what job had crashed, returned to the queue, or lost otherwise, since that checkpoint."""
+
+    job: str
+    checkpoint: str | None = None
+    crashes: int = 0
+    returns: int = 0
+    restarts: int = 0
+
+
+def main() -> int:
+    """Supervise the run that the command line names."""
+    run_dir, prefix = Path(sys.argv[1]), sys.argv[5:]
+    nodes, devices, notice_s = map(int, sys.argv[2:5])
+    python = [*prefix, "python"] if prefix else [sys.executable]  # a container has its own
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2, signal.SIGCONT):
+        signal.signal(number, lambda *_: None)  # the ranks get them too, and srun ends with the ranks
+    _tell(f"job {_job()} on {os.environ['SLURM_JOB_NODELIST']}")
+    if blind := _blind_nodes(run_dir, nodes):
+        _amend(run_dir, state="failed", reason=f"{', '.join(blind)} cannot see {run_dir}; choose a shared folder")
+        return USER_ERROR
+    code = None
+    while code is None:
+        if late := _late(notice_s):
+            return _put_back(run_dir, late)
+        code = _once(run_dir, nodes, devices, python)
+    return code
+
+
+def _once(run_dir: Path, nodes: int, devices: int, python: list[str]) -> int | None:
+    """One attempt; the job's exit code, None to make another."""
+    before = _read(run_dir / "status.json")
+    error, overtaken = _attempt(run_dir, nodes, devices, python)
+    status = _read(run_dir / "status.json")
+    began = status["attempts"] > before["attempts"]  # else it tells of an attempt before
+    if began and status["state"] == "done":
+        return DONE
+    if began and status["state"] == "stopped":
+        return _stopped(run_dir, status["reason"])
+    if overtaken:
+        return CRASHED
+    if not began:
+        error = error or "the ranks could not begin; the job's log says why"
+    if error and (tally := _count(run_dir, status, "crashes")).crashes >= ATTEMPTS:
+        _amend(run_dir, state="failed", reason=f"{ATTEMPTS} attempts without a new checkpoint; {error}")
+        return HOPELESS
+    if not _ours():
+        return CRASHED
+    tally = _count(run_dir, status, "restarts")
+    pause = min(LONGEST_PAUSE_S, 2.0 ** (tally.restarts - 1) - 1)
+    _tell(f"starting the ranks again inside the allocation{f' in {pause:g} s' if pause else ''}")
+    time.sleep(pause)
+    return None
+
+
+def _attempt(run_dir: Path, nodes: int, devices: int, python: list[str]) -> tuple[str | None, bool]:
+    """Start the ranks and wait for them; the error that one of them raised, and whether another took the folder."""
+    logs = run_dir / "logs"
+    logs.mkdir(exist_ok=True)
+    command = [
+        "srun", f"--nodes={nodes}", f"--ntasks={nodes * devices}", f"--ntasks-per-node={devices}", "--unbuffered",
+        "--kill-on-bad-exit=1", "--open-mode=append", f"--output={logs / 'rank-%t.log'}",
+        *python, "-m", "dsft.job", str(run_dir),
+    ]  # fmt: skip
+    files = [logs / f"rank-{rank}.log" for rank in range(nodes * devices)]
+    sizes = [file.stat().st_size if file.exists() else 0 for file in files]
+    begun = time.monotonic()
+    done = subprocess.run(command, env=_rank_env(devices), check=False)
+    _tell(f"srun ended with {done.returncode} after {time.monotonic() - begun:.1f} s")
+    texts = [_tail(file, start) for file, start in zip(files, sizes, strict=True)]
+    for rank, text in enumerate(texts):
+        marks = [line for line in text.splitlines() if line.startswith(verdict.CRASH)]
+        if marks and not verdict.CONSEQUENCE.search(marks[-1]):
+            return f"rank {rank}: " + "\n".join(verdict.error_lines(text)), False
+    return None, verdict.OVERTAKEN in texts[0]
+
+
+def _tail(file: Path, start: int) -> str:
+    return file.read_bytes()[start:].decode(errors="replace") if file.exists() else ""
+
+
+def _rank_env(devices: int) -> dict[str, str]:
+    """The ranks' environment: threads as the cores allow, live output, a stack after a crash in native code."""
+    cores = int(os.environ.get("SLURM_CPUS_ON_NODE", os.cpu_count() or 1))
+    env = {"OMP_NUM_THREADS": str(max(1, cores // devices)), "PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1"}
+    if cpus := os.environ.get("SLURM_CPUS_PER_TASK"):
+        env["SRUN_CPUS_PER_TASK"] = cpus  # srun no longer takes it over from sbatch
+    return {**env, **os.environ, SUPERVISED: "1"}
+
+
+def _stopped(run_dir: Path, reason: str) -> int:
+    """The ranks saved and left: back into the queue if SLURM wants the nodes, else this is the end."""
+    _tell(f"stopped: {reason}")
+    if reason.startswith("train.max_minutes") or not _ours():  # cancelled, or SLURM has put it back already
+        return STOPPED
+    return _put_back(run_dir, reason)
+
+
+def _late(notice_s: int) -> str | None:
+    """Why the ranks should not be started any more: SLURM gave its notice between two attempts. None if they may."""
+    now = _now()
+    if now is None or now.left_s is None:
+        return None
+    if now.preempted:
+        return "SLURM takes the nodes away"
+    return f"{now.left_s:.0f} s are left of the time limit" if now.left_s < notice_s else None
+
+
+def _put_back(run_dir: Path, reason: str) -> int:
+    """Have SLURM queue the job again; if it does not, or it was for nothing too often, the run is stopped."""
+    status = _read(run_dir / "status.json")
+    if _count(run_dir, status, "returns").returns > ATTEMPTS:
+        _amend(run_dir, state="stopped", reason=f"{reason}; queued {ATTEMPTS} times again without a new checkpoint")
+        return STOPPED
+    _amend(run_dir, state="queued", reason=f"SLURM job {_job()}: {reason}")
+    try:
+        cluster.ask("scontrol", "requeue", _job(), patience_s=PATIENCE_S)
+    except cluster.ClusterError as error:
+        _amend(run_dir, state="stopped", reason=f"{reason}; SLURM did not take the job back into the queue: {error}")
+        return STOPPED
+    _tell("back into the queue")
+    time.sleep(PATIENCE_S)  # until SLURM ends this
+    return STOPPED
+
+
+def _ours() -> bool:
+    """Whether the allocation is still this job's, and neither cancelled nor taken away."""
+    now = _now()
+    return now is not None and now.state == "RUNNING"
+
+
+def _now() -> cluster.Job | None:
+    """The job as SLURM sees it; waits for a controller that is busy or restarts."""
+    until = time.monotonic() + PATIENCE_S
+    while True:
+        try:
+            return cluster.job(_job())
+        except cluster.ClusterError as error:
+            _tell(f"SLURM does not answer: {error}")
+            if time.monotonic() > until:
+                return None
+            time.sleep(5.0)
+
+
+def _count(run_dir: Path, status: Mapping[str, Any], what: str) -> Tally:
+    """The tally with one more of what; a later checkpoint since, or another job, begins it anew."""
+    path = run_dir / "supervisor.json"
+    fresh = Tally(_job(), status["checkpoint"])
+    before = Tally(**_read(path)) if path.is_file() else fresh
+    if before.job != fresh.job or (fresh.checkpoint or "") > (before.checkpoint or ""):
+        before = fresh
+    tally = replace(before, **{what: getattr(before, what) + 1})
+    _replace(path, asdict(tally))
+    return tally
+
+
+def _blind_nodes(run_dir: Path, nodes: int) -> list[str]:
+    """Nodes of the allocation that do not see the run folder, or where the run was typed."""
+    probe = 'for p in "$@"; do [ -e "$p" ] || echo "dsft-blind $SLURMD_NODENAME"; done'
+    where = ["srun", f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1", "--chdir=/"]
+    paths = [str(run_dir / "config.yaml"), os.environ["SLURM_SUBMIT_DIR"]]
+    said = cluster.ask(*where, "sh", "-c", probe, "probe", *paths, patience_s=PATIENCE_S)
+    return sorted({line.split()[1] for line in said.splitlines() if line.startswith("dsft-blind ")})
+
+
+def _job() -> str:
+    return os.environ["SLURM_JOB_ID"]
+
+
+def _read(path: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(path.read_text())
+    return content
+
+
+def _amend(run_dir: Path, **values: str) -> None:
+    path = run_dir / "status.json"
+    _replace(path, {**_read(path), **values})
+
+
+def _replace(path: Path, content: Mapping[str, Any]) -> None:
+    fresh = path.with_name(f".{path.name}.{os.getpid()}")
+    fresh.write_text(json.dumps(content) + "\n")
+    fresh.replace(path)
+
+
+def _tell(text: str) -> None:
+    print(f"dsft: {time.strftime('%FT%T')} {text}", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,65 @@
+"""A real SLURM of four nodes on this machine, for as long as the tests of this folder run."""
+
+import os
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from benchmarks.cells import write_rows
+
+TESTBED = Path(__file__).parents[2] / "slurm" / "testbed"
+NEEDED = ("munged", "slurmctld", "slurmd", "sbatch")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Where there is no SLURM to start, say so in one line."""
+    os.environ["PATH"] += ":/usr/sbin:/sbin"
+    why = None
+    if os.geteuid() != 0:
+        why = "a real SLURM is started by root only"
+    elif missing := [name for name in NEEDED if shutil.which(name) is None]:
+        why = f"{missing[0]} is not installed; make slurm-test installs what SLURM needs"
+    for item in items:
+        if why and Path(__file__).parent in Path(str(item.path)).parents:
+            item.add_marker(pytest.mark.skip(reason=why))
+
+
+@pytest.fixture(scope="module")
+def testbed(worker_id: str) -> Iterator[Callable[..., str]]:
+    """Runs a command of the testbed, which is up."""
+    number = int(worker_id.removeprefix("gw")) if worker_id.startswith("gw") else 0
+    settings = {
+        "SLURM_TESTBED_DIR": f"/tmp/dsft-slurm-{os.getpid()}",
+        "SLURM_TESTBED_PORT": str(18000 + 200 * number),
+        "SLURM_TESTBED_SACCT": "0",
+    }
+
+    def run(*words: str) -> str:
+        command = [str(TESTBED), *words]
+        done = subprocess.run(command, env=os.environ | settings, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    try:
+        run("up")
+        yield run
+    finally:
+        run("down")
+        shutil.rmtree(settings["SLURM_TESTBED_DIR"])
+
+
+@pytest.fixture
+def cluster(testbed: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
+    """The testbed, and commands of SLURM that are run in the test find it."""
+    monkeypatch.setenv("SLURM_CONF", testbed("env").strip().removeprefix("export SLURM_CONF="))
+    return testbed
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
+    write_rows(path, 10)
+    return path

@@ -1,0 +1,229 @@
+"""Runs as real SLURM jobs on four nodes: the same numbers, resumed after what SLURM does, refused early."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.numpy import load_file
+
+BOUND = 1e-5
+ROOT = Path(__file__).parents[2]
+
+pytestmark = pytest.mark.usefixtures("cluster")
+
+
+def words(rows: Path, run_dir: Path, *more: str) -> list[str]:
+    return [
+        "model=tiny", "data=local", f"data.path={rows}", "tracker=[]", "train.precision=fp32", "train.steps=6",
+        "train.global_batch_size=8", "checkpoint.every=2", "checkpoint.verify_result=false", "optim.lr=1e-3",
+        "optim.schedule=constant", f"run_dir={run_dir}", *more,
+    ]  # fmt: skip
+
+
+def dsft(*arguments: str) -> "subprocess.CompletedProcess[str]":
+    command = [sys.executable, "-m", "dsft.run", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def losses(run_dir: Path) -> list[float]:
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [line["loss"] for line in lines if "loss" in line]
+
+
+def events(run_dir: Path, name: str) -> list[dict[str, Any]]:
+    path = run_dir / "events.jsonl"
+    found = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    return [line for line in found if line["event"] == name]
+
+
+def status(run_dir: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((run_dir / "status.json").read_text())
+    return found
+
+
+def job_of(run_dir: Path) -> str:
+    return str(json.loads((run_dir / "slurm" / "job.json").read_text())["job"])
+
+
+def state(job_id: str, field: str = "JobState") -> str:
+    shown = subprocess.run(["scontrol", "-o", "show", "job", job_id], capture_output=True, text=True, check=True).stdout
+    return next(word for word in shown.split() if word.startswith(f"{field}=")).partition("=")[2]
+
+
+def until(condition: Callable[[], Any], seconds: float = 120.0) -> Any:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if found := condition():
+            return found
+        time.sleep(0.1)
+    raise AssertionError("it did not come to pass")
+
+
+@pytest.fixture(scope="module")
+def alone(rows: Path, tmp_path_factory: pytest.TempPathFactory) -> list[float]:
+    run_dir = tmp_path_factory.mktemp("alone") / "run"
+    done = dsft(*words(rows, run_dir, "launcher=local"))
+    assert done.returncode == 0, done.stderr
+    return losses(run_dir)
+
+
+@pytest.mark.parametrize("strategy", ["fsdp", "zero3"])
+def test_two_nodes_compute_what_one_process_does(strategy: str, rows: Path, alone: list[float], tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    more = ("launcher=slurm", "launcher.nodes=2", "launcher.devices=2", f"strategy={strategy}")
+    done = dsft(*words(rows, run_dir, *more))
+    log = run_dir / "slurm" / f"{job_of(run_dir)}.log"
+    assert done.returncode == 0, done.stderr + log.read_text()
+    assert len(alone) == 6
+    assert losses(run_dir) == pytest.approx(alone, rel=BOUND)
+    start = json.loads((run_dir / "events.jsonl").read_text().splitlines()[0])
+    assert [rank["host"] for rank in start["ranks"]] == ["n1", "n1", "n2", "n2"]
+    assert state(job_of(run_dir)) == "COMPLETED"
+
+
+def test_a_job_that_slurm_puts_back_goes_on_to_the_same_adapter(rows: Path, alone: list[float], tmp_path: Path) -> None:
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    more = ("launcher=slurm", "launcher.nodes=2", "launcher.devices=1", "strategy=ddp", "train.steps=60")
+    assert dsft(*words(rows, whole, *more)).returncode == 0
+    assert dsft(*words(rows, cut, *more, "launcher.wait=false")).returncode == 0
+    until(lambda: (cut / "metrics.jsonl").is_file() and len(losses(cut)) >= 3)
+    subprocess.run(["scontrol", "requeue", job_of(cut)], check=True)
+    until(lambda: status(cut)["state"] == "done" and state(job_of(cut)) == "COMPLETED")
+    assert status(cut)["attempts"] == 2
+    assert losses(cut) == losses(whole)
+    mine, theirs = (load_file(path / "adapter" / "adapter_model.safetensors") for path in (cut, whole))
+    assert all((mine[name] == theirs[name]).all() for name in theirs)
+
+
+def test_a_run_that_always_crashes_stops_after_three_attempts_with_77(rows: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    (tmp_path / "broken.py").write_text(BROKEN)
+    more = (
+        "launcher=slurm",
+        "launcher.nodes=1",
+        "launcher.devices=2",
+        "strategy=ddp",
+        "checkpoint.every=0",
+        "objective._target_=broken.Broken",
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "dsft.run", *words(rows, run_dir, *more)], capture_output=True, text=True, check=False,
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+    )  # fmt: skip
+    assert done.returncode == 77, done.stdout + done.stderr
+    assert status(run_dir)["state"] == "failed"
+    assert "ZeroDivisionError" in status(run_dir)["reason"]
+    assert (run_dir / "slurm" / f"{job_of(run_dir)}.log").read_text().count("srun ended") == 3
+    assert (state(job_of(run_dir)), state(job_of(run_dir), "ExitCode")) == ("FAILED", "77:0")
+
+
+BROKEN = """
+from dataclasses import dataclass
+
+from dsft.objectives.sft import SFT
+
+calls = []
+
+
+@dataclass(frozen=True, kw_only=True)
+class Broken(SFT):
+    def loss(self, model, batch):
+        calls.append(batch)
+        return super().loss(model, batch) if len(calls) < 5 else 1 // 0
+"""
+
+
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        ("launcher.partition=gpus", "launcher.partition must be one of low, high, got gpus"),
+        ("launcher.nodes=5", "launcher.nodes must be at most 4, the nodes of partition low, got 5"),
+        ("launcher.time=3", "launcher.time must leave 120 s beside launcher.notice_s=120"),
+        ("launcher.time=soon", "a time limit reads like 90, 1:30:00 or 2-12:30:00, got soon"),
+        ("run_dir=/dev/shm/dsft-test-run", "run_dir must lie where every node sees it"),
+        ("launcher.constraint=quantum", "SLURM refused the job: Batch job submission failed: Invalid feature"),
+    ],
+)
+def test_what_the_cluster_has_not_is_refused(word: str, said: str, rows: Path, tmp_path: Path) -> None:
+    done = dsft(*words(rows, tmp_path / "run", "launcher=slurm", word))
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"dsft: {said}")
+    assert len(done.stderr.splitlines()) == 1
+    assert done.stdout == ""
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_second_start_in_the_folder_of_a_job_is_refused(rows: Path, tmp_path: Path) -> None:
+    typed = words(rows, tmp_path / "run", "launcher=slurm", "launcher.wait=false", "+launcher.extra.begin=now+1hour")
+    assert dsft(*typed).returncode == 0
+    assert status(tmp_path / "run")["state"] == "queued"
+    done = dsft(*typed)
+    subprocess.run(["scancel", job_of(tmp_path / "run")], check=True)
+    assert done.returncode == 2
+    assert "which is PENDING; wait for it" in done.stderr
+
+
+def test_a_dry_run_prints_the_script_without_slurm(rows: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "a run"
+    more = ["launcher.dry_run=true", "launcher.nodes=2", "launcher.time=1-00:00:00", "strategy=ddp",
+            "launcher.setup=[module load cuda]", "+launcher.extra.nice=100"]  # fmt: skip
+    command = [sys.executable, "-m", "dsft.run", *words(rows, run_dir, *more)]
+    (tmp_path / "bin").mkdir()
+    for name in ("git", "stat"):
+        (tmp_path / "bin" / name).symlink_to(str(shutil.which(name)))
+    env = {**os.environ, "PATH": str(tmp_path / "bin")}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout[done.stdout.index("#!/bin/bash") :].splitlines()
+    for line in ("#SBATCH --nodes=2", "#SBATCH --time=1-00:00:00", "#SBATCH --nice=100", "#SBATCH --signal=USR2@120"):
+        assert line in lines
+    assert lines.index("module load cuda") < next(n for n, line in enumerate(lines) if "PYTHONPATH" in line)
+    assert f"#SBATCH --output='{run_dir}/slurm/%j.log'" in lines
+    assert not run_dir.exists()
+
+
+def test_the_job_runs_the_code_that_was_submitted(rows: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    held = ("launcher=slurm", "launcher.wait=false", "+launcher.extra.begin=now+1hour", "train.steps=2")
+    assert dsft(*words(rows, run_dir, *held)).returncode == 0
+    job = json.loads((run_dir / "slurm" / "job.json").read_text())
+    record = run_dir / "code" / job["code"] / "dsft" / "recorder.py"
+    text = record.read_text()
+    assert text == (ROOT / "dsft" / "recorder.py").read_text()
+    record.write_text(text.replace('"steps": total', '"steps": total, "copied": True'))  # told from the checkout's
+    subprocess.run(["scontrol", "update", f"JobId={job['job']}", "StartTime=now"], check=True)
+    until(lambda: status(run_dir)["state"] == "done")
+    assert json.loads((run_dir / "events.jsonl").read_text().splitlines()[0])["copied"]
+
+
+@pytest.mark.parametrize("how", ["notice", "kill", "cancel"])
+def test_what_ends_the_ranks_and_what_follows(how: str, rows: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    more = ("launcher=slurm", "launcher.wait=false", "launcher.devices=2", "strategy=ddp", "train.steps=100000",
+            "train.compile=false")  # fmt: skip
+    assert dsft(*words(rows, run_dir, *more)).returncode == 0
+    job_id = job_of(run_dir)
+    until(lambda: (run_dir / "metrics.jsonl").is_file() and len(losses(run_dir)) >= 3)
+    rank = next(rank for rank in events(run_dir, "start")[0]["ranks"] if rank["rank"] == 1)
+    if how == "notice":  # as SLURM gives it: to the tasks of all steps
+        subprocess.run(["scancel", "--signal=USR2", job_id], check=True)
+        until(lambda: state(job_id, "Restarts") == "1" and len(events(run_dir, "resume")) == 1)
+        assert events(run_dir, "resume")[0]["step"] == events(run_dir, "stopped")[0]["step"]
+    elif how == "kill":
+        kill = ["srun", "--overlap", f"--jobid={job_id}", "--ntasks=1", "--nodes=1", "kill", "-9", str(rank["pid"])]
+        subprocess.run(kill, check=True)
+        until(lambda: len(events(run_dir, "resume")) == 1)
+        assert state(job_id, "Restarts") == "0"
+        assert not json.loads((run_dir / "supervisor.json").read_text())["crashes"]
+    subprocess.run(["scancel", job_id], check=True)
+    until(lambda: state(job_id) == "CANCELLED")
+    if how == "cancel":
+        until(lambda: status(run_dir)["state"] == "stopped")
+        assert events(run_dir, "stopped")[0]["step"] == len(losses(run_dir))
