@@ -17,8 +17,12 @@ from dsft.engine.step import train_step
 
 BOUND = 1e-5
 
-pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
-"""Torch's tracer looks at it where a graph ends in a block."""
+pytestmark = [
+    # torch's tracer looks at it where a graph ends in a block
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),
+    # torch's own compiler imports what still uses it
+    pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning"),
+]
 
 
 @pytest.fixture
