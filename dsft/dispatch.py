@@ -12,11 +12,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from dsft_launchers import cluster, submit
+from dsft_launchers.codes import DONE
+from dsft_launchers.files import replace_text
 from dsft_launchers.follow import follow
 
 from dsft.compose import Composed
 from dsft.config import Slurm
-from dsft.telemetry.record import Status, read_status, replace_text, write_status
+from dsft.telemetry.record import Status, read_status, write_status
 
 JOB = "slurm/job.json"
 ROOT = Path(__file__).parents[1]
@@ -44,24 +46,28 @@ def dispatch(composed: Composed, create: Callable[[], None]) -> int:
     command += shlex.split(launcher.prefix)
     if launcher.dry_run:
         print(submit.script(request, command, run_dir / "slurm"))
-        return 0
+        return DONE
     job_id = submit.submit(request, command, run_dir / "slurm")
     try:
         create()
         _copy(code)
         _queued(run_dir, job_id, code)
         cluster.ask("scontrol", "release", job_id)
+    except cluster.ClusterError as error:
+        raise ValueError(
+            f"job {job_id} is held and could not be released: {error}; scontrol release {job_id}"
+        ) from error
     except BaseException:
         cluster.ask("scancel", job_id)
         raise
     print(f"submitted    job {job_id}; watch: tail -F {run_dir}/logs/rank-0.log; cancel: scancel {job_id}", flush=True)
     if not launcher.wait:
-        return 0
+        return DONE
     try:
         return follow(job_id, run_dir)
     except KeyboardInterrupt:
         print(f"dsft: job {job_id} goes on by itself; scancel {job_id} ends it", file=sys.stderr)
-        return 0
+        return DONE
 
 
 def _asked(composed: Composed) -> Slurm:

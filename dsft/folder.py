@@ -14,12 +14,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from dsft_launchers.files import replace_text
+
 from dsft import __version__
 from dsft.checkpoint import manifest
 from dsft.checkpoint.manifest import Identity
 from dsft.checkpoint.store import Store
 from dsft.compose import Composed, dump_yaml, load_yaml
-from dsft.telemetry.record import replace_text
 from dsft.wording import suggest
 
 FREE = (

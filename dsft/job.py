@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dsft_launchers import verdict
+from dsft_launchers.codes import CRASHED, DONE, STOPPED
 from dsft_launchers.join import resolve
 from dsft_launchers.supervise import SUPERVISED
 
@@ -25,8 +26,6 @@ if TYPE_CHECKING:
     from dsft.engine.assemble import Session
     from dsft.engine.keep import Keeper
     from dsft.engine.progress import Watch
-
-DONE, STOPPED, CRASHED = 0, 75, 76
 
 
 @dataclass

@@ -1,12 +1,9 @@
 """python -m dsft.plan [overrides] [--json]: what a run would be, in seconds and without weights."""
 
 import json
-import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
-
-from dsft_launchers.join import count_devices
 
 from dsft.compose import Composed, compose, hydra_flags
 from dsft.config import Run
@@ -41,7 +38,7 @@ def make_plan(composed: Composed, files: "ModelFiles") -> dict[str, Any]:
     run = composed.run
     bones = skeleton(run, files)
     counts = census(bones.model, bones.anatomy)
-    accelerator = count_devices(os.environ) > 0
+    accelerator = composed.start.place.gpus > 0
     memory = estimate(run, bones, composed.start.size, accelerator=accelerator).as_dict()
     memory["available"] = _available(composed, accelerator=accelerator)
     return {
@@ -58,7 +55,9 @@ def make_plan(composed: Composed, files: "ModelFiles") -> dict[str, Any]:
 
 
 def _available(composed: Composed, *, accelerator: bool) -> int | None:
-    """Bytes that this machine has for one rank: its accelerator's, or its part of the host's."""
+    """Bytes that this machine has for one rank, of its accelerator or of the host; None for a job's nodes."""
+    if not composed.start.place.here:
+        return None
     from dsft.telemetry.meter import device_memory_bytes, host_memory_bytes
 
     if accelerator:

@@ -6,19 +6,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dsft_launchers.codes import STOPPED, USER_ERROR
 from rich.console import Console
 
 from dsft import dispatch, folder
 from dsft.compose import Composed, compose, hand_to_hydra, hydra_flags
 from dsft.config import Run
 from dsft.entry import enter
-from dsft.wording import USER_ERROR, refuse
+from dsft.wording import refuse
 
 if TYPE_CHECKING:
     from dsft.data.open import Dataset
     from dsft.models.files import ModelFiles
-
-STOPPED = 75
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import yaml
+from dsft_launchers.codes import USER_ERROR
 
 OWN_CONF = next(
     path for path in (Path(__file__).parent / "conf", Path(__file__).parent.parent / "conf") if path.is_dir()
 )
 """The YAML tree: beside the code in an installed wheel, at the top of a checkout."""
 
-USER_ERROR = 2
 MANY = 30
 """Options that no one wants to read in one line."""
 
@@ -68,7 +68,8 @@ def _near_key(key: str) -> str:
         for name, value in (yaml.safe_load(path.read_text()) or {}).items():
             owners.setdefault(str(name), []).append(path.stem)
             if name == first and value == {}:
-                return f" that stands here already; add to it one by one: +{group}.{first}.NAME=VALUE"
+                whole = f" to be set as a whole; add what is in it one by one: +{key}.NAME=VALUE"
+                return whole if leaf == first else f" yet; add it: +{key}=VALUE"
     if leaf in owners:
         return f" of the chosen option: {group}={', '.join(owners[leaf])} has it, with its own kind of value"
     names = set(owners) - {"_target_", "defaults"}

@@ -6,13 +6,14 @@ read_lines gives them back as floats.
 
 import json
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
 from io import FileIO
 from pathlib import Path
 from typing import Any, Literal, get_args
+
+from dsft_launchers.files import replace_text
 
 METRICS, SAMPLES, EVENTS, STATUS = "metrics.jsonl", "samples.jsonl", "events.jsonl", "status.json"
 
@@ -41,20 +42,6 @@ class Status:
 def write_status(run_dir: Path, status: Status) -> None:
     """Replace run_dir/status.json at once: a reader sees the old one or the new one, whole, also after a crash."""
     replace_text(run_dir / STATUS, _line(asdict(status)))
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Give path new content at once; on an OSError it keeps the old one, and nothing is left beside it."""
-    fresh = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with fresh.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        fresh.replace(path)
-    except OSError:
-        fresh.unlink(missing_ok=True)
-        raise
 
 
 def read_status(run_dir: Path) -> Status | None:

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from dsft_launchers import cluster
+from dsft_launchers.codes import CRASHED, DONE, HOPELESS, STOPPED, USER_ERROR
 
 POLL_S = 2.0
 GONE_S = 30.0
 """How long a job may look ended before it is: SLURM shows one that it puts back into the queue as ended for seconds."""
-DONE, USER_ERROR, STOPPED, CRASHED, HOPELESS = 0, 2, 75, 76, 77
 OWN = (DONE, USER_ERROR, STOPPED, CRASHED, HOPELESS)
 """What the batch step exits with by itself."""
 

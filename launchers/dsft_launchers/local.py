@@ -13,11 +13,11 @@ from pathlib import Path
 from threading import Thread
 
 from dsft_launchers import orphans, verdict
+from dsft_launchers.codes import CRASHED, DONE, STOPPED, USER_ERROR
 from dsft_launchers.ports import reserved_port
 from dsft_launchers.processes import Rank, defaults, pass_through, rank_env, start
 from dsft_launchers.stop import FORWARDED, Stop, stop_signals
 
-DONE, USER_ERROR, STOPPED, CRASHED = 0, 2, 75, 76
 POLL_S = 0.05
 SETTLE_S = 1.0
 """How long to watch, after the first failure, who else dies by itself: tells the cause from its consequences."""

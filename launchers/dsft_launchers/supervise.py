@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from dsft_launchers import cluster, verdict
+from dsft_launchers.codes import CRASHED, DONE, HOPELESS, STOPPED, USER_ERROR
+from dsft_launchers.files import replace_text
 
-DONE, USER_ERROR, STOPPED, CRASHED, HOPELESS = 0, 2, 75, 76, 77
 ATTEMPTS = 3
 """Crashes, or returns to the queue, without a new checkpoint between them after which the job gives up."""
 PATIENCE_S = 300.0
@@ -106,7 +107,11 @@ def _attempt(run_dir: Path, nodes: int, devices: int, python: list[str]) -> tupl
 
 
 def _tail(file: Path, start: int) -> str:
-    return file.read_bytes()[start:].decode(errors="replace") if file.exists() else ""
+    if not file.exists():
+        return ""
+    with file.open("rb") as content:
+        content.seek(start)
+        return content.read().decode(errors="replace")
 
 
 def _rank_env(devices: int) -> dict[str, str]:
@@ -129,11 +134,11 @@ def _stopped(run_dir: Path, reason: str) -> int:
 def _late(notice_s: int) -> str | None:
     """Why the ranks should not be started any more: SLURM gave its notice between two attempts. None if they may."""
     now = _now()
-    if now is None or now.left_s is None:
-        return None
-    if now.preempted:
+    if now is not None and now.preempted:
         return "SLURM takes the nodes away"
-    return f"{now.left_s:.0f} s are left of the time limit" if now.left_s < notice_s else None
+    if now is None or now.left_s is None or now.left_s >= notice_s:
+        return None
+    return f"{now.left_s:.0f} s are left of the time limit"
 
 
 def _put_back(run_dir: Path, reason: str) -> int:
@@ -180,7 +185,7 @@ def _count(run_dir: Path, status: Mapping[str, Any], what: str) -> Tally:
     if before.job != fresh.job or (fresh.checkpoint or "") > (before.checkpoint or ""):
         before = fresh
     tally = replace(before, **{what: getattr(before, what) + 1})
-    _replace(path, asdict(tally))
+    replace_text(path, json.dumps(asdict(tally)) + "\n")
     return tally
 
 
@@ -204,13 +209,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _amend(run_dir: Path, **values: str) -> None:
     path = run_dir / "status.json"
-    _replace(path, {**_read(path), **values})
-
-
-def _replace(path: Path, content: Mapping[str, Any]) -> None:
-    fresh = path.with_name(f".{path.name}.{os.getpid()}")
-    fresh.write_text(json.dumps(content) + "\n")
-    fresh.replace(path)
+    replace_text(path, json.dumps({**_read(path), **values}) + "\n")
 
 
 def _tell(text: str) -> None:

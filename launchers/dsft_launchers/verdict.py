@@ -19,10 +19,9 @@ CONSEQUENCE = re.compile(
 )
 """What a rank says (gloo, NCCL, the store) when it lost a peer."""
 
-
 CRASH = "dsft: this rank crashed: "
 """How a rank's last word begins when it raised an error."""
-OVERTAKEN = "was taken over by process"
+OVERTAKEN = "was taken over by "
 """What a rank says that lost its run folder to another start."""
 
 

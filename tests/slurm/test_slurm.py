@@ -13,6 +13,9 @@ from typing import Any
 import pytest
 from safetensors.numpy import load_file
 
+from benchmarks.faults import lines
+from tests.launch.processes import dsft, events
+
 BOUND = 1e-5
 ROOT = Path(__file__).parents[2]
 
@@ -27,20 +30,8 @@ def words(rows: Path, run_dir: Path, *more: str) -> list[str]:
     ]  # fmt: skip
 
 
-def dsft(*arguments: str) -> "subprocess.CompletedProcess[str]":
-    command = [sys.executable, "-m", "dsft.run", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
-
-
 def losses(run_dir: Path) -> list[float]:
-    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return [line["loss"] for line in lines if "loss" in line]
-
-
-def events(run_dir: Path, name: str) -> list[dict[str, Any]]:
-    path = run_dir / "events.jsonl"
-    found = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
-    return [line for line in found if line["event"] == name]
+    return [line["loss"] for line in lines(run_dir / "metrics.jsonl") if "loss" in line]
 
 
 def status(run_dir: Path) -> dict[str, Any]:
@@ -83,12 +74,11 @@ def test_two_nodes_compute_what_one_process_does(strategy: str, rows: Path, alon
     assert done.returncode == 0, done.stderr + log.read_text()
     assert len(alone) == 6
     assert losses(run_dir) == pytest.approx(alone, rel=BOUND)
-    start = json.loads((run_dir / "events.jsonl").read_text().splitlines()[0])
-    assert [rank["host"] for rank in start["ranks"]] == ["n1", "n1", "n2", "n2"]
+    assert [rank["host"] for rank in events(run_dir, "start")[0]["ranks"]] == ["n1", "n1", "n2", "n2"]
     assert state(job_of(run_dir)) == "COMPLETED"
 
 
-def test_a_job_that_slurm_puts_back_goes_on_to_the_same_adapter(rows: Path, alone: list[float], tmp_path: Path) -> None:
+def test_a_job_that_slurm_puts_back_goes_on_to_the_same_adapter(rows: Path, tmp_path: Path) -> None:
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     more = ("launcher=slurm", "launcher.nodes=2", "launcher.devices=1", "strategy=ddp", "train.steps=60")
     assert dsft(*words(rows, whole, *more)).returncode == 0
@@ -181,11 +171,11 @@ def test_a_dry_run_prints_the_script_without_slurm(rows: Path, tmp_path: Path) -
     env = {**os.environ, "PATH": str(tmp_path / "bin")}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
     assert done.returncode == 0, done.stderr
-    lines = done.stdout[done.stdout.index("#!/bin/bash") :].splitlines()
+    script = done.stdout[done.stdout.index("#!/bin/bash") :].splitlines()
     for line in ("#SBATCH --nodes=2", "#SBATCH --time=1-00:00:00", "#SBATCH --nice=100", "#SBATCH --signal=USR2@120"):
-        assert line in lines
-    assert lines.index("module load cuda") < next(n for n, line in enumerate(lines) if "PYTHONPATH" in line)
-    assert f"#SBATCH --output='{run_dir}/slurm/%j.log'" in lines
+        assert line in script
+    assert script.index("module load cuda") < next(n for n, line in enumerate(script) if "PYTHONPATH" in line)
+    assert f"#SBATCH --output='{run_dir}/slurm/%j.log'" in script
     assert not run_dir.exists()
 
 
@@ -200,10 +190,10 @@ def test_the_job_runs_the_code_that_was_submitted(rows: Path, tmp_path: Path) ->
     record.write_text(text.replace('"steps": total', '"steps": total, "copied": True'))  # told from the checkout's
     subprocess.run(["scontrol", "update", f"JobId={job['job']}", "StartTime=now"], check=True)
     until(lambda: status(run_dir)["state"] == "done")
-    assert json.loads((run_dir / "events.jsonl").read_text().splitlines()[0])["copied"]
+    assert events(run_dir, "start")[0]["copied"]
 
 
-@pytest.mark.parametrize("how", ["notice", "kill", "cancel"])
+@pytest.mark.parametrize("how", ["notice", "preempted", "kill", "cancel"])
 def test_what_ends_the_ranks_and_what_follows(how: str, rows: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     more = ("launcher=slurm", "launcher.wait=false", "launcher.devices=2", "strategy=ddp", "train.steps=100000",
@@ -212,8 +202,12 @@ def test_what_ends_the_ranks_and_what_follows(how: str, rows: Path, tmp_path: Pa
     job_id = job_of(run_dir)
     until(lambda: (run_dir / "metrics.jsonl").is_file() and len(losses(run_dir)) >= 3)
     rank = next(rank for rank in events(run_dir, "start")[0]["ranks"] if rank["rank"] == 1)
-    if how == "notice":  # as SLURM gives it: to the tasks of all steps
-        subprocess.run(["scancel", "--signal=USR2", job_id], check=True)
+    if how in ("notice", "preempted"):
+        asked = {
+            "notice": ["scancel", "--signal=USR2", job_id],  # as SLURM gives it: to the tasks of all steps
+            "preempted": ["sbatch", "-phigh", "--nodes=4", "--exclusive", "--output=/dev/null", "--wrap=sleep 3"],
+        }  # fmt: skip
+        subprocess.run(asked[how], check=True)
         until(lambda: state(job_id, "Restarts") == "1" and len(events(run_dir, "resume")) == 1)
         assert events(run_dir, "resume")[0]["step"] == events(run_dir, "stopped")[0]["step"]
     elif how == "kill":

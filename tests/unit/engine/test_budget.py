@@ -170,3 +170,10 @@ def test_offloading_to_where_activations_are_is_said_to_do_nothing() -> None:
 def test_this_machines_memory_is_known() -> None:
     whole = int(Path("/proc/meminfo").read_text().split()[1]) * 1024
     assert 2**28 < (host_memory_bytes() or 0) <= whole
+
+
+def test_a_job_is_not_held_against_this_machine() -> None:
+    composed = run_of("model=llama70b", "method=full", "launcher=slurm", "launcher.dry_run=true")
+    plan = make_plan(composed, composed.run.model.resolve(planning=True))
+    assert plan["memory"]["available"] is None
+    assert "this machine's memory" not in as_text(plan)
