@@ -25,6 +25,7 @@ from dsft.engine.progress import Progress
 from dsft.engine.resume import keeper_for
 from dsft.engine.step import train_step
 from dsft.engine.stop import StopFlag
+from dsft.models.attention import NAME, register
 
 ALWAYS = {Part.GEMM, Part.ATTENTION, Part.HEAD, Part.COPIES, Part.ELEMENTWISE, Part.DATA, Part.OPTIMIZER, Part.IDLE}
 METHODS = {
@@ -92,7 +93,7 @@ def test_a_backward_operation_belongs_to_the_part_of_its_forward(again: str, tmp
     assert {Part.ATTENTION} in scores
     assert all(parts <= {Part.ATTENTION, Part.HEAD} for parts in scores)
     assert nodes["_ProductBackward"] == {Part.GEMM}
-    assert nodes["_AddBackward"] == {Part.ADAPTER}
+    assert nodes["_DownBackward"] == nodes["_UpBackward"] == {Part.ADAPTER}
     assert nodes["_ScoreBackward"] == {Part.HEAD}
     assert nodes["aten::silu_backward"] == {Part.ELEMENTWISE}
 
@@ -117,7 +118,8 @@ def test_all_time_of_the_steps_is_given_away(tmp_path: Path) -> None:
 @pytest.mark.parametrize("again", ["none", pytest.param("full", marks=pytest.mark.slow)])
 def test_no_number_changes_and_no_mark_stays(again: str, tmp_path: Path) -> None:
     words = (f"train.gradient_checkpointing={again}", "method.dropout=0.1")
-    attention, wait = AttentionInterface()["dsft_ragged"], vars(dist.Work)["wait"]
+    register()
+    attention, wait = AttentionInterface()[NAME], vars(dist.Work)["wait"]
     runs = []
     for steps in (0, 2):
         session, data = _session(tmp_path, *words, f"train.profile={steps}")
@@ -130,7 +132,7 @@ def test_no_number_changes_and_no_mark_stays(again: str, tmp_path: Path) -> None
     (plain, weights), (watched, same) = runs
     assert plain == watched
     assert all(torch.equal(weights[name], same[name]) for name in weights)
-    assert AttentionInterface()["dsft_ragged"] is attention
+    assert AttentionInterface()[NAME] is attention
     assert vars(dist.Work)["wait"] is wait
 
 
