@@ -8,7 +8,8 @@ COMMANDS = (
     ["benchmarks.saving"],
     ["benchmarks.scaling"],
     ["benchmarks.memory"],
-    *(["benchmarks.speed", "--mode", mode] for mode in ("lora", "qlora", "full")),
+    *(["benchmarks.speed", "--mode", mode] for mode in ("lora", "full")),
+    ["benchmarks.speed", "--mode", "qlora", "--peers", "dsft-1024,plain,trl,trl-best"],
     ["benchmarks.speed_ranks"],
 )
 

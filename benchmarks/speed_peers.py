@@ -1,6 +1,6 @@
 """Speed and memory against LLaMA-Factory, which has an environment of its own: steps in turns, as ratios.
 
-python -m benchmarks.speed_peers [--python .venv-peers/bin/python] [--peers dsft-1024,...]
+python -m benchmarks.speed_peers [--python .venv-peers/bin/python] [--peers dsft-compiled,...]
 writes benchmarks/results/speed-peers.md. LoRA on the rows of benchmarks.speed; `make bench-peers` makes that Python.
 """
 
@@ -18,7 +18,7 @@ THEIRS = {
         "LLaMA-Factory, neat packing 4 x 512, no checkpointing (other examples in each step)", MODULE, "packed"
     ),
 }
-PEERS = {name: OURS[name] for name in ("dsft-1024",)} | THEIRS
+PEERS = {name: OURS[name] for name in ("dsft-compiled", "dsft-1024")} | THEIRS
 
 
 def main() -> int:
