@@ -33,7 +33,7 @@ Pairs = dict[str, tuple[dict[str, Any], dict[str, Any]]]
 
 @dataclass(frozen=True)
 class Peer:
-    """title: its row in the table; module: run with the job's file; setting: see Job."""
+    """title: its row in the table; module: run with its words and the job's file; setting: see Job."""
 
     title: str
     module: str
@@ -121,7 +121,7 @@ def measure(peer: Peer, job: Job) -> dict[str, Any]:
 def _started(peer: Peer, job: Job, place: Path, ranks: int, env: Mapping[str, str]) -> "subprocess.Popen[bytes]":
     place.mkdir()
     (place / "job.json").write_text(json.dumps(asdict(job)))
-    command = [peer.python, "-m", peer.module, str(place / "job.json")]
+    command = [peer.python, "-m", *peer.module.split(), str(place / "job.json")]
     if ranks > 1:
         command = [sys.executable, "-c", LAUNCH, str(ranks), str(place), *command]
     own = {key: value for key, value in os.environ.items() if key not in WAITING}

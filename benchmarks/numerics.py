@@ -2,7 +2,7 @@
 
 python -m benchmarks.numerics [--layers 30] [--characters 1000] [--steps 10] [--seeds 3]
 writes benchmarks/results/numerics.md. LoRA on SmolLM2-135M, 8 examples of GSM8K a step; a seed is another stretch of
-the rows. Fewer of the blocks, and shorter rows, are for a processor that only emulates bf16.
+the rows. Products of bf16 as benchmarks.rounded makes them, so that a processor without them can do it too.
 """
 
 import argparse
@@ -11,6 +11,7 @@ import os
 import shlex
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 from benchmarks.job import BATCH, Job
@@ -19,7 +20,7 @@ from benchmarks.measure import ALIKE, GSM8K, measure
 from benchmarks.speed import PEERS
 
 RESULT = Path("benchmarks/results/numerics.md")
-NAMES = ("plain", "dsft")
+NAMES = ("plain", "dsft-1024")
 
 
 def write_model(folder: Path, layers: int) -> int:
@@ -39,7 +40,8 @@ def write_model(folder: Path, layers: int) -> int:
 
 def distances(job: Job, name: str) -> list[float]:
     """|loss in bf16 - loss in fp32| at each step."""
-    peer, found = PEERS[name], {}
+    found = {}
+    peer = replace(PEERS[name], module=f"benchmarks.rounded {PEERS[name].module}")
     for precision in ("fp32", "bf16"):
         found[precision] = measure(peer, Job(**{**vars(job), "precision": precision}))["losses"]
     return [abs(one - other) for one, other in zip(found["fp32"], found["bf16"], strict=True)]
@@ -81,7 +83,7 @@ def main() -> int:
         "# How far bf16 takes the loss from fp32\n\n"
         f"Largest |loss in bf16 - loss in fp32| over {args.steps} steps of LoRA, each loop beside itself in fp32. "
         f"SmolLM2-135M, {layers} of its 30 blocks, {BATCH} examples of GSM8K a step, rows of at most {args.characters} "
-        "characters.\n"
+        "characters. Products of bf16 are summed in fp32 and rounded once, as hardware does (benchmarks/rounded.py).\n"
         f"`{shlex.join(['python', '-m', 'benchmarks.numerics', *sys.argv[1:]])}` on {here()}.\n\n"
         + "\n".join(table)
         + "\n"

@@ -31,16 +31,16 @@ class Train:
     max_nonfinite: int
     log_samples: bool
     profile: int
+    hang_after: float
 
     def __post_init__(self) -> None:
         """Refuse values that no run can have."""
         if self.steps is not None and self.epochs is not None:
             raise ValueError("train: give train.steps or train.epochs, not both; set one of them to null")
         _at_least("train.steps", self.steps, 1)
-        if self.epochs is not None and self.epochs <= 0:
-            raise ValueError(f"train.epochs must be above 0, got {self.epochs}")
-        if self.max_minutes is not None and self.max_minutes <= 0:
-            raise ValueError(f"train.max_minutes must be above 0, got {self.max_minutes}")
+        for name in ("epochs", "max_minutes", "hang_after"):
+            if (value := getattr(self, name)) is not None and value <= 0:
+                raise ValueError(f"train.{name} must be above 0, got {value}")
         for name in ("global_batch_size", "micro_batch_tokens", "early_stop_patience"):
             _at_least(f"train.{name}", getattr(self, name), 1)
         _at_least("train.max_length", self.max_length, 2)

@@ -1,5 +1,7 @@
 """The training loop: evaluate, step, record, decide together, evaluate."""
 
+import math
+
 from dsft.data.batch import build_batch
 from dsft.data.open import Dataset
 from dsft.data.order import batch_rows
@@ -9,6 +11,7 @@ from dsft.engine.evaluate import evaluate
 from dsft.engine.keep import Keeper
 from dsft.engine.optimizers import rate
 from dsft.engine.parts import Part, mark
+from dsft.engine.patience import UNEVEN_S, Patience
 from dsft.engine.profile import profiled
 from dsft.engine.progress import STOPPED, Progress, Watch
 from dsft.engine.step import StepResult, train_step
@@ -20,13 +23,26 @@ def fit(session: Session, data: Dataset, watch: Watch, stop: StopFlag, keeper: K
     """Train from where at is to its last step, or until a stop is agreed. Collective."""
     if at.step == 0:
         _evaluate(session, data, at, watch)
-    with profiled(session, watch, done=at.step, total=at.total) as watched:
-        return _steps(session, data, watched, stop, keeper, at)
+    with (
+        profiled(session, watch, done=at.step, total=at.total) as watched,
+        patience_for(session) as patience,
+    ):
+        return _steps(session, data, watched, stop, keeper, at, patience=patience)
 
 
-def _steps(session: Session, data: Dataset, watch: Watch, stop: StopFlag, keeper: Keeper, at: Progress) -> Progress:
+def patience_for(session: Session) -> Patience:
+    """Of one process none: it waits for nobody."""
+    train = session.run.train
+    uneven = session.compiler is not None or train.profile > 0
+    return Patience(math.inf if session.world.size == 1 else train.hang_after + uneven * UNEVEN_S)
+
+
+def _steps(
+    session: Session, data: Dataset, watch: Watch, stop: StopFlag, keeper: Keeper, at: Progress, *, patience: Patience
+) -> Progress:
     while True:
-        asked, busy = session.world.max(stop.reason is not None, keeper.busy)
+        with patience.limit(at.step, whole=False):
+            asked, busy = session.world.max(stop.reason is not None, keeper.busy)
         ends = at.over or at.step >= at.total
         keeper.tend(at, watch, busy=busy > 0, last=ends or asked > 0)
         if ends:
@@ -36,10 +52,11 @@ def _steps(session: Session, data: Dataset, watch: Watch, stop: StopFlag, keeper
             return at
         at.step += 1
         watch.begin_step()
-        with mark(Part.DATA):
-            rows, batches = step_batches(session, data, at.step)
         scale = rate(session.run.optim, at.step, at.total)
-        result = train_step(session, batches, at.step, scale, settle=keeper.settle)
+        with patience.limit(at.step, whole=True):
+            with mark(Part.DATA):
+                rows, batches = step_batches(session, data, at.step)
+            result = train_step(session, batches, at.step, scale, settle=patience.apart(keeper.settle))
         watch.step(at.step, _values(session, result, scale), [data.train.id(row) for row in rows])
         if session.compiler and (news := session.compiler.news()):
             watch.event("compiled", at.step, news)

@@ -146,7 +146,12 @@ def _conclude(outcome: _Outcome, ranks: list[Rank], stop: Stop, patience: _Patie
             if all(failure.rank != 0 for failure in found if failure.code == USER_ERROR):  # rank 0's is on stderr
                 _tell("".join(f"{line}\n" for line in verdict.error_lines(cause.text)[-1:]))
             return USER_ERROR
-        _tell(verdict.report(cause, len(ranks), str(ranks[cause.rank].log)))
+        silent = verdict.hung([rank.text() for rank in ranks])
+        if silent is None:
+            _tell(verdict.report(cause, len(ranks), str(ranks[cause.rank].log)))
+        else:
+            who = f"rank {', '.join(map(str, silent))} hangs" if silent else "all ranks waited for each other"
+            _tell(f"dsft: {who}; the stacks of those that waited are in {ranks[cause.rank].log.parent}\n")
         return CRASHED
     if outcome.overdue:
         names = ", ".join(str(rank.index) for rank in outcome.overdue)

@@ -2,7 +2,7 @@
 
 import re
 import signal
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 TRACEBACK = "Traceback (most recent call last):"
@@ -21,6 +21,8 @@ CONSEQUENCE = re.compile(
 
 CRASH = "dsft: this rank crashed: "
 """How a rank's last word begins when it raised an error."""
+WAITED = "dsft: this rank waited too long for another: "
+"""How the last word of a rank begins that gave up; its stacks follow."""
 OVERTAKEN = "was taken over by "
 """What a rank says that lost its run folder to another start."""
 
@@ -64,6 +66,12 @@ def error_lines(text: str) -> list[str]:
     start = starts[-1]
     named = next((i for i in range(start + 1, len(lines)) if not lines[i].startswith(" ")), len(lines) - 1)
     return lines[max(start, named - LINES_BEFORE) : named + LINES_AFTER + 1]
+
+
+def hung(texts: Sequence[str]) -> list[int] | None:
+    """Ranks that others gave up waiting for, from what each wrote; empty: all waited. None if nobody gave up."""
+    waited = [WAITED in text for text in texts]
+    return [rank for rank, mine in enumerate(waited) if not mine] if any(waited) else None
 
 
 def how(code: int) -> str:

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+from dsft_launchers.verdict import WAITED
 
 from benchmarks import faults
 from tests.launch.processes import checkpoints, dsft, events, started, steps, wait_for
@@ -156,3 +157,17 @@ def test_a_writer_that_slept_through_anothers_start_commits_nothing(rows: Path, 
     assert steps(run_dir) == list(range(1, until + 1))
     assert json.loads((run_dir / "status.json").read_text())["state"] == "done"
     assert events(run_dir, "takeover")
+
+
+def test_a_rank_that_hangs_is_named_and_the_others_show_where_they_wait(rows: Path, tmp_path: Path) -> None:
+    words = faults.words(rows, ["method=lora", "strategy=fsdp"], 3, background=True, steps=100_000)
+    with started(*words, "train.hang_after=1", f"run_dir={tmp_path}") as run:
+        wait_for(lambda: (tmp_path / "metrics.jsonl").is_file() and len(steps(tmp_path)) > 5, run)
+        hanging = next(rank["pid"] for rank in events(tmp_path, "start")[0]["ranks"] if rank["rank"] == 1)
+        os.kill(hanging, signal.SIGSTOP)
+        said = run.communicate(timeout=60)[0]
+    assert run.returncode == 76
+    assert f"dsft: rank 1 hangs; the stacks of those that waited are in {tmp_path / 'logs'}" in said
+    for rank in (0, 2):
+        log = (tmp_path / "logs" / f"rank-{rank}.log").read_text()
+        assert "in train_step" in log[log.index(WAITED) :]

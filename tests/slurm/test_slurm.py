@@ -193,7 +193,7 @@ def test_the_job_runs_the_code_that_was_submitted(rows: Path, tmp_path: Path) ->
     assert events(run_dir, "start")[0]["copied"]
 
 
-@pytest.mark.parametrize("how", ["notice", "preempted", "kill", "cancel"])
+@pytest.mark.parametrize("how", ["notice", "preempted", "kill", "hang", "cancel"])
 def test_what_ends_the_ranks_and_what_follows(how: str, rows: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     more = ("launcher=slurm", "launcher.wait=false", "launcher.devices=2", "strategy=ddp", "train.steps=100000",
@@ -210,10 +210,12 @@ def test_what_ends_the_ranks_and_what_follows(how: str, rows: Path, tmp_path: Pa
         subprocess.run(asked[how], check=True)
         until(lambda: state(job_id, "Restarts") == "1" and len(events(run_dir, "resume")) == 1)
         assert events(run_dir, "resume")[0]["step"] == events(run_dir, "stopped")[0]["step"]
-    elif how == "kill":
-        kill = ["srun", "--overlap", f"--jobid={job_id}", "--ntasks=1", "--nodes=1", "kill", "-9", str(rank["pid"])]
+    elif how in ("kill", "hang"):
+        number = {"kill": "-KILL", "hang": "-STOP"}[how]
+        kill = ["srun", "--overlap", f"--jobid={job_id}", "--ntasks=1", "--nodes=1", "kill", number, str(rank["pid"])]
         subprocess.run(kill, check=True)
         until(lambda: len(events(run_dir, "resume")) == 1)
+        assert ("rank 1 hangs" in (run_dir / "slurm" / f"{job_id}.log").read_text()) is (how == "hang")
         assert state(job_id, "Restarts") == "0"
         assert not json.loads((run_dir / "supervisor.json").read_text())["crashes"]
     subprocess.run(["scancel", job_id], check=True)

@@ -1,0 +1,208 @@
+"""A real SLURM job through what SLURM and its machines do: it must end bit-equal to one that nothing happened to.
+
+python -m benchmarks.slurm_faults [--only requeue,kill,...]   writes benchmarks/results/slurm-faults.md
+On a testbed of its own (slurm/testbed; root). 2 nodes x 2 processes, LoRA on the tiny model under ddp.
+"""
+
+import argparse
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.cells import write_rows
+from benchmarks.faults import differences, lines
+from benchmarks.machine import here
+
+TESTBED = Path(__file__).parents[1] / "slurm" / "testbed"
+STEPS, EVERY, MOMENT = 1200, 50, 130
+"""Steps of a run, between checkpoints, and after which the fault comes."""
+PATIENCE_S = 300.0
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """A testbed that is up. folder: its settings, logs and state."""
+
+    folder: Path
+
+    def bed(self, *words: str) -> None:
+        """A command of the testbed's."""
+        env = {**os.environ, "SLURM_TESTBED_DIR": str(self.folder)}
+        subprocess.run([str(TESTBED), *words], check=True, env=env, capture_output=True)
+
+    def user_signal(self, *, sent: bool) -> None:
+        """Whether a preempted job gets the signal that it asked for, or SIGTERM alone."""
+        conf = self.folder / "etc" / "slurm.conf"
+        kept = [line for line in conf.read_text().splitlines() if "preempt_send_user_signal" not in line]
+        conf.write_text("\n".join([*kept, *(["SlurmctldParameters=preempt_send_user_signal"] if sent else [])]) + "\n")
+        subprocess.run(["scontrol", "reconfigure"], check=True)
+
+
+@dataclass(frozen=True)
+class Job:
+    """A submitted run."""
+
+    run_dir: Path
+    number: str
+    cluster: Cluster
+
+    def rank(self, rank: int) -> str:
+        """Its process's number on its node."""
+        start = [line for line in lines(self.run_dir / "events.jsonl") if line["event"] == "start"][-1]
+        return str(next(each["pid"] for each in start["ranks"] if each["rank"] == rank))
+
+    def signal(self, rank: int, name: str) -> None:
+        """A signal to one rank, from inside its node."""
+        node = "n1" if rank < 2 else "n2"
+        where = ["srun", "--overlap", f"--jobid={self.number}", f"--nodelist={node}", "--nodes=1", "--ntasks=1"]
+        subprocess.run([*where, "kill", name, self.rank(rank)], check=True)
+
+
+def preempt(job: Job) -> None:
+    """A job that may take all nodes, for a moment."""
+    urgent = ["sbatch", "--partition=high", "--nodes=4", "--exclusive", "--output=/dev/null", "--wrap=sleep 3"]
+    subprocess.run(urgent, check=True, stdout=subprocess.DEVNULL)
+
+
+def preempt_by_term(job: Job) -> None:
+    """The same where SLURM sends SIGTERM alone."""
+    job.cluster.user_signal(sent=False)
+    preempt(job)
+
+
+FAULTS: dict[str, tuple[str, Callable[[Job], None], Sequence[str]]] = {
+    "requeue": ("`scontrol requeue`", lambda job: _slurm("scontrol", "requeue", job.number), ()),
+    "preempt": ("preemption, with the user signal", preempt, ()),
+    "preempt-term": ("preemption, SIGTERM only", preempt_by_term, ()),
+    "limit": ("a time limit of one minute", lambda job: None, ("launcher.time=1", "launcher.notice_s=20")),
+    "first-node": ("the first node loses power", lambda job: job.cluster.bed("kill-node", "n1"), ()),
+    "other-node": ("another node loses power", lambda job: job.cluster.bed("kill-node", "n2"), ()),
+    "kill": ("kill -9 of a rank", lambda job: job.signal(3, "-KILL"), ()),
+    "stop": ("SIGSTOP of a rank", lambda job: job.signal(3, "-STOP"), ()),
+}
+"""Name -> what it is, how it is done to a job, and what the run is told."""
+
+
+def words(rows: Path, run_dir: Path, *more: str) -> list[str]:
+    """Overrides of the run."""
+    return [
+        "model=tiny", "method=lora", "strategy=ddp", "data=local", f"data.path={rows}", "tracker=[]",
+        "train.precision=fp32", f"train.steps={STEPS}", "train.global_batch_size=8", "train.compile=false",
+        "train.log_samples=true", f"checkpoint.every={EVERY}", "checkpoint.verify_result=false", "optim.lr=1e-3",
+        "launcher=slurm", "launcher.nodes=2", "launcher.devices=2", "launcher.wait=false", f"run_dir={run_dir}", *more,
+    ]  # fmt: skip
+
+
+def suffer(name: str, rows: Path, folder: Path, cluster: Cluster, reference: Path) -> str:
+    """Submit a run, do it, let it end; a row of the table."""
+    what, fault, more = FAULTS[name]
+    job = submit(rows, folder / name, cluster, *more)
+    _until(lambda: _steps(job.run_dir) >= MOMENT)
+    fault(job)
+    begun, seen = time.monotonic(), _steps(job.run_dir)
+    _until(lambda: len(_events(job.run_dir, "resume")) == 1)
+    resumed = _events(job.run_dir, "resume")[0]["step"]
+    _until(lambda: _steps(job.run_dir) > resumed)
+    seconds = time.monotonic() - begun
+    for node in ("n1", "n2"):
+        cluster.bed("start-node", node)
+    cluster.user_signal(sent=True)
+    _until(lambda: json.loads((job.run_dir / "status.json").read_text())["state"] in ("done", "failed"))
+    noticed = [line["step"] for line in _events(job.run_dir, "stopped")]
+    lost = 0 if noticed else max(0, seen - resumed)
+    places = {1: "inside the allocation", 2: "through the queue"}[1 + (_restarts(job) > 0)]
+    said = "; ".join(differences(reference, job.run_dir)[:3]) or "nothing"
+    limit = "" if name != "limit" else " after the start"
+    return f"| {what} | {places} | {seconds:.1f}{limit} | {resumed} | {lost} | {said} |"
+
+
+def submit(rows: Path, run_dir: Path, cluster: Cluster, *more: str) -> Job:
+    """A run as a job. Raises subprocess.CalledProcessError."""
+    subprocess.run([sys.executable, "-m", "dsft.run", *words(rows, run_dir, *more)], check=True, capture_output=True)
+    return Job(run_dir, str(json.loads((run_dir / "slurm" / "job.json").read_text())["job"]), cluster)
+
+
+def _restarts(job: Job) -> int:
+    shown = subprocess.run(["scontrol", "-o", "show", "job", job.number], capture_output=True, text=True, check=True)
+    return int(shown.stdout.partition("Restarts=")[2].split()[0])
+
+
+def _slurm(*command: str) -> None:
+    subprocess.run(command, check=True)
+
+
+def _steps(run_dir: Path) -> int:
+    """The newest step that is on record."""
+    path = run_dir / "metrics.jsonl"
+    return max((line["step"] for line in lines(path) if "loss" in line), default=0) if path.is_file() else 0
+
+
+def _events(run_dir: Path, name: str) -> list[dict[str, Any]]:
+    path = run_dir / "events.jsonl"
+    return [line for line in lines(path) if line["event"] == name] if path.is_file() else []
+
+
+def _until(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + PATIENCE_S
+    while not condition():
+        if time.monotonic() > end:
+            raise TimeoutError("it did not come to pass")
+        time.sleep(0.05)
+
+
+@contextmanager
+def _up() -> Any:
+    cluster = Cluster(Path(tempfile.mkdtemp(prefix="dsft-slurm-", dir="/tmp")))
+    settings = {"SLURM_TESTBED_PORT": "19000", "SLURM_TESTBED_SACCT": "0"}
+    os.environ.update(settings, SLURM_CONF=str(cluster.folder / "etc" / "slurm.conf"))
+    try:
+        cluster.bed("up")
+        yield cluster
+    finally:
+        cluster.bed("down")
+        shutil.rmtree(cluster.folder)
+
+
+def main() -> int:
+    """All faults, one after the other; 1 if one left a trace in the numbers."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", default=",".join(FAULTS), help=f"of {', '.join(FAULTS)}")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/slurm-faults.md"))
+    args = parser.parse_args()
+    names = args.only.split(",")
+    if unknown := [name for name in names if name not in FAULTS]:
+        parser.error(f"--only must be of {', '.join(FAULTS)}, got {', '.join(unknown)}")
+    table = [
+        "| what happened | went on | seconds to the next step | from step | steps computed again | different |",
+        "|---|---|---|---|---|---|",
+    ]
+    with tempfile.TemporaryDirectory(dir=Path.home()) as place, _up() as cluster:
+        folder, rows = Path(place), Path(place) / "rows.jsonl"
+        write_rows(rows, 60)
+        reference = submit(rows, folder / "reference", cluster)
+        _until(lambda: json.loads((reference.run_dir / "status.json").read_text())["state"] == "done")
+        for name in names:
+            table.append(suffer(name, rows, folder, cluster, reference.run_dir))
+            print(table[-1], flush=True)
+    args.out.write_text(
+        "# What SLURM and its machines do to a job\n\n"
+        f"LoRA on the tiny model, ddp, 2 nodes x 2 processes, {STEPS} steps, a checkpoint every {EVERY}. Compared with "
+        "a run that nothing happened to:\nadapter, optimizer state, examples and losses of every step.\n"
+        f"`{shlex.join(['python', '-m', 'benchmarks.slurm_faults', *sys.argv[1:]])}` on {here()};\n"
+        "all nodes of SLURM are on this machine.\n\n" + "\n".join(table) + "\n"
+    )
+    return int(any(not row.endswith("| nothing |") for row in table[2:]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,94 @@
+"""What a step may take: a rank that waits longer for the others says where, and leaves, so that all can begin again.
+
+One rank that hangs makes all wait in a collective, for half an hour by torch's default. It cannot tell; they can.
+"""
+
+import faulthandler
+import math
+import os
+import statistics
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from threading import Event, Thread
+from typing import Any
+
+from dsft_launchers.codes import CRASHED
+from dsft_launchers.verdict import WAITED
+
+FEWEST, RECENT = 3, 50
+"""Steps before their median says anything; how many of the last ones it is taken of."""
+LATITUDE = 3.0
+"""Medians that a step may take."""
+POLL_S = 0.25
+PARTING_S = 3.0
+"""From a rank's stacks to its leaving: time for the others to write theirs, and for the step to end after all."""
+UNEVEN_S = 300.0
+"""More patience where a rank may work while the others wait: it compiles, or writes the trace of a profile."""
+
+
+class Patience:
+    """Limits what it is told of to LATITUDE medians and margin_s; inf: no limit. A context: its thread lives in it."""
+
+    def __init__(self, margin_s: float) -> None:
+        self.margin_s = margin_s
+        self.seconds: deque[float] = deque(maxlen=RECENT)
+        self.step, self.begun, self.until = 0, 0.0, math.inf
+        self.closed = Event()
+        self.thread = Thread(target=self._attend, name="patience", daemon=True)
+
+    def __enter__(self) -> "Patience":
+        if math.isfinite(self.margin_s):
+            self.thread.start()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.closed.set()
+        if self.thread.is_alive():
+            self.thread.join()
+
+    @contextmanager
+    def limit(self, step: int, *, whole: bool) -> Iterator[None]:
+        """Within: what may not take longer; whole: all of the step, so that it counts for the median."""
+        self.step = step
+        self._begin()
+        begun = self.begun
+        try:
+            yield
+        finally:
+            self.until = math.inf
+        if whole:
+            self.seconds.append(time.monotonic() - begun)
+
+    def apart(self, work: Callable[[], None]) -> Callable[[], None]:
+        """Work that may take as long as it likes, inside of what is limited."""
+
+        def unlimited() -> None:
+            self.until = math.inf
+            work()
+            self._begin()
+
+        return unlimited
+
+    def _begin(self) -> None:
+        self.begun = time.monotonic()
+        if len(self.seconds) >= FEWEST:
+            self.until = self.begun + LATITUDE * statistics.median(self.seconds) + self.margin_s
+
+    def _attend(self) -> None:
+        while not self.closed.wait(POLL_S):
+            until = self.until
+            if time.monotonic() > until:
+                self._say()
+                time.sleep(PARTING_S)
+                if self.until == until:
+                    os._exit(CRASHED)  # the main thread waits in a collective: nothing else ends it
+
+    def _say(self) -> None:
+        """The reason and all stacks, past whatever holds sys.stderr."""
+        waited, median = time.monotonic() - self.begun, statistics.median(self.seconds)
+        text = f"{WAITED}step {self.step} has taken {waited:.1f} s, the median is {median:.2f} s (train.hang_after)\n"
+        os.write(sys.__stderr__.fileno(), text.encode())  # type: ignore[union-attr]
+        faulthandler.dump_traceback(sys.__stderr__)  # type: ignore[arg-type]
