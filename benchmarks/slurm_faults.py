@@ -1,7 +1,7 @@
 """A real SLURM job through what SLURM and its machines do: it must end bit-equal to one that nothing happened to.
 
 python -m benchmarks.slurm_faults [--only requeue,kill,...]   writes benchmarks/results/slurm-faults.md
-On a testbed of its own (slurm/testbed; root). 2 nodes x 2 processes, LoRA on the tiny model under ddp.
+On a testbed of its own (slurm/testbed; root). 2 nodes x 1 process, LoRA on the tiny model under ddp.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from benchmarks.faults import differences, lines
 from benchmarks.machine import here
 
 TESTBED = Path(__file__).parents[1] / "slurm" / "testbed"
-STEPS, EVERY, MOMENT = 1200, 50, 130
+STEPS, EVERY, MOMENT = 400, 25, 60
 """Steps of a run, between checkpoints, and after which the fault comes."""
 PATIENCE_S = 300.0
 
@@ -63,8 +63,7 @@ class Job:
 
     def signal(self, rank: int, name: str) -> None:
         """A signal to one rank, from inside its node."""
-        node = "n1" if rank < 2 else "n2"
-        where = ["srun", "--overlap", f"--jobid={self.number}", f"--nodelist={node}", "--nodes=1", "--ntasks=1"]
+        where = ["srun", "--overlap", f"--jobid={self.number}", f"--nodelist=n{rank + 1}", "--nodes=1", "--ntasks=1"]
         subprocess.run([*where, "kill", name, self.rank(rank)], check=True)
 
 
@@ -84,11 +83,11 @@ FAULTS: dict[str, tuple[str, Callable[[Job], None], Sequence[str]]] = {
     "requeue": ("`scontrol requeue`", lambda job: _slurm("scontrol", "requeue", job.number), ()),
     "preempt": ("preemption, with the user signal", preempt, ()),
     "preempt-term": ("preemption, SIGTERM only", preempt_by_term, ()),
-    "limit": ("a time limit of one minute", lambda job: None, ("launcher.time=1", "launcher.notice_s=20")),
+    "limit": ("a time limit of one minute", lambda job: None, ("launcher.time=1", "launcher.notice_s=5")),
     "first-node": ("the first node loses power", lambda job: job.cluster.bed("kill-node", "n1"), ()),
     "other-node": ("another node loses power", lambda job: job.cluster.bed("kill-node", "n2"), ()),
-    "kill": ("kill -9 of a rank", lambda job: job.signal(3, "-KILL"), ()),
-    "stop": ("SIGSTOP of a rank", lambda job: job.signal(3, "-STOP"), ()),
+    "kill": ("kill -9 of a rank", lambda job: job.signal(1, "-KILL"), ()),
+    "stop": ("SIGSTOP of a rank", lambda job: job.signal(1, "-STOP"), ()),
 }
 """Name -> what it is, how it is done to a job, and what the run is told."""
 
@@ -99,7 +98,7 @@ def words(rows: Path, run_dir: Path, *more: str) -> list[str]:
         "model=tiny", "method=lora", "strategy=ddp", "data=local", f"data.path={rows}", "tracker=[]",
         "train.precision=fp32", f"train.steps={STEPS}", "train.global_batch_size=8", "train.compile=false",
         "train.log_samples=true", f"checkpoint.every={EVERY}", "checkpoint.verify_result=false", "optim.lr=1e-3",
-        "launcher=slurm", "launcher.nodes=2", "launcher.devices=2", "launcher.wait=false", f"run_dir={run_dir}", *more,
+        "launcher=slurm", "launcher.nodes=2", "launcher.devices=1", "launcher.wait=false", f"run_dir={run_dir}", *more,
     ]  # fmt: skip
 
 
@@ -196,7 +195,7 @@ def main() -> int:
             print(table[-1], flush=True)
     args.out.write_text(
         "# What SLURM and its machines do to a job\n\n"
-        f"LoRA on the tiny model, ddp, 2 nodes x 2 processes, {STEPS} steps, a checkpoint every {EVERY}. Compared with "
+        f"LoRA on the tiny model, ddp, 2 nodes x 1 process, {STEPS} steps, a checkpoint every {EVERY}. Compared with "
         "a run that nothing happened to:\nadapter, optimizer state, examples and losses of every step.\n"
         f"`{shlex.join(['python', '-m', 'benchmarks.slurm_faults', *sys.argv[1:]])}` on {here()};\n"
         "all nodes of SLURM are on this machine.\n\n" + "\n".join(table) + "\n"

@@ -16,8 +16,8 @@ from dsft_launchers import cluster
 
 LOCAL_FILE_SYSTEMS = ("tmpfs", "ramfs", "overlayfs", "devtmpfs")
 """What lies in one machine's memory or image: other nodes see another one."""
-KEPT_S = 120
-"""Least time between the start of a job and the notice of its end, which SLURM may give 60 s early."""
+KEPT_S = 30
+"""Least time between the start of a job and the notice of its end, which SLURM looks for every 30 s, ahead of time."""
 SHADOWS = {
     "partition": "PARTITION", "account": "ACCOUNT", "qos": "QOS", "time": "TIMELIMIT", "constraint": "CONSTRAINT",
     "exclude": "EXCLUDE", "reservation": "RESERVATION",
