@@ -107,8 +107,9 @@ def suffer(name: str, rows: Path, folder: Path, cluster: Cluster, reference: Pat
     what, fault, more = FAULTS[name]
     job = submit(rows, folder / name, cluster, *more)
     _until(lambda: _steps(job.run_dir) >= MOMENT)
+    begun = time.monotonic()
     fault(job)
-    begun, seen = time.monotonic(), _steps(job.run_dir)
+    seen = _steps(job.run_dir)
     _until(lambda: len(_events(job.run_dir, "resume")) == 1)
     resumed = _events(job.run_dir, "resume")[0]["step"]
     _until(lambda: _steps(job.run_dir) > resumed)
@@ -121,7 +122,7 @@ def suffer(name: str, rows: Path, folder: Path, cluster: Cluster, reference: Pat
     lost = 0 if noticed else max(0, seen - resumed)
     places = {1: "inside the allocation", 2: "through the queue"}[1 + (_restarts(job) > 0)]
     said = "; ".join(differences(reference, job.run_dir)[:3]) or "nothing"
-    limit = "" if name != "limit" else " after the start"
+    limit = "" if name != "limit" else f" after step {MOMENT}"
     return f"| {what} | {places} | {seconds:.1f}{limit} | {resumed} | {lost} | {said} |"
 
 

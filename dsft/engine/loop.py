@@ -41,7 +41,7 @@ def _steps(
     session: Session, data: Dataset, watch: Watch, stop: StopFlag, keeper: Keeper, at: Progress, *, patience: Patience
 ) -> Progress:
     while True:
-        with patience.limit(at.step, whole=False):
+        with patience.limit(at.step):
             asked, busy = session.world.max(stop.reason is not None, keeper.busy)
         ends = at.over or at.step >= at.total
         keeper.tend(at, watch, busy=busy > 0, last=ends or asked > 0)
@@ -53,11 +53,12 @@ def _steps(
         at.step += 1
         watch.begin_step()
         scale = rate(session.run.optim, at.step, at.total)
-        with patience.limit(at.step, whole=True):
-            with mark(Part.DATA):
-                rows, batches = step_batches(session, data, at.step)
+        with mark(Part.DATA):
+            rows, batches = step_batches(session, data, at.step)
+        with patience.limit(at.step, tokens=sum(int(data.train.lengths[row]) for row in rows)):
             result = train_step(session, batches, at.step, scale, settle=patience.apart(keeper.settle))
-        watch.step(at.step, _values(session, result, scale), [data.train.id(row) for row in rows])
+        with patience.limit(at.step):
+            watch.step(at.step, _values(session, result, scale), [data.train.id(row) for row in rows])
         if session.compiler and (news := session.compiler.news()):
             watch.event("compiled", at.step, news)
         if not result.moved:

@@ -11,17 +11,17 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from threading import Event, Thread
 from typing import Any
 
 from dsft_launchers.codes import CRASHED
-from dsft_launchers.verdict import WAITED
+from dsft_launchers.verdict import WAITED, WENT_ON
 
 FEWEST, RECENT = 3, 50
 """Steps before their median says anything; how many of the last ones it is taken of."""
 LATITUDE = 3.0
-"""Medians that a step may take."""
+"""Medians that a step may take; of the seconds per token, where it has more tokens than others."""
 POLL_S = 0.25
 PARTING_S = 3.0
 """From a rank's stacks to its leaving: time for the others to write theirs, and for the step to end after all."""
@@ -35,7 +35,8 @@ class Patience:
     def __init__(self, margin_s: float) -> None:
         self.margin_s = margin_s
         self.seconds: deque[float] = deque(maxlen=RECENT)
-        self.step, self.begun, self.until = 0, 0.0, math.inf
+        self.paces: deque[float] = deque(maxlen=RECENT)
+        self.step, self.tokens, self.begun, self.until = 0, 0, 0.0, math.inf
         self.closed = Event()
         self.thread = Thread(target=self._attend, name="patience", daemon=True)
 
@@ -50,17 +51,18 @@ class Patience:
             self.thread.join()
 
     @contextmanager
-    def limit(self, step: int, *, whole: bool) -> Iterator[None]:
-        """Within: what may not take longer; whole: all of the step, so that it counts for the median."""
-        self.step = step
+    def limit(self, step: int, *, tokens: int = 0) -> Iterator[None]:
+        """Within: what may not take longer. tokens: of a whole step over all ranks, which counts for the median."""
+        self.step, self.tokens = step, tokens
         self._begin()
         begun = self.begun
         try:
             yield
         finally:
             self.until = math.inf
-        if whole:
+        if tokens:
             self.seconds.append(time.monotonic() - begun)
+            self.paces.append(self.seconds[-1] / tokens)
 
     def apart(self, work: Callable[[], None]) -> Callable[[], None]:
         """Work that may take as long as it likes, inside of what is limited."""
@@ -75,20 +77,24 @@ class Patience:
     def _begin(self) -> None:
         self.begun = time.monotonic()
         if len(self.seconds) >= FEWEST:
-            self.until = self.begun + LATITUDE * statistics.median(self.seconds) + self.margin_s
+            usual = max(statistics.median(self.seconds), statistics.median(self.paces) * self.tokens)
+            self.until = self.begun + LATITUDE * usual + self.margin_s
 
     def _attend(self) -> None:
         while not self.closed.wait(POLL_S):
             until = self.until
             if time.monotonic() > until:
-                self._say()
+                waited, median = time.monotonic() - self.begun, statistics.median(self.seconds)
+                _say(f"{WAITED}step {self.step}: {waited:.1f} s, the median is {median:.2f} s (train.hang_after)")
+                with suppress(OSError):
+                    faulthandler.dump_traceback(sys.__stderr__)  # type: ignore[arg-type]
                 time.sleep(PARTING_S)
                 if self.until == until:
                     os._exit(CRASHED)  # the main thread waits in a collective: nothing else ends it
+                _say(WENT_ON)
 
-    def _say(self) -> None:
-        """The reason and all stacks, past whatever holds sys.stderr."""
-        waited, median = time.monotonic() - self.begun, statistics.median(self.seconds)
-        text = f"{WAITED}step {self.step} has taken {waited:.1f} s, the median is {median:.2f} s (train.hang_after)\n"
-        os.write(sys.__stderr__.fileno(), text.encode())  # type: ignore[union-attr]
-        faulthandler.dump_traceback(sys.__stderr__)  # type: ignore[arg-type]
+
+def _say(text: str) -> None:
+    """One line, past whatever holds sys.stderr; a log on a full disk loses it."""
+    with suppress(OSError):
+        os.write(sys.__stderr__.fileno(), f"{text}\n".encode())  # type: ignore[union-attr]

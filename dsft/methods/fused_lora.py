@@ -33,7 +33,8 @@ class FusedLinear(Linear):
         if torch.compiler.is_compiling():
             y = torch.addmm(self.base_layer(flat), nn.functional.linear(dropped, down), up.T, alpha=self.scaling[name])
             return y.view(*x.shape[:-1], -1)
-        flat, hidden = _Down.apply(flat, None if dropped is flat else dropped, down, compute_dtype(flat))
+        handed, hidden = _Down.apply(flat, None if dropped is flat else dropped, down, compute_dtype(flat))
+        flat = handed if flat.requires_grad else flat  # else the base computed a gradient that nobody asks for
         y = _Up.apply(self.base_layer(flat), hidden, up, self.scaling[name])
         return y.view(*x.shape[:-1], -1)
 

@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -14,6 +15,8 @@ from threading import Thread
 from typing import IO
 
 TAIL_BYTES = 65536
+HELD_S = 2.0
+"""How long a terminal that takes nothing (Ctrl-S, a pager) is waited for; what it misses is in the log."""
 
 _LIBC = ctypes.CDLL(None)
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -130,8 +133,8 @@ def _tee(source: IO[bytes], log: Path, terminal: int) -> None:
             with suppress(OSError):  # the disk is full: the rank must not wait for it, nor die of it
                 file.write(whole + end)
             try:
-                while chunk:
-                    chunk = chunk[os.write(terminal, chunk) :]
+                while chunk and select.select([], [terminal], [], HELD_S)[1]:  # not shown: the rank must not wait
+                    chunk = chunk[os.write(terminal, chunk[: select.PIPE_BUF]) :]
             except OSError:  # the terminal is gone; the log goes on
                 continue
         with suppress(OSError):

@@ -103,11 +103,13 @@ def _attempt(run_dir: Path, nodes: int, devices: int, python: list[str]) -> tupl
         marks = [line for line in text.splitlines() if line.startswith(verdict.CRASH)]
         if marks and not verdict.CONSEQUENCE.search(marks[-1]):
             return f"rank {rank}: " + "\n".join(verdict.error_lines(text)), False
+    if verdict.OVERTAKEN in texts[0]:
+        return None, True
     if (silent := verdict.hung(texts)) is not None:
         if not silent:
             return "all ranks waited for each other; their stacks are in the logs", False
         _tell(f"rank {', '.join(map(str, silent))} hangs; the stacks of those that waited are in {logs}")
-    return None, verdict.OVERTAKEN in texts[0]
+    return None, False
 
 
 def _tail(file: Path, start: int) -> str:

@@ -23,6 +23,8 @@ CRASH = "dsft: this rank crashed: "
 """How a rank's last word begins when it raised an error."""
 WAITED = "dsft: this rank waited too long for another: "
 """How the last word of a rank begins that gave up; its stacks follow."""
+WENT_ON = "dsft: this rank goes on after all"
+"""What it says if what it waited for came before it left."""
 OVERTAKEN = "was taken over by "
 """What a rank says that lost its run folder to another start."""
 
@@ -70,7 +72,7 @@ def error_lines(text: str) -> list[str]:
 
 def hung(texts: Sequence[str]) -> list[int] | None:
     """Ranks that others gave up waiting for, from what each wrote; empty: all waited. None if nobody gave up."""
-    waited = [WAITED in text for text in texts]
+    waited = [text.rfind(WAITED) > text.rfind(WENT_ON) for text in texts]
     return [rank for rank, mine in enumerate(waited) if not mine] if any(waited) else None
 
 

@@ -170,4 +170,4 @@ def test_a_rank_that_hangs_is_named_and_the_others_show_where_they_wait(rows: Pa
     assert f"dsft: rank 1 hangs; the stacks of those that waited are in {tmp_path / 'logs'}" in said
     for rank in (0, 2):
         log = (tmp_path / "logs" / f"rank-{rank}.log").read_text()
-        assert "in train_step" in log[log.index(WAITED) :]
+        assert "in _steps" in log[log.index(WAITED) :]
