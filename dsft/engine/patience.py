@@ -37,6 +37,7 @@ class Patience:
         self.seconds: deque[float] = deque(maxlen=RECENT)
         self.paces: deque[float] = deque(maxlen=RECENT)
         self.step, self.tokens, self.begun, self.until = 0, 0, 0.0, math.inf
+        self.broken = False
         self.closed = Event()
         self.thread = Thread(target=self._attend, name="patience", daemon=True)
 
@@ -58,6 +59,9 @@ class Patience:
         begun = self.begun
         try:
             yield
+        except BaseException:
+            self.broken = True  # the run ends here: nobody goes on
+            raise
         finally:
             self.until = math.inf
         if tokens:
@@ -91,7 +95,8 @@ class Patience:
                 time.sleep(PARTING_S)
                 if self.until == until:
                     os._exit(CRASHED)  # the main thread waits in a collective: nothing else ends it
-                _say(WENT_ON)
+                if not self.broken:
+                    _say(WENT_ON)
 
 
 def _say(text: str) -> None:

@@ -147,7 +147,7 @@ def _conclude(outcome: _Outcome, ranks: list[Rank], stop: Stop, patience: _Patie
                 _tell("".join(f"{line}\n" for line in verdict.error_lines(cause.text)[-1:]))
             return USER_ERROR
         silent = verdict.hung([rank.text() for rank in ranks])
-        if silent is None or any(verdict.CRASH in failure.text for failure in found):
+        if silent is None or any(verdict.raised(failure.text) for failure in found):
             _tell(verdict.report(cause, len(ranks), str(ranks[cause.rank].log)))
         else:
             who = f"rank {', '.join(map(str, silent))} hangs" if silent else "all ranks waited for each other"

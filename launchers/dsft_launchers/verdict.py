@@ -70,6 +70,11 @@ def error_lines(text: str) -> list[str]:
     return lines[max(start, named - LINES_BEFORE) : named + LINES_AFTER + 1]
 
 
+def raised(text: str) -> bool:
+    """Whether the rank that wrote text raised an error of its own, not for the loss of a peer."""
+    return any(line.startswith(CRASH) and not CONSEQUENCE.search(line) for line in text.splitlines())
+
+
 def hung(texts: Sequence[str]) -> list[int] | None:
     """Ranks that others gave up waiting for, from what each wrote; empty: all waited. None if nobody gave up."""
     waited = [text.rfind(WAITED) > text.rfind(WENT_ON) for text in texts]
