@@ -73,7 +73,7 @@ def survive(
     done = subprocess.run(start, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         verdict.different.append(f"ended with {done.returncode}: {done.stderr[-2000:]}")
-    verdict.resumed_from = [line["step"] for line in lines(run_dir / "events.jsonl") if line["event"] == "resume"]
+    verdict.resumed_from = [event["step"] for event in events(run_dir, "resume")]
     verdict.different += differences(reference, run_dir)
     return verdict
 
@@ -113,6 +113,12 @@ def lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+def events(run_dir: Path, name: str) -> list[dict[str, Any]]:
+    """What a run's record has of this event; nothing where the run has not begun."""
+    path = run_dir / "events.jsonl"
+    return [line for line in lines(path) if line["event"] == name] if path.is_file() else []
+
+
 def _same(one: Path, other: Path) -> bool:
     return other.is_file() and one.read_bytes() == other.read_bytes()
 
@@ -144,8 +150,7 @@ def _steps(run_dir: Path) -> int:
 
 
 def _ranks(run_dir: Path) -> list[int]:
-    start = [line for line in lines(run_dir / "events.jsonl") if line["event"] == "start"][-1]
-    return [rank["pid"] for rank in start["ranks"]]
+    return [rank["pid"] for rank in events(run_dir, "start")[-1]["ranks"]]
 
 
 @contextmanager

@@ -8,44 +8,24 @@ import argparse
 import json
 import os
 import shlex
-import shutil
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from benchmarks.cells import write_rows
-from benchmarks.faults import differences, lines
+from benchmarks.faults import differences, events, lines
 from benchmarks.machine import here
+from benchmarks.testbed import Testbed, testbed
 
-TESTBED = Path(__file__).parents[1] / "slurm" / "testbed"
 STEPS, EVERY, MOMENT = 400, 25, 60
 """Steps of a run, between checkpoints, and after which the fault comes."""
 PATIENCE_S = 300.0
-
-
-@dataclass(frozen=True)
-class Cluster:
-    """A testbed that is up. folder: its settings, logs and state."""
-
-    folder: Path
-
-    def bed(self, *words: str) -> None:
-        """A command of the testbed's."""
-        env = {**os.environ, "SLURM_TESTBED_DIR": str(self.folder)}
-        subprocess.run([str(TESTBED), *words], check=True, env=env, capture_output=True)
-
-    def user_signal(self, *, sent: bool) -> None:
-        """Whether a preempted job gets the signal that it asked for, or SIGTERM alone."""
-        conf = self.folder / "etc" / "slurm.conf"
-        kept = [line for line in conf.read_text().splitlines() if "preempt_send_user_signal" not in line]
-        conf.write_text("\n".join([*kept, *(["SlurmctldParameters=preempt_send_user_signal"] if sent else [])]) + "\n")
-        subprocess.run(["scontrol", "reconfigure"], check=True)
+USER_SIGNAL = "preempt_send_user_signal"
+"""SLURM's setting that a preempted job gets the signal it asked for, and not SIGTERM alone."""
 
 
 @dataclass(frozen=True)
@@ -54,12 +34,11 @@ class Job:
 
     run_dir: Path
     number: str
-    cluster: Cluster
+    cluster: Testbed
 
     def rank(self, rank: int) -> str:
         """Its process's number on its node."""
-        start = [line for line in lines(self.run_dir / "events.jsonl") if line["event"] == "start"][-1]
-        return str(next(each["pid"] for each in start["ranks"] if each["rank"] == rank))
+        return str(next(each["pid"] for each in events(self.run_dir, "start")[-1]["ranks"] if each["rank"] == rank))
 
     def signal(self, rank: int, name: str) -> None:
         """A signal to one rank, from inside its node."""
@@ -75,7 +54,7 @@ def preempt(job: Job) -> None:
 
 def preempt_by_term(job: Job) -> None:
     """The same where SLURM sends SIGTERM alone."""
-    job.cluster.user_signal(sent=False)
+    job.cluster.configure(USER_SIGNAL)
     preempt(job)
 
 
@@ -84,8 +63,8 @@ FAULTS: dict[str, tuple[str, Callable[[Job], None], Sequence[str]]] = {
     "preempt": ("preemption, with the user signal", preempt, ()),
     "preempt-term": ("preemption, SIGTERM only", preempt_by_term, ()),
     "limit": ("a time limit of one minute", lambda job: None, ("launcher.time=1", "launcher.notice_s=5")),
-    "first-node": ("the first node loses power", lambda job: job.cluster.bed("kill-node", "n1"), ()),
-    "other-node": ("another node loses power", lambda job: job.cluster.bed("kill-node", "n2"), ()),
+    "first-node": ("the first node loses power", lambda job: job.cluster("kill-node", "n1"), ()),
+    "other-node": ("another node loses power", lambda job: job.cluster("kill-node", "n2"), ()),
     "kill": ("kill -9 of a rank", lambda job: job.signal(1, "-KILL"), ()),
     "stop": ("SIGSTOP of a rank", lambda job: job.signal(1, "-STOP"), ()),
 }
@@ -102,7 +81,7 @@ def words(rows: Path, run_dir: Path, *more: str) -> list[str]:
     ]  # fmt: skip
 
 
-def suffer(name: str, rows: Path, folder: Path, cluster: Cluster, reference: Path) -> str:
+def suffer(name: str, rows: Path, folder: Path, cluster: Testbed, reference: Path) -> str:
     """Submit a run, do it, let it end; a row of the table."""
     what, fault, more = FAULTS[name]
     job = submit(rows, folder / name, cluster, *more)
@@ -110,15 +89,15 @@ def suffer(name: str, rows: Path, folder: Path, cluster: Cluster, reference: Pat
     begun = time.monotonic()
     fault(job)
     seen = _steps(job.run_dir)
-    _until(lambda: len(_events(job.run_dir, "resume")) == 1)
-    resumed = _events(job.run_dir, "resume")[0]["step"]
+    _until(lambda: len(events(job.run_dir, "resume")) == 1)
+    resumed = events(job.run_dir, "resume")[0]["step"]
     _until(lambda: _steps(job.run_dir) > resumed)
     seconds = time.monotonic() - begun
     for node in ("n1", "n2"):
-        cluster.bed("start-node", node)
-    cluster.user_signal(sent=True)
+        cluster("start-node", node)
+    cluster.configure(USER_SIGNAL, f"SlurmctldParameters={USER_SIGNAL}")
     _until(lambda: json.loads((job.run_dir / "status.json").read_text())["state"] in ("done", "failed"))
-    noticed = [line["step"] for line in _events(job.run_dir, "stopped")]
+    noticed = [line["step"] for line in events(job.run_dir, "stopped")]
     lost = 0 if noticed else max(0, seen - resumed)
     places = {1: "inside the allocation", 2: "through the queue"}[1 + (_restarts(job) > 0)]
     said = "; ".join(differences(reference, job.run_dir)[:3]) or "nothing"
@@ -126,7 +105,7 @@ def suffer(name: str, rows: Path, folder: Path, cluster: Cluster, reference: Pat
     return f"| {what} | {places} | {seconds:.1f}{limit} | {resumed} | {lost} | {said} |"
 
 
-def submit(rows: Path, run_dir: Path, cluster: Cluster, *more: str) -> Job:
+def submit(rows: Path, run_dir: Path, cluster: Testbed, *more: str) -> Job:
     """A run as a job. Raises subprocess.CalledProcessError."""
     subprocess.run([sys.executable, "-m", "dsft.run", *words(rows, run_dir, *more)], check=True, capture_output=True)
     return Job(run_dir, str(json.loads((run_dir / "slurm" / "job.json").read_text())["job"]), cluster)
@@ -147,30 +126,12 @@ def _steps(run_dir: Path) -> int:
     return max((line["step"] for line in lines(path) if "loss" in line), default=0) if path.is_file() else 0
 
 
-def _events(run_dir: Path, name: str) -> list[dict[str, Any]]:
-    path = run_dir / "events.jsonl"
-    return [line for line in lines(path) if line["event"] == name] if path.is_file() else []
-
-
 def _until(condition: Callable[[], bool]) -> None:
     end = time.monotonic() + PATIENCE_S
     while not condition():
         if time.monotonic() > end:
             raise TimeoutError("it did not come to pass")
         time.sleep(0.05)
-
-
-@contextmanager
-def _up() -> Any:
-    cluster = Cluster(Path(tempfile.mkdtemp(prefix="dsft-slurm-", dir="/tmp")))
-    settings = {"SLURM_TESTBED_PORT": "19000", "SLURM_TESTBED_SACCT": "0"}
-    os.environ.update(settings, SLURM_CONF=str(cluster.folder / "etc" / "slurm.conf"))
-    try:
-        cluster.bed("up")
-        yield cluster
-    finally:
-        cluster.bed("down")
-        shutil.rmtree(cluster.folder)
 
 
 def main() -> int:
@@ -186,7 +147,8 @@ def main() -> int:
         "| what happened | went on | seconds to the next step | from step | steps computed again | different |",
         "|---|---|---|---|---|---|",
     ]
-    with tempfile.TemporaryDirectory(dir=Path.home()) as place, _up() as cluster:
+    with tempfile.TemporaryDirectory(dir=Path.home()) as place, testbed(19000) as cluster:
+        os.environ["SLURM_CONF"] = str(cluster.conf)
         folder, rows = Path(place), Path(place) / "rows.jsonl"
         write_rows(rows, 60)
         reference = submit(rows, folder / "reference", cluster)

@@ -25,12 +25,12 @@ def fit(session: Session, data: Dataset, watch: Watch, stop: StopFlag, keeper: K
         _evaluate(session, data, at, watch)
     with (
         profiled(session, watch, done=at.step, total=at.total) as watched,
-        patience_for(session) as patience,
+        _patience_for(session) as patience,
     ):
         return _steps(session, data, watched, stop, keeper, at, patience=patience)
 
 
-def patience_for(session: Session) -> Patience:
+def _patience_for(session: Session) -> Patience:
     """Of one process none: it waits for nobody."""
     train = session.run.train
     uneven = session.compiler is not None or train.profile > 0

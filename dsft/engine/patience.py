@@ -85,9 +85,14 @@ class Patience:
             self.until = self.begun + LATITUDE * usual + self.margin_s
 
     def _attend(self) -> None:
+        looked, until, asleep = time.monotonic(), math.inf, 0.0
         while not self.closed.wait(POLL_S):
-            until = self.until
-            if time.monotonic() > until:
+            if until != self.until:
+                until, asleep = self.until, 0.0
+            now = time.monotonic()
+            asleep += max(0.0, now - looked - POLL_S)  # stopped itself: SIGSTOP or SLURM's suspend, then SIGCONT
+            looked = now
+            if now - asleep > until:
                 waited, median = time.monotonic() - self.begun, statistics.median(self.seconds)
                 _say(f"{WAITED}step {self.step}: {waited:.1f} s, the median is {median:.2f} s (train.hang_after)")
                 with suppress(OSError):

@@ -33,7 +33,7 @@ class FusedLinear(Linear):
         if torch.compiler.is_compiling():
             y = torch.addmm(self.base_layer(flat), nn.functional.linear(dropped, down), up.T, alpha=self.scaling[name])
             return y.view(*x.shape[:-1], -1)
-        handed, hidden = _Down.apply(flat, None if dropped is flat else dropped, down, compute_dtype(flat))
+        handed, hidden = _Down.apply(flat, None if dropped is flat else dropped, down, _compute_dtype(flat))
         flat = handed if flat.requires_grad else flat  # else the base computed a gradient that nobody asks for
         y = _Up.apply(self.base_layer(flat), hidden, up, self.scaling[name])
         return y.view(*x.shape[:-1], -1)
@@ -46,7 +46,7 @@ def fuse(model: nn.Module, adapter: str) -> None:
             module.__class__ = FusedLinear
 
 
-def compute_dtype(x: Tensor) -> torch.dtype:
+def _compute_dtype(x: Tensor) -> torch.dtype:
     """What a product of x is computed in here."""
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype

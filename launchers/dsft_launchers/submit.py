@@ -17,7 +17,7 @@ from dsft_launchers import cluster
 LOCAL_FILE_SYSTEMS = ("tmpfs", "ramfs", "overlayfs", "devtmpfs")
 """What lies in one machine's memory or image: other nodes see another one."""
 KEPT_S = 30
-"""Least time between the start of a job and the notice of its end, which SLURM looks for every 30 s, ahead of time."""
+"""Least time between the start of a job and the notice of its end, which SLURM may give up to a minute early."""
 SHADOWS = {
     "partition": "PARTITION", "account": "ACCOUNT", "qos": "QOS", "time": "TIMELIMIT", "constraint": "CONSTRAINT",
     "exclude": "EXCLUDE", "reservation": "RESERVATION",

@@ -41,11 +41,6 @@ def wait_for(condition: Callable[[], Any], run: "subprocess.Popen[str]", seconds
     raise AssertionError("it did not come to pass")
 
 
-def events(run_dir: Path, name: str) -> list[dict[str, Any]]:
-    path = run_dir / "events.jsonl"
-    return [line for line in faults.lines(path) if line["event"] == name] if path.is_file() else []
-
-
 def steps(run_dir: Path) -> list[int]:
     return [line["step"] for line in faults.lines(run_dir / "metrics.jsonl") if "loss" in line]
 

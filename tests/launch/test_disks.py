@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks import faults
-from tests.launch.processes import checkpoints, events, steps, wait_for
+from benchmarks.faults import events
+from tests.launch.processes import checkpoints, steps, wait_for
 
 
 @contextmanager

@@ -116,6 +116,12 @@ def test_rank_0_is_heard_while_it_runs(launch: Launch) -> None:
     process.terminate()
 
 
+def test_a_terminal_that_takes_nothing_holds_no_rank(launch: Launch, tmp_path: Path) -> None:
+    process = launch("print(*('line %d' % n for n in range(20_000)), sep='\\n')", num_processes=1)
+    assert process.wait(timeout=60) == 0  # nobody reads what it says, and a pipe holds 64 KiB
+    assert (tmp_path / "logs" / "rank-0.log").read_text().splitlines() == [f"line {n}" for n in range(20_000)]
+
+
 def test_kill_9_of_one_rank_ends_all_and_names_it(launch: Launch, tmp_path: Path) -> None:
     process = launch("print('step 7 done'); signal.signal(signal.SIGTERM, lambda *_: None); ready(); time.sleep(60)")
     pids = [pid_of(tmp_path, str(rank)) for rank in range(2)]

@@ -2,15 +2,14 @@
 
 import os
 import shutil
-import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from benchmarks.cells import write_rows
+from benchmarks.testbed import Testbed, testbed
 
-TESTBED = Path(__file__).parents[2] / "slurm" / "testbed"
 NEEDED = ("munged", "slurmctld", "slurmd", "sbatch")
 
 
@@ -28,34 +27,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="module")
-def testbed(worker_id: str) -> Iterator[Callable[..., str]]:
-    """Runs a command of the testbed, which is up."""
+def bed(worker_id: str) -> Iterator[Testbed]:
     number = int(worker_id.removeprefix("gw")) if worker_id.startswith("gw") else 0
-    settings = {
-        "SLURM_TESTBED_DIR": f"/tmp/dsft-slurm-{os.getpid()}",
-        "SLURM_TESTBED_PORT": str(18000 + 200 * number),
-        "SLURM_TESTBED_SACCT": "0",
-    }
-
-    def run(*words: str) -> str:
-        command = [str(TESTBED), *words]
-        done = subprocess.run(command, env=os.environ | settings, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
-        return done.stdout
-
-    try:
-        run("up")
-        yield run
-    finally:
-        run("down")
-        shutil.rmtree(settings["SLURM_TESTBED_DIR"])
+    with testbed(18000 + 200 * number) as up:
+        yield up
 
 
 @pytest.fixture
-def cluster(testbed: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
-    """The testbed, and commands of SLURM that are run in the test find it."""
-    monkeypatch.setenv("SLURM_CONF", testbed("env").strip().removeprefix("export SLURM_CONF="))
-    return testbed
+def cluster(bed: Testbed, monkeypatch: pytest.MonkeyPatch) -> Testbed:
+    """The testbed; commands of SLURM that are run in the test find it."""
+    monkeypatch.setenv("SLURM_CONF", str(bed.conf))
+    return bed
 
 
 @pytest.fixture(scope="module")

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 from safetensors.numpy import load_file
 
-from benchmarks.faults import lines
-from tests.launch.processes import dsft, events
+from benchmarks.faults import events, lines
+from tests.launch.processes import dsft
 
 BOUND = 1e-5
 ROOT = Path(__file__).parents[2]

@@ -1,6 +1,8 @@
 """Who waits too long says where and leaves; who is only late goes on."""
 
 import math
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -13,11 +15,11 @@ from dsft.engine import patience
 from dsft.engine.patience import Patience
 
 HANGS = """
-import time
+import os, signal, time
 from dsft.engine.patience import Patience
 
 def some_collective():
-    time.sleep({seconds})
+    {work}
 
 with Patience(0.5) as patience:
     for step in range(1, 5):
@@ -29,7 +31,7 @@ print("went on")
 
 
 def outcome(seconds: float, at: int) -> "subprocess.CompletedProcess[str]":
-    code = HANGS.format(seconds=seconds, at=at)
+    code = HANGS.format(work=f"time.sleep({seconds})", at=at)
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60)
 
 
@@ -45,6 +47,16 @@ def test_who_is_late_goes_on_and_nothing_is_judged_before_a_median(seconds: floa
     done = outcome(seconds, at)
     assert (done.returncode, done.stdout) == (0, "went on\n")
     assert (WAITED in done.stderr) is (WENT_ON in done.stderr) is said
+
+
+def test_the_time_in_which_a_process_was_itself_stopped_is_no_waiting() -> None:
+    code = HANGS.format(work="os.kill(os.getpid(), signal.SIGSTOP); time.sleep(0.3)", at=4)
+    with subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True) as stopped:
+        os.waitpid(stopped.pid, os.WUNTRACED)
+        time.sleep(1.5)
+        stopped.send_signal(signal.SIGCONT)
+        assert stopped.communicate(timeout=60)[1] == ""
+    assert stopped.returncode == 0
 
 
 def test_what_stands_apart_is_not_limited() -> None:
