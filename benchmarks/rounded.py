@@ -30,8 +30,10 @@ class Rounded(TorchDispatchMode):
         narrow = any(isinstance(arg, Tensor) and arg.dtype is torch.bfloat16 for arg in args)
         if narrow and func in IN_PLACE:
             return args[0].copy_(IN_PLACE[func](*map(_wide, args), **kwargs))
+        if narrow and func is ops.mm.out:
+            return kwargs["out"].copy_(ops.mm.default(*map(_wide, args)))
         if narrow and func in PRODUCTS:
-            found = func(*map(_wide, args), **kwargs)
+            found = func(*map(_wide, args), **{name: _wide(value) for name, value in kwargs.items()})
             if isinstance(found, Tensor):
                 return found.to(torch.bfloat16)
             logsumexp = func is ops._scaled_dot_product_flash_attention_for_cpu.default
