@@ -135,13 +135,26 @@ def _slurm_task(env: Mapping[str, str]) -> Start | None:
     return Start("slurm task", _sentence(f"a task of srun step {env['SLURM_JOB_ID']}.{step}", variables), variables)
 
 
+def node_of(rank: int, env: Mapping[str, str]) -> str | None:
+    """The node of a rank of this srun step; None elsewhere, and where ranks do not fill one node after the other."""
+    if "SLURM_STEP_NODELIST" not in env or not env.get("SLURM_DISTRIBUTION", "block").startswith("block"):
+        return None
+    hosts = expand_hosts(env["SLURM_STEP_NODELIST"])
+    places = [host for host, count in zip(hosts, _tasks_per_node(env), strict=True) for _ in range(count)]
+    return places[rank]
+
+
 def _tasks_on_node(env: Mapping[str, str]) -> int:
-    """This node's entry in a list like 2(x3),1."""
+    return _tasks_per_node(env)[int(env.get("SLURM_NODEID", "0"))]
+
+
+def _tasks_per_node(env: Mapping[str, str]) -> list[int]:
+    """The entries of a list like 2(x3),1."""
     text = env.get("SLURM_STEP_TASKS_PER_NODE") or env.get("SLURM_TASKS_PER_NODE", "1")
     counts: list[int] = []
     for count, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", text):
         counts += [int(count)] * int(times or 1)
-    return counts[int(env.get("SLURM_NODEID", "0"))]
+    return counts
 
 
 def _agree(start: Start, devices: int | Literal["auto"], nodes: int) -> None:
