@@ -136,12 +136,15 @@ def _slurm_task(env: Mapping[str, str]) -> Start | None:
 
 
 def node_of(rank: int, env: Mapping[str, str]) -> str | None:
-    """The node of a rank of this srun step; None elsewhere, and where ranks do not fill one node after the other."""
-    if "SLURM_STEP_NODELIST" not in env or not env.get("SLURM_DISTRIBUTION", "block").startswith("block"):
+    """The node of a rank of this srun step; None elsewhere, and where its ranks are laid out in an odd order."""
+    order = env.get("SLURM_DISTRIBUTION", "block").partition(":")[0]
+    if "SLURM_STEP_NODELIST" not in env or order not in ("block", "cyclic"):
         return None
-    hosts = expand_hosts(env["SLURM_STEP_NODELIST"])
-    places = [host for host, count in zip(hosts, _tasks_per_node(env), strict=True) for _ in range(count)]
-    return places[rank]
+    counts = zip(expand_hosts(env["SLURM_STEP_NODELIST"]), _tasks_per_node(env), strict=True)
+    places = [(turn, host) for host, count in counts for turn in range(count)]
+    if order == "cyclic":
+        places.sort(key=lambda place: place[0])
+    return places[rank][1]
 
 
 def _tasks_on_node(env: Mapping[str, str]) -> int:

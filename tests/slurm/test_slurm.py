@@ -103,7 +103,7 @@ def test_a_rank_that_does_not_come_is_named_with_its_node(rows: Path, tmp_path: 
     more = ("launcher=slurm", "launcher.nodes=2", "launcher.devices=1", "strategy=ddp")
     done = subprocess.run(
         [sys.executable, "-m", "dsft.run", *words(rows, run_dir, *more)], capture_output=True, text=True, check=False,
-        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        env=os.environ | {"PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"},
     )  # fmt: skip
     assert done.returncode == 77, done.stdout + done.stderr
     assert status(run_dir)["reason"].endswith("rank 1 (n2) did not answer within 4 s")
