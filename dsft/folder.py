@@ -139,7 +139,7 @@ def create(run_dir: Path, composed: Composed, plan: Mapping[str, Any], digests: 
         "commit": _commit(),
         "python": platform.python_version(),
         "host": platform.node(),
-        "packages": dict(_versions()),
+        "packages": versions(),
         "choices": [vars(choice) for choice in composed.choices],
         "job": {key: value for key, value in os.environ.items() if key in ("SLURM_JOB_ID", "SLURM_ARRAY_TASK_ID")},
         **digests,
@@ -233,12 +233,15 @@ def _free(path: str, allowed: Sequence[str]) -> bool:
     return any(path == key or path.startswith(f"{key}.") for key in allowed)
 
 
-def _versions() -> Iterator[tuple[str, str]]:
+def versions() -> dict[str, str]:
+    """Versions of PACKAGES, "absent" where one is not installed."""
+    found = {}
     for name in PACKAGES:
         try:
-            yield name, importlib.metadata.version(name)
+            found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            yield name, "absent"
+            found[name] = "absent"
+    return found
 
 
 def _commit() -> str | None:

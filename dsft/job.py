@@ -4,6 +4,7 @@ import contextlib
 import errno
 import io
 import os
+import socket
 import sys
 import traceback
 from dataclasses import dataclass, replace
@@ -21,11 +22,16 @@ from dsft.entry import collect_again, enter
 from dsft.telemetry.record import State, read_status, write_status
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from dsft.checkpoint.lease import Lease
+    from dsft.comm.world import World
+    from dsft.config import Run
     from dsft.data.open import Dataset
     from dsft.engine.assemble import Session
     from dsft.engine.keep import Keeper
     from dsft.engine.progress import Watch
+    from dsft.models.files import ModelFiles
 
 
 @dataclass
@@ -66,6 +72,8 @@ def guarded(run_dir: Path) -> int:
     sys.stdout, sys.stderr = Spoken(sys.stdout), Spoken(sys.stderr)
     try:
         return work(run_dir, attempt)
+    except verdict.CannotBeginError as error:  # the cluster's state, not an error of this process: no traceback
+        print(f"{verdict.CANNOT_BEGIN}{error}", file=sys.stderr)
     except LeaseLostError as error:  # the folder is another's now: say so, write nothing
         print(f"dsft: {error}", file=sys.stderr)
     except Exception as error:  # the last fence: whatever went wrong is this attempt's end
@@ -108,8 +116,8 @@ def work(run_dir: Path, attempt: Attempt) -> int:
     """Resume or begin, train, write the result, and return the exit code. Collective over the ranks."""
     _quiet()
     from dsft.checkpoint import lease as leases
+    from dsft.comm.hello import greet
     from dsft.comm.world import join, leave
-    from dsft.data.open import open_data
     from dsft.data.order import steps_for
     from dsft.engine.assemble import assemble
     from dsft.engine.loop import fit
@@ -122,13 +130,13 @@ def work(run_dir: Path, attempt: Attempt) -> int:
     stop = StopFlag(run.train.max_minutes)
     stop.bind()
     world = join()
+    hello = greet(world, folder.versions(), socket.gethostname())
     lease, holder = leases.acquire(run_dir / "checkpoints") if world.rank == 0 else (None, None)
     attempt.lease = lease
-    files = run.model.resolve()
-    data = open_data(run.data, files.tokenizer(), max_length=run.train.max_length, seed=run.train.seed)
+    files, data = find(run, world, hello)
     rows, batch = len(data.train), run.train.global_batch_size
     total = run.train.steps or steps_for(run.train.epochs or 1.0, num_rows=rows, batch_size=batch)
-    with Recorder(run, run_dir, world, total, lease) as recorder:
+    with Recorder(run, run_dir, world, total, lease, hello) as recorder:
         attempt.number = recorder.attempt
         if holder is not None and recorder.overtakes:
             recorder.event("takeover", 0, {"holder": holder})
@@ -153,6 +161,19 @@ def work(run_dir: Path, attempt: Attempt) -> int:
     session.run.strategy.close()
     leave()
     return STOPPED if at.state == ASKED else DONE
+
+
+def find(run: "Run", world: "World", hello: "Mapping[str, Any]") -> "tuple[ModelFiles, Dataset]":
+    """The base model and the data, which are the same on all ranks, else CannotBeginError. Collective."""
+    from dsft.comm.hello import require_same
+    from dsft.data.open import open_data
+
+    files = run.model.resolve()
+    data = open_data(run.data, files.tokenizer(), max_length=run.train.max_length, seed=run.train.seed)
+    if world.size > 1:
+        base = {"base model": files.digest()} if world.local_rank == 0 else {}  # ranks of a node see the same files
+        require_same(world.gather({**base, "data": data.digest}), hello["ranks"])
+    return files, data
 
 
 def give_result(session: "Session", data: "Dataset", run_dir: Path, lease: "Lease | None", watch: "Watch") -> None:

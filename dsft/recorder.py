@@ -1,13 +1,12 @@
 """What a run tells the outside: files, trackers, the terminal; and what a person sees at the end."""
 
-import os
-import socket
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
 from dsft.checkpoint.lease import Lease, LeaseLostError
+from dsft.comm.hello import odd
 from dsft.comm.world import World
 from dsft.compose import load_yaml
 from dsft.config import Run
@@ -24,6 +23,8 @@ SAID = {
     "early_stop": "stops early: {metric} has not improved on {best:.4f}",
     "resume": "resumed from {checkpoint}",
     "optimizer_anew": "the optimizer begins anew: the checkpoint holds the state of {was}, this run takes {now}",
+    "clock": "THE CLOCK OF {host} is {seconds:+.1f} s off rank 0's: times in its logs and files mislead",
+    "slow_node": "SLOW NODE {host}: an all-reduce {what} takes {seconds:.3f} s, {median:.3f} s on the median node",
     "takeover": "took the run folder over from {holder}",
     "quarantine": "CHECKPOINT SET ASIDE: {checkpoint}: {reason}; it is in {moved_to} now",
     "verified": "the result was read back in a fresh process: it is the model that was trained",
@@ -38,12 +39,16 @@ SAID = {
 
 
 class Recorder:
-    """A Watch for the loop. Rank 0 writes, and only while the run folder is its own: lease is rank 0's."""
+    """A Watch for the loop. Rank 0 writes, and only while the run folder is its own: lease is rank 0's.
 
-    def __init__(self, run: Run, run_dir: Path, world: World, total: int, lease: Lease | None) -> None:
+    hello: what the event `start` says of the ranks.
+    """
+
+    def __init__(
+        self, run: Run, run_dir: Path, world: World, total: int, lease: Lease | None, hello: Mapping[str, object]
+    ) -> None:
         self.run, self.run_dir, self.world, self.total, self.lease = run, run_dir, world, total, lease
         self.meter = Meter()
-        who = world.gather({"rank": world.rank, "pid": os.getpid(), "host": socket.gethostname()})
         before = read_status(run_dir) if lease is not None else None
         self.overtakes = before is not None and before.state == "running"
         self.attempt = world.gather(before.attempts + 1 if before else 1)[0]
@@ -65,7 +70,9 @@ class Recorder:
             wandb_id=wandb_id,
         )
         self.record.status(self.status)
-        self.record.event("start", 0, {"ranks": who, "steps": total, "attempt": self.attempt})
+        self.record.event("start", 0, {**hello, "steps": total, "attempt": self.attempt})
+        for what, details in odd(hello):
+            self.event(what, 0, details)
 
     def __enter__(self) -> "Recorder":
         return self

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dsft_launchers.codes import STOPPED, USER_ERROR
+from dsft_launchers.codes import CRASHED, STOPPED, USER_ERROR
+from dsft_launchers.verdict import CANNOT_BEGIN, CannotBeginError
 from rich.console import Console
 
 from dsft import dispatch, folder
@@ -73,7 +74,11 @@ def _join(composed: Composed) -> int:
     from dsft import job
     from dsft.comm.world import join, leave
 
-    world = join()
+    try:
+        world = join()
+    except CannotBeginError as error:
+        print(f"{CANNOT_BEGIN}{error}", file=sys.stderr)
+        return CRASHED
     refusal, run_dir, done = None, "", False
     if world.rank == 0:
         try:

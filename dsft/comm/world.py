@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dsft.comm.meeting import meet, within
+
 T = TypeVar("T")
 
 
@@ -56,7 +58,10 @@ class World:
 
 
 def join(timeout_s: float = 1800.0) -> World:
-    """Join the process group that RANK, WORLD_SIZE, LOCAL_RANK and MASTER_* name; alone without them."""
+    """Join the process group that RANK, WORLD_SIZE, LOCAL_RANK and MASTER_* name; alone without them.
+
+    timeout_s: of a collective. Raises CannotBeginError if a rank is missing.
+    """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     rank = int(os.environ.get("RANK", "0"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
@@ -66,9 +71,11 @@ def join(timeout_s: float = 1800.0) -> World:
     if cuda:
         torch.cuda.set_device(device)
     if size > 1 and not dist.is_initialized():
-        dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(seconds=timeout_s), rank=rank, world_size=size
-        )
+        store, backend = meet(rank, size), "cpu:gloo,cuda:nccl" if cuda else "gloo"
+        with within("the ranks join"):
+            dist.init_process_group(
+                backend, timeout=timedelta(seconds=timeout_s), store=store, rank=rank, world_size=size
+            )
     return World(rank=rank, size=size, local_rank=local_rank, device=device)
 
 

@@ -3,28 +3,26 @@
 One rank that hangs makes all wait in a collective, for half an hour by torch's default. It cannot tell; they can.
 """
 
-import faulthandler
 import math
 import os
 import statistics
-import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from threading import Event, Thread
 from typing import Any
 
 from dsft_launchers.codes import CRASHED
-from dsft_launchers.verdict import WAITED, WENT_ON
+from dsft_launchers.verdict import WENT_ON
+
+from dsft.comm.meeting import last_word, say
 
 FEWEST, RECENT = 3, 50
 """Steps before their median says anything; how many of the last ones it is taken of."""
 LATITUDE = 3.0
 """Medians that a step may take; of the seconds per token, where it has more tokens than others."""
 POLL_S = 0.25
-PARTING_S = 3.0
-"""From a rank's stacks to its leaving: time for the others to write theirs, and for the step to end after all."""
 UNEVEN_S = 300.0
 """More patience where a rank may work while the others wait: it compiles, or writes the trace of a profile."""
 
@@ -94,17 +92,8 @@ class Patience:
             looked = now
             if now - asleep > until:
                 waited, median = time.monotonic() - self.begun, statistics.median(self.seconds)
-                _say(f"{WAITED}step {self.step}: {waited:.1f} s, the median is {median:.2f} s (train.hang_after)")
-                with suppress(OSError):
-                    faulthandler.dump_traceback(sys.__stderr__)  # type: ignore[arg-type]
-                time.sleep(PARTING_S)
+                last_word(f"step {self.step}: {waited:.1f} s, the median is {median:.2f} s (train.hang_after)")
                 if self.until == until:
                     os._exit(CRASHED)  # the main thread waits in a collective: nothing else ends it
                 if not self.broken:
-                    _say(WENT_ON)
-
-
-def _say(text: str) -> None:
-    """One line, past whatever holds sys.stderr; a log on a full disk loses it."""
-    with suppress(OSError):
-        os.write(sys.__stderr__.fileno(), f"{text}\n".encode())  # type: ignore[union-attr]
+                    say(WENT_ON)

@@ -135,13 +135,29 @@ def _slurm_task(env: Mapping[str, str]) -> Start | None:
     return Start("slurm task", _sentence(f"a task of srun step {env['SLURM_JOB_ID']}.{step}", variables), variables)
 
 
+def node_of(rank: int, env: Mapping[str, str]) -> str | None:
+    """The node of a rank of this srun step; None elsewhere, and where its ranks are laid out in an odd order."""
+    order = env.get("SLURM_DISTRIBUTION", "block").partition(":")[0]
+    if "SLURM_STEP_NODELIST" not in env or order not in ("block", "cyclic"):
+        return None
+    counts = zip(expand_hosts(env["SLURM_STEP_NODELIST"]), _tasks_per_node(env), strict=True)
+    places = [(turn, host) for host, count in counts for turn in range(count)]
+    if order == "cyclic":
+        places.sort(key=lambda place: place[0])
+    return places[rank][1]
+
+
 def _tasks_on_node(env: Mapping[str, str]) -> int:
-    """This node's entry in a list like 2(x3),1."""
+    return _tasks_per_node(env)[int(env.get("SLURM_NODEID", "0"))]
+
+
+def _tasks_per_node(env: Mapping[str, str]) -> list[int]:
+    """The entries of a list like 2(x3),1."""
     text = env.get("SLURM_STEP_TASKS_PER_NODE") or env.get("SLURM_TASKS_PER_NODE", "1")
     counts: list[int] = []
     for count, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", text):
         counts += [int(count)] * int(times or 1)
-    return counts[int(env.get("SLURM_NODEID", "0"))]
+    return counts
 
 
 def _agree(start: Start, devices: int | Literal["auto"], nodes: int) -> None:

@@ -146,8 +146,12 @@ def _conclude(outcome: _Outcome, ranks: list[Rank], stop: Stop, patience: _Patie
             if all(failure.rank != 0 for failure in found if failure.code == USER_ERROR):  # rank 0's is on stderr
                 _tell("".join(f"{line}\n" for line in verdict.error_lines(cause.text)[-1:]))
             return USER_ERROR
-        silent = verdict.hung([rank.text() for rank in ranks])
-        if silent is None or any(verdict.raised(failure.text) for failure in found):
+        texts = [rank.text() for rank in ranks]
+        silent = verdict.hung(texts)
+        if why := verdict.cannot_begin(texts):
+            if verdict.cannot_begin(texts[:1]) is None:  # rank 0's is on stderr
+                _tell(f"{verdict.CANNOT_BEGIN}{why}\n")
+        elif silent is None or any(verdict.raised(failure.text) for failure in found):
             _tell(verdict.report(cause, len(ranks), str(ranks[cause.rank].log)))
         else:
             who = f"rank {', '.join(map(str, silent))} hangs" if silent else "all ranks waited for each other"

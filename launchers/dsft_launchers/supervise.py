@@ -103,6 +103,9 @@ def _attempt(run_dir: Path, nodes: int, devices: int, python: list[str]) -> tupl
         marks = [line for line in text.splitlines() if line.startswith(verdict.CRASH)]
         if marks and not verdict.CONSEQUENCE.search(marks[-1]):
             return f"rank {rank}: " + "\n".join(verdict.error_lines(text)), False
+    if why := verdict.cannot_begin(texts):
+        _tell(f"cannot begin: {why}")
+        return why, False
     if verdict.OVERTAKEN in texts[0]:
         return None, True
     if (silent := verdict.hung(texts)) is not None:

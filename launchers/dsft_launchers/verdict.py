@@ -25,8 +25,14 @@ WAITED = "dsft: this rank waited too long for another: "
 """How the last word of a rank begins that gave up; its stacks follow."""
 WENT_ON = "dsft: this rank goes on after all"
 """What it says if what it waited for came before it left."""
+CANNOT_BEGIN = "dsft: cannot begin: "
+"""How the only word of a rank begins where the ranks do not fit together, or not all came."""
 OVERTAKEN = "was taken over by "
 """What a rank says that lost its run folder to another start."""
+
+
+class CannotBeginError(RuntimeError):
+    """A rank is missing, or the ranks do not fit together: the cluster's state, in one line."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +85,12 @@ def hung(texts: Sequence[str]) -> list[int] | None:
     """Ranks that others gave up waiting for, from what each wrote; empty: all waited. None if nobody gave up."""
     waited = [text.rfind(WAITED) > text.rfind(WENT_ON) for text in texts]
     return [rank for rank, mine in enumerate(waited) if not mine] if any(waited) else None
+
+
+def cannot_begin(texts: Iterable[str]) -> str | None:
+    """Why the ranks that wrote texts could not begin; None if none of them says so."""
+    lines = (line for text in texts for line in text.splitlines() if line.startswith(CANNOT_BEGIN))
+    return next((line.removeprefix(CANNOT_BEGIN) for line in lines), None)
 
 
 def how(code: int) -> str:

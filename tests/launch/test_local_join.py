@@ -1,7 +1,7 @@
 """What auto means: torchrun's environment, an srun step's, an sbatch script's, none."""
 
 import pytest
-from dsft_launchers.join import count_devices, expand_hosts, resolve
+from dsft_launchers.join import count_devices, expand_hosts, node_of, resolve
 
 TORCHRUN = {"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "h"}
 BATCH = {"SLURM_JOB_ID": "7", "SLURM_PROCID": "0", "SLURM_NTASKS": "4", "SLURM_JOB_NODELIST": "n[1-2]"}
@@ -50,6 +50,17 @@ def test_auto_joins_a_step_of_srun() -> None:
         "LOCAL_WORLD_SIZE": "2",
         "MASTER_ADDR": "n1",
     }
+
+
+def test_a_rank_of_a_step_has_a_node_whichever_way_they_are_dealt() -> None:
+    uneven = {**TASK, "SLURM_STEP_TASKS_PER_NODE": "3,1"}
+    assert [node_of(rank, TASK) for rank in range(4)] == ["n1", "n1", "n2", "n2"]
+    assert [node_of(rank, uneven) for rank in range(4)] == ["n1", "n1", "n1", "n2"]
+    assert node_of(2, {**TASK, "SLURM_DISTRIBUTION": "block:cyclic"}) == "n2"
+    cyclic = {**uneven, "SLURM_DISTRIBUTION": "cyclic"}
+    assert [node_of(rank, cyclic) for rank in range(4)] == ["n1", "n2", "n1", "n1"]
+    assert node_of(2, {**TASK, "SLURM_DISTRIBUTION": "plane"}) is None
+    assert node_of(2, TORCHRUN) is None
 
 
 def test_every_task_of_a_step_meets_at_the_same_port_and_another_step_does_not() -> None:

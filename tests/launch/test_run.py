@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -47,7 +48,11 @@ def test_the_run_folder_is_as_documented(tmp_path: Path) -> None:
     assert status["checkpoint"] == "step-00000003"
     assert (run_dir / "checkpoints" / "step-00000003" / "manifest.json").is_file()
     assert json.loads((run_dir / "adapter" / "verified.json").read_text())["same"] is True
-    assert len(lines(run_dir / "events.jsonl")[0]["ranks"]) == 2  # type: ignore[arg-type]
+    start: dict[str, Any] = lines(run_dir / "events.jsonl")[0]
+    assert [sorted(rank) for rank in start["ranks"]] == 2 * [["clock_s", "device", "host", "pid", "rank"]]
+    assert start["versions"]["torch"] == torch.__version__
+    assert len(start["versions"]["code"]) == 64
+    assert set(start["all_reduce"]) == {"mib", "seconds", "gb_per_s"}
     assert json.loads((run_dir / "plan.json").read_text())["parameters"]["trainable"] == 89088
     assert json.loads((run_dir / "provenance.json").read_text())["data_digest"]
     assert (run_dir / "adapter" / "adapter_model.safetensors").is_file()

@@ -74,7 +74,12 @@ def test_two_nodes_compute_what_one_process_does(strategy: str, rows: Path, alon
     assert done.returncode == 0, done.stderr + log.read_text()
     assert len(alone) == 6
     assert losses(run_dir) == pytest.approx(alone, rel=BOUND)
-    assert [rank["host"] for rank in events(run_dir, "start")[0]["ranks"]] == ["n1", "n1", "n2", "n2"]
+    start = events(run_dir, "start")[0]
+    assert [rank["host"] for rank in start["ranks"]] == ["n1", "n1", "n2", "n2"]
+    assert {host: sorted(each) for host, each in start["all_reduce"]["nodes"].items()} == {
+        "n1": ["across_s", "inside_s"],
+        "n2": ["across_s", "inside_s"],
+    }
     assert state(job_of(run_dir)) == "COMPLETED"
 
 
@@ -90,6 +95,32 @@ def test_a_job_that_slurm_puts_back_goes_on_to_the_same_adapter(rows: Path, tmp_
     assert losses(cut) == losses(whole)
     mine, theirs = (load_file(path / "adapter" / "adapter_model.safetensors") for path in (cut, whole))
     assert all((mine[name] == theirs[name]).all() for name in theirs)
+
+
+def test_a_rank_that_does_not_come_is_named_with_its_node(rows: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    (tmp_path / "sitecustomize.py").write_text(ABSENT)
+    more = ("launcher=slurm", "launcher.nodes=2", "launcher.devices=1", "strategy=ddp")
+    done = subprocess.run(
+        [sys.executable, "-m", "dsft.run", *words(rows, run_dir, *more)], capture_output=True, text=True, check=False,
+        env=os.environ | {"PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"},
+    )  # fmt: skip
+    assert done.returncode == 77, done.stdout + done.stderr
+    assert status(run_dir)["reason"].endswith("rank 1 (n2) did not answer within 4 s")
+    log = (run_dir / "slurm" / f"{job_of(run_dir)}.log").read_text()
+    assert log.count("cannot begin: rank 1 (n2) did not answer within 4 s") == 3
+
+
+ABSENT = """
+import os, time
+
+if os.environ.get("DSFT_SUPERVISED"):
+    if os.environ["SLURM_PROCID"] == "1":
+        time.sleep(600)
+    from dsft.comm import meeting
+
+    meeting.LIMIT_S = 4.0
+"""
 
 
 def test_a_run_that_always_crashes_stops_after_three_attempts_with_77(rows: Path, tmp_path: Path) -> None:
