@@ -117,7 +117,10 @@ class Launcher:
 
 @dataclass(frozen=True, kw_only=True)
 class Slurm(Launcher):
-    """The processes of a SLURM job; None: as the cluster has it. notice_s: from SLURM's signal to the time limit."""
+    """The processes of a SLURM job; None: as the cluster has it. notice_s: from SLURM's signal to the time limit.
+
+    elastic: the job outlives a node that it loses.
+    """
 
     partition: str | int | None
     account: str | int | None
@@ -132,6 +135,7 @@ class Slurm(Launcher):
     setup: list[str]
     prefix: str
     notice_s: int
+    elastic: bool
     wait: bool
     dry_run: bool
 
@@ -140,6 +144,11 @@ class Slurm(Launcher):
         super().__post_init__()
         _at_least("launcher.cpus", self.cpus, 1)
         _at_least("launcher.notice_s", self.notice_s, 1)
+        if self.elastic and self.nodes < 2:
+            raise ValueError(
+                f"launcher.elastic=true goes on with the nodes that are left, got launcher.nodes={self.nodes}; raise "
+                "it or leave launcher.elastic at false: SLURM then queues the job again"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

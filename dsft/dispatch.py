@@ -90,7 +90,7 @@ def _request(composed: Composed, code: Path | None) -> submit.Request:
         account=_text(launcher.account), qos=_text(launcher.qos), time=_text(launcher.time),
         memory=_text(launcher.memory), cpus=launcher.cpus, constraint=launcher.constraint, exclude=launcher.exclude,
         reservation=_text(launcher.reservation), extra=launcher.extra,
-        setup=[*launcher.setup, *_environment(code)], notice_s=launcher.notice_s,
+        setup=[*launcher.setup, *_environment(code)], notice_s=launcher.notice_s, elastic=launcher.elastic,
     )  # fmt: skip
 
 

@@ -13,6 +13,9 @@ from dsft.comm.meeting import meet, within
 
 T = TypeVar("T")
 
+BACKEND = "cpu:gloo,cuda:nccl"
+"""Where there are GPUs."""
+
 
 @dataclass(frozen=True)
 class World:
@@ -71,12 +74,21 @@ def join(timeout_s: float = 1800.0) -> World:
     if cuda:
         torch.cuda.set_device(device)
     if size > 1 and not dist.is_initialized():
-        store, backend = meet(rank, size), "cpu:gloo,cuda:nccl" if cuda else "gloo"
+        store, backend = meet(rank, size), BACKEND if cuda else "gloo"
         with within("the ranks join"):
             dist.init_process_group(
                 backend, timeout=timedelta(seconds=timeout_s), store=store, rank=rank, world_size=size
             )
     return World(rank=rank, size=size, local_rank=local_rank, device=device)
+
+
+def group_of_one() -> bool:
+    """Give this process a group of its own if it has none, for what sums over a group; True if one was made."""
+    if dist.is_initialized():
+        return False
+    store = dist.HashStore()  # type: ignore[attr-defined]
+    dist.init_process_group(BACKEND if torch.cuda.is_available() else "gloo", store=store, rank=0, world_size=1)
+    return True
 
 
 def leave() -> None:

@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
-from dsft.comm.world import World
+from dsft.comm.world import World, group_of_one
 from dsft.protocols import Anatomy, Shares
 from dsft.strategies.update import OnTensors
 
@@ -36,6 +36,7 @@ class DDP(OnTensors):
 
     def shard(self, model: nn.Module, anatomy: Anatomy, world: World, precision: str) -> nn.Module:
         """Nothing to lay out: each rank reads the same values."""
+        group_of_one()
         return model
 
     def backward(self, loss: Tensor, *, last: bool) -> None:

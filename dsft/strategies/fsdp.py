@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
-from dsft.comm.world import World
+from dsft.comm.world import World, group_of_one
 from dsft.protocols import Anatomy, Shares
 from dsft.strategies.update import OnTensors
 
@@ -64,6 +64,7 @@ class FSDP(OnTensors):
 
     def mesh(self, world: World) -> DeviceMesh:
         """One axis `shard`, or two: `replicate`, `shard`."""
+        group_of_one()
         kind = world.device.type
         if self.shard_size is None:
             return init_device_mesh(kind, (world.size,), mesh_dim_names=("shard",))

@@ -17,10 +17,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch.distributed as dist
 from torch import Tensor, nn
 
-from dsft.comm.world import World
+from dsft.comm.world import World, group_of_one
 from dsft.protocols import Anatomy, OptimizerFactory, Shape, Shares, Strategy
 from dsft.strategies.zero_state import ZeroState
 
@@ -266,10 +265,7 @@ def _start(world: World) -> bool:
     os.environ.setdefault("LOCAL_RANK", str(world.local_rank))
     # Its all-reduce in shared memory, for inference on CPU, would be compiled now with ninja and g++; we never use it.
     _deepspeed().ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    alone = not dist.is_initialized()
-    if alone:
-        store = dist.HashStore()  # type: ignore[attr-defined]
-        dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    alone = group_of_one()
     _deepspeed().comm.init_distributed(dist_init_required=False)
     return alone
 

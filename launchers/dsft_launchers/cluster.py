@@ -43,6 +43,7 @@ class Job:
     code: int = 0
     restarts: int = 0
     nodes: str = ""
+    num_nodes: int = 0
     left_s: float | None = None
     preempted: bool = False
 
@@ -137,6 +138,7 @@ def job(job_id: str) -> Job | None:
         code=int(code) or (128 + int(number) if int(number) else 0),
         restarts=int(values.get("Restarts", "0")),
         nodes=values.get("NodeList", ""),
+        num_nodes=int(values.get("NumNodes", "0").partition("-")[0]),
         left_s=_seconds_until(values.get("EndTime", "Unknown")),
         preempted=_seconds_until(values.get("PreemptTime", "None")) is not None,
     )

@@ -27,7 +27,10 @@ SHADOWS = {
 
 @dataclass(frozen=True)
 class Request:
-    """One job. None: as the cluster has it. time: SLURM's notation; notice_s: from the signal to the time limit."""
+    """One job. None: as the cluster has it. time: SLURM's notation; notice_s: from the signal to the time limit.
+
+    elastic: a lost node does not end the job.
+    """
 
     name: str
     nodes: int
@@ -45,6 +48,7 @@ class Request:
     extra: Mapping[str, str | int | bool]
     setup: Sequence[str]
     notice_s: int
+    elastic: bool
 
 
 def check(request: Request, run_dir: Path) -> None:
@@ -162,7 +166,8 @@ def _executor(request: Request, folder: Path) -> Any:
     }  # fmt: skip
     more = {
         "time": request.time, "mem": request.memory, "reservation": request.reservation, "requeue": True,
-        "hold": True, "signal": f"USR2@{request.notice_s}", "open-mode": "append", "output": str(folder / "%j.log"),
+        "no-kill": request.elastic, "hold": True, "signal": f"USR2@{request.notice_s}", "open-mode": "append",
+        "output": str(folder / "%j.log"),
         **request.extra,
     }  # fmt: skip
     executor.update_parameters(

@@ -52,8 +52,12 @@ def main() -> int:
         return USER_ERROR
     code = None
     while code is None:
-        if late := _late(notice_s):
+        now = _now()
+        if late := _late(now, notice_s):
             return _put_back(run_dir, late)
+        if now is not None and 0 < now.num_nodes < nodes:  # launcher.elastic: SLURM has taken the lost ones out
+            nodes = now.num_nodes
+            _tell(f"a node was lost; going on with {now.nodes}")
         code = _once(run_dir, nodes, devices, python)
     return code
 
@@ -90,7 +94,7 @@ def _attempt(run_dir: Path, nodes: int, devices: int, python: list[str]) -> tupl
     logs.mkdir(exist_ok=True)
     command = [
         "srun", f"--nodes={nodes}", f"--ntasks={nodes * devices}", f"--ntasks-per-node={devices}", "--unbuffered",
-        "--kill-on-bad-exit=1", "--open-mode=append", f"--output={logs / 'rank-%t.log'}",
+        "--kill-on-bad-exit=1", "--overlap", "--open-mode=append", f"--output={logs / 'rank-%t.log'}",
         *python, "-m", "dsft.job", str(run_dir),
     ]  # fmt: skip
     files = [logs / f"rank-{rank}.log" for rank in range(nodes * devices)]
@@ -140,9 +144,8 @@ def _stopped(run_dir: Path, reason: str) -> int:
     return _put_back(run_dir, reason)
 
 
-def _late(notice_s: int) -> str | None:
+def _late(now: cluster.Job | None, notice_s: int) -> str | None:
     """Why the ranks should not be started any more: SLURM gave its notice between two attempts. None if they may."""
-    now = _now()
     if now is not None and now.preempted:
         return "SLURM takes the nodes away"
     if now is None or now.left_s is None or now.left_s >= notice_s:

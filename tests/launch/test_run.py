@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
@@ -60,6 +61,16 @@ def test_the_run_folder_is_as_documented(tmp_path: Path) -> None:
     again = dsft(*words)
     assert again.returncode == 0
     assert "done already" in again.stdout
+
+
+def test_one_process_may_have_the_strategies_of_many(tmp_path: Path) -> None:
+    losses = {}
+    for strategy in ("single", "ddp", "fsdp", "zero3"):
+        run_dir = tmp_path / strategy
+        done = dsft(*SMALL, "train.steps=2", "launcher.devices=1", f"strategy={strategy}", f"run_dir={run_dir}")
+        assert done.returncode == 0, done.stderr
+        losses[strategy] = [line["loss"] for line in lines(run_dir / "metrics.jsonl") if "loss" in line]
+    assert all(each == pytest.approx(losses["single"], rel=1e-5) for each in losses.values())
 
 
 def test_a_killed_rank_ends_the_run_with_76_and_is_named(tmp_path: Path) -> None:
