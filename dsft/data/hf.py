@@ -77,8 +77,11 @@ class HuggingFace:
     def _load(self, split: str) -> Any:
         self.check()
         import datasets
+        import huggingface_hub
 
         datasets.disable_progress_bars()  # standard error is for the user's one line
+        datasets.logging.set_verbosity_error()
+        huggingface_hub.logging.set_verbosity_error()
         path = str(self._folder()) if self._folder().is_dir() else self.path
         try:
             return datasets.load_dataset(path, name=self.name, split=split)
