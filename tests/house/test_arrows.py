@@ -15,7 +15,7 @@ LEAVES = ("models", "quantizers", "strategies", "methods", "objectives", "data",
 VERBS = ("run", "dispatch", "job", "plan", "stage", "export", "verify", "chat", "report", "sweep")
 
 FLOORS = (
-    ("config", "imports"),
+    ("config", "imports", "offline"),
     ("comm",),
     ("protocols",),
     LEAVES,

@@ -100,3 +100,48 @@ def test_what_cannot_be_staged_is_refused_in_one_line(
     assert (done.returncode, done.stdout) == (2, "")
     assert said in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("missing", ["model", "weights", "tokenizer", "data"])
+def test_what_is_not_staged_is_refused_before_there_is_a_job(
+    missing: str, model: Path, rows: Path, caches: dict[str, str], tmp_path: Path
+) -> None:
+    words = {
+        "model": ["model=custom", "model.path=org/tiny", "data=local", f"data.path={rows}"],
+        "tokenizer": ["model=llama8b", "model.init=random", "data=local", f"data.path={rows}"],
+        "data": ["model=tiny", "data=hf", "data.path=org/rows"],
+    }
+    if missing == "weights":  # another program fetched what it needed of the model
+        part = tmp_path / "hf" / "hub" / "models--org--tiny"
+        shutil.copytree(model, part / "snapshots" / "c", ignore=shutil.ignore_patterns("*.safetensors"))
+        (part / "refs").mkdir()
+        (part / "refs" / "main").write_text("c")
+    typed = words["model" if missing == "weights" else missing]
+    with served({}) as (address, asked):
+        more = ("launcher=slurm", "launcher.dry_run=true", "tracker=[]", f"run_dir={tmp_path / 'run'}")
+        done = python("dsft.run", *typed, *more, **{**caches, "HF_ENDPOINT": address})
+        assert asked == []
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "stage it first, where there is a network: python -m dsft.stage with the same overrides" in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_job_asks_no_hub_unless_the_user_says_so(rows: Path, tmp_path: Path) -> None:
+    asked = {
+        "nothing": ({}, [], "1 1 1"),
+        "environment": ({"HF_HUB_OFFLINE": "0"}, [], "0 0 0"),
+        "one of them": ({"HF_DATASETS_OFFLINE": "0"}, [], "1 0 1"),
+        "setup": ({}, ["launcher.setup=['export HF_HUB_OFFLINE=0']"], "0 0 0"),
+    }
+    for name, (env, words, expected) in asked.items():
+        more = ("model=tiny", "data=local", f"data.path={rows}", "tracker=[]", f"run_dir={tmp_path / 'run'}")
+        done = python("dsft.run", *more, "launcher=slurm", "launcher.dry_run=true", *words, **env)
+        assert done.returncode == 0, done.stderr
+        script = done.stdout[done.stdout.index("#!/bin/bash") :].splitlines()
+        lines = [*script[: next(n for n, line in enumerate(script) if line.startswith("exec "))]]
+        lines.append("echo $HF_HUB_OFFLINE $HF_DATASETS_OFFLINE $TRANSFORMERS_OFFLINE")
+        said = subprocess.run(
+            ["bash"], input="\n".join(lines), capture_output=True, text=True, env={**os.environ, **env}, check=True
+        )
+        assert said.stdout.split("\n")[0] == expected, name
