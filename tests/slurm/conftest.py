@@ -2,15 +2,14 @@
 
 import os
 import shutil
-import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from benchmarks.cells import write_rows
+from tests.slurm.testbed import started
 
-TESTBED = Path(__file__).parents[2] / "slurm" / "testbed"
 NEEDED = ("munged", "slurmctld", "slurmd", "sbatch")
 
 
@@ -30,25 +29,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="module")
 def testbed(worker_id: str) -> Iterator[Callable[..., str]]:
     """Runs a command of the testbed, which is up."""
-    number = int(worker_id.removeprefix("gw")) if worker_id.startswith("gw") else 0
-    settings = {
-        "SLURM_TESTBED_DIR": f"/tmp/dsft-slurm-{os.getpid()}",
-        "SLURM_TESTBED_PORT": str(18000 + 200 * number),
-        "SLURM_TESTBED_SACCT": "0",
-    }
-
-    def run(*words: str) -> str:
-        command = [str(TESTBED), *words]
-        done = subprocess.run(command, env=os.environ | settings, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
-        return done.stdout
-
-    try:
-        run("up")
+    with started(worker_id, accounting=False) as run:
         yield run
-    finally:
-        run("down")
-        shutil.rmtree(settings["SLURM_TESTBED_DIR"])
 
 
 @pytest.fixture
