@@ -147,7 +147,7 @@ def main() -> int:
         "| what happened | went on | seconds to the next step | from step | steps computed again | different |",
         "|---|---|---|---|---|---|",
     ]
-    with tempfile.TemporaryDirectory(dir=Path.home()) as place, testbed(19000) as cluster:
+    with tempfile.TemporaryDirectory(dir=Path.home()) as place, testbed(19000, accounting=False) as cluster:
         os.environ["SLURM_CONF"] = str(cluster.conf)
         folder, rows = Path(place), Path(place) / "rows.jsonl"
         write_rows(rows, 60)

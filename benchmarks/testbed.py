@@ -19,6 +19,7 @@ class Testbed:
     __test__ = False
     folder: Path
     port: int
+    accounting: bool
 
     @property
     def conf(self) -> Path:
@@ -28,7 +29,8 @@ class Testbed:
     def __call__(self, *words: str) -> str:
         """What a command of slurm/testbed prints. Raises RuntimeError with its own words."""
         settings = {
-            "SLURM_TESTBED_DIR": str(self.folder), "SLURM_TESTBED_PORT": str(self.port), "SLURM_TESTBED_SACCT": "0",
+            "SLURM_TESTBED_DIR": str(self.folder), "SLURM_TESTBED_PORT": str(self.port),
+            "SLURM_TESTBED_SACCT": str(int(self.accounting)),
         }  # fmt: skip
         done = subprocess.run(
             [str(TESTBED), *words], env=os.environ | settings, capture_output=True, text=True, check=False
@@ -45,9 +47,9 @@ class Testbed:
 
 
 @contextmanager
-def testbed(port: int) -> Iterator[Testbed]:
-    """Four nodes, from this port on; gone at the end."""
-    bed = Testbed(Path(tempfile.mkdtemp(prefix="dsft-slurm-", dir="/tmp")), port)
+def testbed(port: int, *, accounting: bool) -> Iterator[Testbed]:
+    """Four nodes, from this port on; gone at the end. accounting: with slurmdbd, which takes seconds more."""
+    bed = Testbed(Path(tempfile.mkdtemp(prefix="dsft-slurm-", dir="/tmp")), port, accounting)
     try:
         bed("up")
         yield bed

@@ -16,6 +16,7 @@ from dsft_launchers.codes import DONE
 from dsft_launchers.files import replace_text
 from dsft_launchers.follow import follow
 
+from dsft import offline
 from dsft.compose import Composed
 from dsft.config import Slurm
 from dsft.telemetry.record import Status, read_status, write_status
@@ -155,9 +156,12 @@ def _sources() -> list[Path]:
 
 
 def _environment(code: Path | None) -> list[str]:
-    """Lines that make the job import the copy first, and the user's own modules from where it was submitted last."""
+    """Lines that make the job import the copy first, the user's own modules from where it was submitted last, and ask
+    no hub.
+    """
     own = f"{shlex.quote(str(code))}:{shlex.quote(str(code / 'launchers'))}" if code else ""
     return [
         "export PYTHONSAFEPATH=1",
         f"export PYTHONPATH={own}${{PYTHONPATH:+:$PYTHONPATH}}:{shlex.quote(os.getcwd())}",
+        *offline.exports(),
     ]

@@ -10,7 +10,7 @@ from dsft_launchers.codes import CRASHED, STOPPED, USER_ERROR
 from dsft_launchers.verdict import CANNOT_BEGIN, CannotBeginError
 from rich.console import Console
 
-from dsft import dispatch, folder
+from dsft import dispatch, folder, offline
 from dsft.compose import Composed, compose, hand_to_hydra, hydra_flags
 from dsft.config import Run
 from dsft.entry import enter
@@ -104,6 +104,8 @@ def _preflight(composed: Composed) -> dict[str, Any] | None:
     Raises ValueError for what cannot work. Writes nothing but caches.
     """
     run, run_dir = composed.run, Path(composed.run.run_dir)
+    if composed.start.kind == "slurm":
+        offline.unplug()  # what the nodes would lack is missed here
     folder.check(run_dir, composed.resolved)
     done = bool(folder.state(run_dir)) and folder.check_length(run_dir, composed.resolved)
     run.model.check()

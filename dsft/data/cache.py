@@ -40,13 +40,18 @@ def tokenizer_identity(tokenizer: "PreTrainedTokenizerBase") -> list[Any]:
     ]
 
 
+def token_folder(root: Path, digest: str) -> Path:
+    """Where tokens of that digest lie, or will."""
+    return root / "tokens" / digest
+
+
 def find_or_build(root: Path, digest: str, build: Callable[[Path], None]) -> Path:
-    """The folder root/tokens/digest; build(folder) fills it if it is not there yet.
+    """The token_folder; build(folder) fills it if it is not there yet.
 
     One process builds while the others wait; the folder appears by rename once its files are on disk, so that a killed
     build leaves nothing that could be taken for a whole one. Raises ValueError if root cannot be written.
     """
-    folder = root / "tokens" / digest
+    folder = token_folder(root, digest)
     if folder.is_dir():
         return folder
     try:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from dsft.data import formats
 from dsft.data.files import Record
 from dsft.data.source import Sample, check_shared, score_exact
+from dsft.offline import STAGE, unplugged
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,15 +78,19 @@ class HuggingFace:
     def _load(self, split: str) -> Any:
         self.check()
         import datasets
+        import huggingface_hub
 
         datasets.disable_progress_bars()  # standard error is for the user's one line
+        datasets.logging.set_verbosity_error()
+        huggingface_hub.logging.set_verbosity_error()
         path = str(self._folder()) if self._folder().is_dir() else self.path
         try:
             return datasets.load_dataset(path, name=self.name, split=split)
         except (ValueError, OSError, datasets.exceptions.DatasetsError) as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             wanted = f"{self.path}, name {self.name}, split {split}"
-            raise ValueError(f"data.path must be a dataset that loads, got {wanted}; {reason}") from None
+            way_out = f"; {STAGE}" if unplugged() and not self._folder().is_dir() else ""
+            raise ValueError(f"data.path must be a dataset that loads, got {wanted}; {reason}{way_out}") from None
 
     def _read(self, split: str) -> Iterator[Sample]:
         source = self._source(split)

@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from dsft.models.files import ModelFiles, check_folder
+from dsft.models.headers import weight_files
+from dsft.offline import STAGE, unplugged
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -54,7 +56,6 @@ class Pretrained:
         folder = local_folder(self.path)
         if folder is None and not (shape_only and self.path == self.config_of):
             folder = _download(self.path, self.revision, weights=not shape_only)
-            check_folder(folder, weights=not shape_only)
             name = self.path
         else:
             name = self.path if folder is None else str(folder)
@@ -118,10 +119,18 @@ def _download(path: str, revision: str | None, *, weights: bool) -> Path:
 
     patterns = [*SHAPE_FILES, "*.safetensors"] if weights else SHAPE_FILES
     try:
-        return Path(snapshot_download(path, revision=revision, allow_patterns=patterns, etag_timeout=10))
+        folder = Path(snapshot_download(path, revision=revision, allow_patterns=patterns, etag_timeout=10))
+        if weights and unplugged():
+            weight_files(folder)  # other programs leave parts of a model in the same cache
     except Exception as error:  # httpx and huggingface_hub errors share no useful base; each means: not obtained
+        if unplugged():
+            raise ValueError(
+                f"model.path must be a local folder or whole in the hub's cache, got {path}, which is neither; {STAGE}"
+            ) from None
         reason = " ".join(str(error).split())[:120]
         raise ValueError(
             f"model.path={path} is no local folder and the hub did not give it ({type(error).__name__}: {reason}); "
             "set model.path to a folder that has it, or HF_TOKEN if it is gated, or model.init=random"
         ) from None
+    check_folder(folder, weights=weights)
+    return folder

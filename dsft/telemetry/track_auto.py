@@ -27,6 +27,11 @@ class AutoTracker:
             return f"tracker=auto: none, a W&B key or WANDB_MODE is set but wandb is missing ({INSTALL})"
         return f"tracker=auto: wandb, {self._made().resolved_mode()}"
 
+    @property
+    def notice(self) -> str | None:
+        """What a person should know of open."""
+        return self._wandb.notice if self._wandb is not None else None
+
     def check(self) -> None:
         """Raise ValueError if wandb is taken and cannot work."""
         if self._taken():

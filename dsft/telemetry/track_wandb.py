@@ -1,13 +1,18 @@
-"""Weights & Biases; files under RUN/wandb, offline without a key."""
+"""Weights & Biases; files under RUN/wandb, offline without a key or a way to the server."""
 
 import importlib.util
 import os
 import re
 import signal
+import ssl
+import urllib.error
+import urllib.request
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from http.client import HTTPException
 from pathlib import Path
+from threading import Thread
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
@@ -16,16 +21,20 @@ INSTALL = "pip install 'dsft[wandb]'"
 MODES = ("online", "offline", "disabled")
 """Values of WANDB_MODE that tracker.wandb.mode=auto follows."""
 
+PATIENCE_S = 10.0
+"""How long the server may take to answer at all; wandb itself would try for 90 s and then leave the run without it."""
+
 
 @dataclass(kw_only=True)
 class WandbTracker:
-    """One W&B run for all attempts of a run; silent in the terminal."""
+    """One W&B run for all attempts of a run; silent in the terminal. notice: what a person should know of open."""
 
     mode: Literal["auto", "online", "offline"]
     project: str
     entity: str | None
     name: str | None
     group: str | None
+    notice: str | None = field(init=False, default=None, repr=False, compare=False)
     _run: Any = field(init=False, default=None, repr=False, compare=False)
 
     def check(self) -> None:
@@ -50,10 +59,19 @@ class WandbTracker:
         return wish
 
     def open(self, run_dir: Path, config: Mapping[str, Any], run_id: str | None) -> str | None:
-        """Start the run, or go on with run_id; return its id. Raises wandb's errors if the server does not answer."""
+        """Start the run, or go on with run_id; return its id.
+
+        Where mode=auto means online and the server cannot be reached it is offline, and notice says so. Else raises
+        wandb's errors if the server does not answer.
+        """
         import wandb
 
         run_dir.mkdir(parents=True, exist_ok=True)
+        mode = self.resolved_mode()
+        chosen = self.mode != "auto" or os.environ.get("WANDB_MODE")
+        if mode == "online" and not chosen and not reachable(server()):
+            mode = "offline"
+            self.notice = f"{server()} cannot be reached, wandb is offline; wandb sync {run_dir}/wandb/offline-run-*"
         with _signals_held():
             self._run = wandb.init(
                 project=self.project,
@@ -63,7 +81,7 @@ class WandbTracker:
                 id=run_id,
                 resume="allow",
                 allow_val_change=True,  # a resumed run may change its strategy or launcher
-                mode=self.resolved_mode(),  # type: ignore[arg-type]
+                mode=mode,  # type: ignore[arg-type]
                 dir=run_dir,
                 config=dict(config),
                 save_code=False,
@@ -110,9 +128,36 @@ def has_key() -> bool:
     """True if WANDB_API_KEY is set or the netrc file names W&B's host."""
     if os.environ.get("WANDB_API_KEY"):
         return True
-    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    host = urlsplit(server()).hostname or ""
     netrc = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
     return netrc.is_file() and re.search(rf"machine\s+{re.escape(host)}\s", netrc.read_text()) is not None
+
+
+def server() -> str:
+    """The address of W&B's server."""
+    return os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
+
+
+def reachable(url: str) -> bool:
+    """Whether anything answers there, through the proxies that the environment names, within PATIENCE_S."""
+    answers: list[bool] = []
+    # a thread: looking up a name takes as long as it takes
+    asking = Thread(target=lambda: answers.append(_answers(url)), daemon=True)
+    asking.start()
+    asking.join(PATIENCE_S)
+    return any(answers)
+
+
+def _answers(url: str) -> bool:
+    try:
+        urllib.request.urlopen(url, timeout=PATIENCE_S).close()
+    except (urllib.error.HTTPError, HTTPException, ValueError):  # an answer, or no address: wandb will tell
+        return True
+    except urllib.error.URLError as error:
+        return isinstance(error.reason, ssl.SSLError)  # whom wandb trusts is its own affair
+    except OSError:
+        return False
+    return True
 
 
 @contextmanager

@@ -9,15 +9,18 @@ if TYPE_CHECKING:
 
 
 class Trackers:
-    """Passes every call on. fault(name, message) is told once of a tracker that raised; it gets no further call."""
+    """Passes every call on. tell(name, message) hears once of a tracker that raised, which gets no further call."""
 
-    def __init__(self, trackers: Mapping[str, "Tracker"], fault: Callable[[str, str], None]) -> None:
+    def __init__(self, trackers: Mapping[str, "Tracker"], tell: Callable[[str, str], None]) -> None:
         self.live = dict(trackers)
-        self.fault = fault
+        self.tell = tell
 
     def open(self, run_dir: Path, config: Mapping[str, Any], run_id: str | None) -> str | None:
         """Start all; the run id of the one that has ids (wandb), run_id itself if that one failed."""
         ids = self._each(lambda tracker: tracker.open(run_dir, config, run_id))
+        for name, tracker in self.live.items():
+            if notice := getattr(tracker, "notice", None):
+                self.tell(name, f"tracker {name}: {notice}")
         return next((found for found in ids if found is not None), run_id)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
@@ -35,5 +38,5 @@ class Trackers:
                 results.append(call(tracker))
             except Exception as error:  # a tracker's outage: metrics.jsonl has all
                 del self.live[name]
-                self.fault(name, f"tracker {name} failed and is left out from here on: {error!r}")
+                self.tell(name, f"tracker {name} failed and is left out from here on: {error!r}")
         return results

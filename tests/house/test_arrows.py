@@ -12,10 +12,10 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 LEAVES = ("models", "quantizers", "strategies", "methods", "objectives", "data", "telemetry", "checkpoint")
-VERBS = ("run", "dispatch", "job", "plan", "export", "verify", "chat", "report", "sweep")
+VERBS = ("run", "dispatch", "job", "plan", "stage", "export", "verify", "chat", "report", "sweep")
 
 FLOORS = (
-    ("config", "imports"),
+    ("config", "imports", "offline"),
     ("comm",),
     ("protocols",),
     LEAVES,

@@ -26,10 +26,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason=why))
 
 
+@pytest.fixture(scope="session")
+def port(worker_id: str) -> int:
+    """From here on are this worker's."""
+    return 18000 + 200 * (int(worker_id.removeprefix("gw")) if worker_id.startswith("gw") else 0)
+
+
 @pytest.fixture(scope="module")
-def bed(worker_id: str) -> Iterator[Testbed]:
-    number = int(worker_id.removeprefix("gw")) if worker_id.startswith("gw") else 0
-    with testbed(18000 + 200 * number) as up:
+def bed(port: int) -> Iterator[Testbed]:
+    with testbed(port, accounting=False) as up:
         yield up
 
 

@@ -14,7 +14,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from benchmarks.faults import events, lines
-from tests.launch.processes import dsft
+from tests.launch.processes import dsft, steps
 
 BOUND = 1e-5
 ROOT = Path(__file__).parents[2]
@@ -83,16 +83,23 @@ def test_two_nodes_compute_what_one_process_does(strategy: str, rows: Path, alon
     assert state(job_of(run_dir)) == "COMPLETED"
 
 
-def test_a_job_that_slurm_puts_back_goes_on_to_the_same_adapter(rows: Path, tmp_path: Path) -> None:
+def test_a_job_that_slurm_puts_back_goes_on_to_the_same_adapter_in_the_same_wandb_run(
+    rows: Path, tmp_path: Path
+) -> None:
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     more = ("launcher=slurm", "launcher.nodes=2", "launcher.devices=1", "strategy=ddp", "train.steps=60")
     assert dsft(*words(rows, whole, *more)).returncode == 0
-    assert dsft(*words(rows, cut, *more, "launcher.wait=false")).returncode == 0
+    wandb = ("tracker=[wandb]", "tracker.wandb.mode=offline", "launcher.wait=false")
+    assert dsft(*words(rows, cut, *more, *wandb)).returncode == 0
     until(lambda: (cut / "metrics.jsonl").is_file() and len(losses(cut)) >= 3)
+    wandb_id = status(cut)["wandb_id"]
     subprocess.run(["scontrol", "requeue", job_of(cut)], check=True)
     until(lambda: status(cut)["state"] == "done" and state(job_of(cut)) == "COMPLETED")
     assert status(cut)["attempts"] == 2
     assert losses(cut) == losses(whole)
+    assert steps(cut) == list(range(1, 61))
+    assert status(cut)["wandb_id"] == wandb_id
+    assert [path.name.rpartition("-")[2] for path in (cut / "wandb").glob("offline-run-*")] == [wandb_id] * 2
     mine, theirs = (load_file(path / "adapter" / "adapter_model.safetensors") for path in (cut, whole))
     assert all((mine[name] == theirs[name]).all() for name in theirs)
 
@@ -222,6 +229,20 @@ def test_the_job_runs_the_code_that_was_submitted(rows: Path, tmp_path: Path) ->
     subprocess.run(["scontrol", "update", f"JobId={job['job']}", "StartTime=now"], check=True)
     until(lambda: status(run_dir)["state"] == "done")
     assert events(run_dir, "start")[0]["copied"]
+
+
+def test_a_job_takes_what_was_staged_in_another(rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DSFT_CACHE", str(tmp_path / "cache"))
+    typed = words(rows, tmp_path / "run", "launcher=slurm", "launcher.nodes=2", "launcher.devices=1", "train.steps=2")
+    staged = subprocess.run(
+        ["srun", sys.executable, "-m", "dsft.stage", *typed], capture_output=True, text=True, check=False
+    )
+    assert staged.returncode == 0, staged.stderr
+    assert "tokens       new: " in staged.stdout
+    there = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*")}
+    done = dsft(*typed)
+    assert done.returncode == 0, done.stderr
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*")} == there
 
 
 @pytest.mark.parametrize("how", ["notice", "preempted", "kill", "hang", "cancel"])

@@ -96,10 +96,10 @@ def test_checking_a_folder_loads_no_torch(source: Callable) -> None:
 
 def test_an_unreachable_hub_is_one_line_with_the_way_out(source: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(ValueError, match="no local folder and the hub did not give it") as caught:
+    with pytest.raises(ValueError, match="must be a local folder or whole in the hub's cache, got dsft-no") as caught:
         source("custom", path="dsft-no-such-name/no-such-model").resolve()
     assert "\n" not in str(caught.value)
-    assert "set model.path to a folder" in str(caught.value)
+    assert "stage it first" in str(caught.value)
 
 
 def test_weights_that_are_not_there_are_refused(source: Callable) -> None:

@@ -4,20 +4,24 @@ import importlib.util
 import json
 import os
 import signal
+import socket
 import struct
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pytest
 
+from dsft.telemetry import track_wandb
 from dsft.telemetry.track_auto import AutoTracker
 from dsft.telemetry.track_none import NoTracker
 from dsft.telemetry.track_tensorboard import TensorBoardTracker
-from dsft.telemetry.track_wandb import WandbTracker
+from dsft.telemetry.track_wandb import WandbTracker, reachable
 from dsft.telemetry.trackers import Trackers
 
 KEYS: dict[str, Any] = {"project": "p", "entity": None, "name": None, "group": "g"}
@@ -127,7 +131,7 @@ def test_wandb_service_outlives_the_preemption_signals(tmp_path: Path) -> None:
 ORPHANED = """
 import os, signal, sys, time
 from pathlib import Path
-from dsft.telemetry.track_wandb import WandbTracker
+from dsft.telemetry.track_wandb import WandbTracker, reachable
 from dsft.telemetry.trackers import Trackers
 
 wandb = WandbTracker(mode="offline", project="p", entity=None, name=None, group=None)
@@ -160,6 +164,30 @@ def test_wandb_mode_follows_key_and_environment(monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setenv("WANDB_MODE", "sometimes")
     with pytest.raises(ValueError, match="WANDB_MODE must be one of"):
         tracker.check()
+
+
+def test_wandb_goes_offline_and_says_so_where_its_server_cannot_be_reached(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    told: list[tuple[str, str]] = []
+    trackers = Trackers({"auto": AutoTracker(**KEYS)}, lambda name, message: told.append((name, message)))
+    assert trackers.open(tmp_path, {}, "some1d") == "some1d"
+    trackers.log(1, {"loss": 2.0})
+    trackers.close()
+    assert [row["loss"] for row in stored_history(tmp_path, 1)] == [2.0]
+    assert len(told) == 1
+    assert told[0][1].startswith("tracker auto: http://127.0.0.1:9 cannot be reached, wandb is offline; wandb sync")
+
+
+def test_a_server_is_reachable_if_it_answers_anything_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    with HTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler) as server:  # says 501 to every request
+        Thread(target=server.handle_request).start()
+        assert reachable(f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setattr(track_wandb, "PATIENCE_S", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        assert not reachable(f"http://127.0.0.1:{silent.getsockname()[1]}")
 
 
 def test_wandb_online_without_a_key_is_refused() -> None:
