@@ -20,14 +20,18 @@ KEPT_S = 30
 """Least time between the start of a job and the notice of its end, which SLURM looks for every 30 s, ahead of time."""
 SHADOWS = {
     "partition": "PARTITION", "account": "ACCOUNT", "qos": "QOS", "time": "TIMELIMIT", "constraint": "CONSTRAINT",
-    "exclude": "EXCLUDE", "reservation": "RESERVATION",
+    "exclude": "EXCLUDE", "reservation": "RESERVATION", "array": "ARRAY_INX",
 }  # fmt: skip
 """Key of a request -> SBATCH_... variable, which would win over what the script says."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """One job. None: as the cluster has it. time: SLURM's notation; notice_s: from the signal to the time limit."""
+    """One job, or an array of them. None: as the cluster has it. time: SLURM's notation.
+
+    notice_s: from the signal to the time limit; array: the tasks' numbers as sbatch lists them, None for a single job;
+    after: jobs that must have ended before.
+    """
 
     name: str
     nodes: int
@@ -45,6 +49,8 @@ class Request:
     extra: Mapping[str, str | int | bool]
     setup: Sequence[str]
     notice_s: int
+    array: str | None = None
+    after: tuple[str, ...] = ()
 
 
 def check(request: Request, run_dir: Path) -> None:
@@ -162,9 +168,12 @@ def _executor(request: Request, folder: Path) -> Any:
     }  # fmt: skip
     more = {
         "time": request.time, "mem": request.memory, "reservation": request.reservation, "requeue": True,
-        "hold": True, "signal": f"USR2@{request.notice_s}", "open-mode": "append", "output": str(folder / "%j.log"),
-        **request.extra,
+        "hold": True, "signal": f"USR2@{request.notice_s}", "open-mode": "append", "array": request.array,
+        "output": str(folder / ("%A_%a.log" if request.array else "%j.log")), **request.extra,
     }  # fmt: skip
+    if request.after:
+        own = [str(request.extra["dependency"])] if "dependency" in request.extra else []
+        more["dependency"] = ",".join([f"afterany:{':'.join(request.after)}", *own])
     executor.update_parameters(
         **{key: value for key, value in asked.items() if value is not None},
         additional_parameters={key: value for key, value in more.items() if value not in (None, False)},

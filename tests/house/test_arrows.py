@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 LEAVES = ("models", "quantizers", "strategies", "methods", "objectives", "data", "telemetry", "checkpoint")
-VERBS = ("run", "dispatch", "job", "plan", "export", "verify", "chat", "report", "sweep")
+VERBS = ("run", "preflight", "dispatch", "job", "plan", "export", "verify", "chat", "report", "sweep", "sweeps")
 
 FLOORS = (
     ("config", "imports"),
@@ -22,7 +22,7 @@ FLOORS = (
     ("engine",),
     ("rules", "wording", "entry"),
     ("compose",),
-    ("folder", "recorder"),
+    ("folder", "recorder", "snapshot"),
     VERBS,
     ("__main__",),
 )
