@@ -3,6 +3,7 @@
 import argparse
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
@@ -63,8 +64,7 @@ def _raise(message: str) -> NoReturn:
 def _status(book: Ledger, points: Sequence[Standing]) -> int:
     for point in points:
         changed = " ".join(book.changed(point.index))
-        why = f"  {' '.join(point.reason.split())}" if point.reason else ""
-        print(f"{point.index:<6} {point.shown:<8} {point.step:>7}  {changed}{why}")
+        print(f"{point.index:<6} {point.shown:<8} {point.step:>7}  {changed}  {point.why}".rstrip())
     print(
         "  ".join(
             f"{sum(p.state == state for p in points)} {state}" for state in dict.fromkeys(p.state for p in points)
@@ -112,16 +112,12 @@ def _cancel(sweep: Path, book: Ledger, points: Sequence[Standing]) -> int:
     if not jobs:
         print("nothing to cancel: no point is a job that waits or runs")
         return DONE
-    cluster.ask("scancel", *jobs.values())
-    for point in look(sweep, book):
-        status = read_status(point.run_dir)
-        if (
-            point.index in jobs
-            and status is not None
-            and status.state == "queued"
-            and point.state in ("lost", "stopped")
-        ):
-            write_status(point.run_dir, status.__class__(**{**vars(status), "state": "stopped", "reason": "cancelled"}))
+    with ledger.alone(sweep):
+        cluster.ask("scancel", *jobs.values(), *cluster.held(sweep / "slurm"))
+        for point in look(sweep, book):
+            status = read_status(point.run_dir)
+            if point.index in jobs and point.state in ("lost", "stopped") and status and status.state == "queued":
+                write_status(point.run_dir, replace(status, state="stopped", reason="cancelled before it began"))
     print(f"cancelled    {len(jobs)} points: those that ran save and leave; dsft.sweep resume goes on with them")
     return DONE
 

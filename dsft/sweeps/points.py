@@ -160,7 +160,9 @@ def _start(
         points = _settled(sweep, book, words)
         idle = {point.index for point in points if point.state not in ALIVE}
         jobs = [point.job for point in points if point.index not in idle and point.job]
-        ready = {index: each for index, each in checked.ready.items() if index in idle}
+        ready = {
+            index: each for index, each in checked.ready.items() if index in idle and not _done(points, index, each)
+        }
         if ready:
             _announce(ready, len(words) - len(idle.intersection(words)))
         for index, why in arrays.submit_points(sweep, ready, jobs) if ready else ():
@@ -198,6 +200,11 @@ def _settled(sweep: Path, book: Ledger, words: Mapping[int, list[str]]) -> list[
         time.sleep(POLL_S)
         points = look(sweep, book)
     return points
+
+
+def _done(points: Sequence[Standing], index: int, ready: arrays.Ready) -> bool:
+    """Whether a point has come to its end since it was checked; one that was done before is to be longer."""
+    return points[index].state == "done" and preflight(ready.composed) is None
 
 
 def _announce(ready: Mapping[int, arrays.Ready], alive: int) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dsft_launchers import cluster
+from dsft_launchers import cluster, verdict
 from dsft_launchers.codes import CRASHED, DONE, STOPPED, USER_ERROR
 from dsft_launchers.follow import GONE_S, settled, tasks_of
 
@@ -45,6 +45,12 @@ class Standing:
     def shown(self) -> str:
         """The state for a reader: in capitals where something went wrong."""
         return self.state.upper() if self.state in WRONG else self.state
+
+    @property
+    def why(self) -> str:
+        """The reason in one line: of an error with its traceback, how it begins and what it was."""
+        lines = (self.reason or "").splitlines() or [""]
+        return lines[0] if len(lines) == 1 else f"{lines[0].split(';')[0]}; {lines[-1].removeprefix(verdict.CRASH)}"
 
     @property
     def code(self) -> int:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TextIO
 
 from dsft.sweeps.ledger import Ledger
-from dsft.sweeps.standing import Standing
+from dsft.sweeps.standing import WRONG, Standing
 from dsft.telemetry.record import METRICS, read_lines
 from dsft.wording import suggest
 
@@ -39,13 +39,14 @@ def _worth(value: float) -> float:
 
 
 def as_text(book: Ledger, points: Sequence[Standing], by: str) -> str:
-    """The table for a reader: state, step, the metric, what differs between the points, evaluations."""
+    """The table for a reader: state, step, the metric, what differs between the points, evaluations, errors."""
     width = max(10, len(by))
     lines = [f"{'point':<6} {'state':<8} {'step':>7} {by:>{width}}  changed"]
     for point, values in ranked(points, by):
         value = f"{values[by]:.4f}" if by in values else "-"
         others = [f"{key}={value:.4g}" for key, value in values.items() if key.startswith("eval/") and key != by]
-        said = "  ".join(filter(None, [" ".join(book.changed(point.index)), " ".join(others)]))
+        why = point.why if point.state in WRONG else ""
+        said = "  ".join(filter(None, [" ".join(book.changed(point.index)), " ".join(others), why]))
         lines.append(f"{point.index:<6} {point.shown:<8} {point.step:>7} {value:>{width}}  {said}".rstrip())
     return "\n".join(lines)
 
@@ -63,4 +64,4 @@ def write_csv(book: Ledger, points: Sequence[Standing], by: str, out: TextIO) ->
     for point, values in rows:
         words = [changed[point.index].get(key, "") for key in keys]
         measured = [values.get(key, "") for key in metrics]
-        writer.writerow([point.index, point.state, point.step, *words, *measured, point.reason or "", point.run_dir])
+        writer.writerow([point.index, point.state, point.step, *words, *measured, point.why, point.run_dir])

@@ -67,7 +67,8 @@ def _all_wait(points: Mapping[int, tuple[str, Path]], jobs: Mapping[str, cluster
     reasons = Counter(job.reason for job in here if job.state == "PENDING")
     if sum(reasons.values()) < len(points):
         return None
-    return f"{len(points)} points wait: " + ", ".join(f"{reason} {count}" for reason, count in sorted(reasons.items()))
+    why = ", ".join(f"{count} for {reason}" for reason, count in sorted(reasons.items()) if reason != "None")
+    return f"{len(points)} points wait{': ' if why else ''}{why}"
 
 
 def tasks_of(job_ids: Iterable[str]) -> dict[str, cluster.Job]:
