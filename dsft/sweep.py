@@ -102,7 +102,7 @@ def _go_on(sweep: Path, book: Ledger, points: Sequence[Standing], args: argparse
     os.chdir(book.cwd)
     if book.config_dir is not None:
         os.environ["DSFT_CONFIG_DIR"] = book.config_dir
-    codes = bring(sweep, book, {point.index: [*book.points[point.index].words, *args.overrides] for point in chosen})
+    codes = bring(sweep, book, {point.index: book.points[point.index].words for point in chosen}, args.overrides)
     return max([*codes.values(), *(point.code for point in points if point.index not in codes)])
 
 

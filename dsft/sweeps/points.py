@@ -56,9 +56,12 @@ def run_points(points: Sequence[Sequence[str]], sweep: Path, *, first: int, metr
     return [codes[index] for index in words]
 
 
-def bring(sweep: Path, book: Ledger, words: Mapping[int, list[str]]) -> dict[int, int]:
-    """Bring points to their ends: those that are not done, and that nothing works on, are started. Their exit codes."""
-    checked = check(sweep, words)
+def bring(sweep: Path, book: Ledger, words: Mapping[int, list[str]], more: Sequence[str] = ()) -> dict[int, int]:
+    """Bring points to their ends: those that are not done, and that nothing works on, are started. Their exit codes.
+
+    more: overrides behind those of each point, for this time.
+    """
+    checked = check(sweep, {index: [*typed, *more] for index, typed in words.items()})
     if any(arrays.slurm(each.composed).dry_run for each in checked.ready.values()):
         arrays.show(sweep, checked.ready)
         return {index: USER_ERROR if index in checked.refused else DONE for index in words}

@@ -11,6 +11,8 @@ from pathlib import Path
 
 PATIENCE_S = 30.0
 """How long a command of SLURM's may take to answer."""
+NO_TASK = 0xFFFFFFFE
+"""The task of an array's own record once all that waited in it were cancelled."""
 HELD = "JobHeldUser"
 """The reason of a job that its user keeps from starting."""
 UNLIMITED = ("infinite", "UNLIMITED", "n/a")
@@ -145,6 +147,7 @@ def tasks(array: str) -> dict[str, Job]:
         listed = re.search(r" ArrayTaskId=([\d,:-]+)", line)
         for job_id in [f"{array}_{number}" for number in numbers(listed[1])] if listed else [array]:
             found[job_id] = _job(line)
+    found.pop(f"{array}_{NO_TASK}", None)
     return found
 
 

@@ -115,7 +115,7 @@ def test_a_submission_killed_half_way_runs_nothing_until_resume_does_and_nothing
     assert done.returncode == 0, done.stdout + done.stderr
     jobs = [job_of(sweep / str(index)) for index in range(6)]
     assert [index for index in range(6) if jobs[index] == f"{array}_{index}"] == recorded
-    alive = [task for job in {array, jobs[5].partition("_")[0]} for task in tasks(job)]
+    alive = [name for job in {array, jobs[5].partition("_")[0]} for name, task in tasks(job).items() if not task.over]
     assert sorted(alive) == sorted(jobs)
     assert states(sweep) == ["queued"] * 6
     assert verb("resume", sweep).returncode == 0
@@ -127,7 +127,9 @@ def test_a_submission_killed_half_way_runs_nothing_until_resume_does_and_nothing
 def test_a_task_goes_back_into_the_queue_without_the_others(start: Callable[..., Any], tmp_path: Path) -> None:
     sweep = tmp_path / "sweep"
     more = ("train.steps=100000", "train.compile=false", "checkpoint.every=1000", "launcher.wait=false")
-    assert start(*more, "optim.lr=1e-3,2e-3").wait() == 0
+    launcher = start(*more, "optim.lr=1e-3,2e-3")
+    assert launcher.communicate()[0]
+    assert launcher.returncode == 0
     until(lambda: all((sweep / index / "metrics.jsonl").is_file() and len(losses(sweep / index)) > 2 for index in "01"))
     last = job_of(sweep / "1")
     assert state(last, "JobId") == last.partition("_")[0], "its plain id is the array's"
