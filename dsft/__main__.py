@@ -6,7 +6,7 @@ from typing import NoReturn
 
 from dsft.entry import enter
 
-VERBS = ("run", "plan", "export", "stage")
+VERBS = ("run", "plan", "stage", "export", "sweep")
 
 
 def main() -> NoReturn:

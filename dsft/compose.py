@@ -272,8 +272,10 @@ def hand_to_hydra(argv: Sequence[str]) -> int:
         main()
     except (HydraException, OmegaConfBaseException) as error:
         raise ValueError(one_line(error)) from error
-    from hydra_plugins.dsft import DsftLauncher
+    finally:
+        from hydra_plugins.dsft import DsftLauncher
 
+        DsftLauncher.unwrite()
     return max(DsftLauncher.codes, default=0)
 
 

@@ -102,17 +102,19 @@ class Optim:
 
 @dataclass(frozen=True, kw_only=True)
 class Launcher:
-    """Where the processes come from; devices = processes per node."""
+    """Where the processes come from; devices = processes per node. max_parallel: points of a sweep at a time."""
 
     name: Literal["auto", "local", "slurm"]
     devices: int | Literal["auto"]
     nodes: int
+    max_parallel: int | None
 
     def __post_init__(self) -> None:
         """Refuse counts that start no process."""
         if self.devices != "auto":
             _at_least("launcher.devices", self.devices, 1)
         _at_least("launcher.nodes", self.nodes, 1)
+        _at_least("launcher.max_parallel", self.max_parallel, 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,6 +151,8 @@ class Slurm(Launcher):
                 f"launcher.elastic=true goes on with the nodes that are left, got launcher.nodes={self.nodes}; raise "
                 "it or leave launcher.elastic at false: SLURM then queues the job again"
             )
+        if "array" in self.extra:
+            raise ValueError("launcher.extra must be without array, got it; -m makes an array of a sweep's points")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,23 +2,17 @@
 
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from dsft_launchers.codes import CRASHED, STOPPED, USER_ERROR
 from dsft_launchers.verdict import CANNOT_BEGIN, CannotBeginError
-from rich.console import Console
 
-from dsft import dispatch, folder, offline
+from dsft import dispatch, folder
 from dsft.compose import Composed, compose, hand_to_hydra, hydra_flags
-from dsft.config import Run
 from dsft.entry import enter
+from dsft.preflight import announce, preflight
 from dsft.wording import refuse
-
-if TYPE_CHECKING:
-    from dsft.data.open import Dataset
-    from dsft.models.files import ModelFiles
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -43,13 +37,12 @@ def _start(composed: Composed) -> int:
     """Check, make the run folder, and start the processes: in this one if it is alone."""
     if composed.start.kind == "slurm":
         dispatch.check(composed)
-    prepared = _preflight(composed)
+    prepared, run_dir = preflight(composed), Path(composed.run.run_dir)
     if prepared is None:
-        return 0
-    run_dir = Path(composed.run.run_dir)
+        return _done(run_dir)
 
     def begin() -> None:
-        _announce(composed, prepared)
+        announce(composed, prepared)
         folder.create(run_dir, composed, prepared["plan"], prepared["digests"])
 
     if composed.start.kind == "slurm":
@@ -68,6 +61,11 @@ def _start(composed: Composed) -> int:
     return code
 
 
+def _done(run_dir: Path) -> int:
+    print(f"{run_dir} is done already; its result is in {run_dir / 'adapter'}")
+    return 0
+
+
 def _join(composed: Composed) -> int:
     """This process is a rank that torchrun or srun started: rank 0 checks and makes the folder for all."""
     os.environ.update(composed.start.variables)
@@ -82,10 +80,12 @@ def _join(composed: Composed) -> int:
     refusal, run_dir, done = None, "", False
     if world.rank == 0:
         try:
-            prepared = _preflight(composed)
+            prepared = preflight(composed)
             done, run_dir = prepared is None, str(Path(composed.run.run_dir).absolute())
-            if prepared is not None:
-                _announce(composed, prepared)
+            if prepared is None:
+                _done(Path(run_dir))
+            else:
+                announce(composed, prepared)
                 folder.create(Path(run_dir), composed, prepared["plan"], prepared["digests"])
         except ValueError as error:
             refusal = str(error)
@@ -96,72 +96,6 @@ def _join(composed: Composed) -> int:
     if refusal is not None:
         return refuse(ValueError(refusal)) if world.rank == 0 else USER_ERROR
     return 0
-
-
-def _preflight(composed: Composed) -> dict[str, Any] | None:
-    """All that can be known without weights, cheapest first; None if the folder's run is done already.
-
-    Raises ValueError for what cannot work. Writes nothing but caches.
-    """
-    run, run_dir = composed.run, Path(composed.run.run_dir)
-    if composed.start.kind == "slurm":
-        offline.unplug()  # what the nodes would lack is missed here
-    folder.check(run_dir, composed.resolved)
-    done = bool(folder.state(run_dir)) and folder.check_length(run_dir, composed.resolved)
-    run.model.check()
-    for tracker in run.tracker.values():
-        tracker.check()
-    run.data.check()
-    files = run.model.resolve()
-    from dsft.data.open import open_data
-
-    data = open_data(run.data, files.tokenizer(), max_length=run.train.max_length, seed=run.train.seed)
-    _check_fit(run, files, data)
-    digests = {"base_digest": files.digest(), "data_digest": data.digest}
-    folder.check_digests(run_dir, digests, composed.resolved)
-    if done:
-        print(f"{run_dir} is done already; its result is in {run_dir / 'adapter'}")
-        return None
-    from dsft.plan import make_plan
-
-    plan = make_plan(composed, files)
-    folder.check_parameters(run_dir, plan)
-    return {"plan": plan, "digests": digests, "audit": data.audit}
-
-
-def _check_fit(run: Run, files: "ModelFiles", data: "Dataset") -> None:
-    """Refuse rows beyond the model's reach, and a metric that these data do not give."""
-    shape, longest = files.config, int(data.train.lengths.max())
-    reach = getattr(shape, "max_position_embeddings", None)
-    if reach is not None and longest > reach:
-        raise ValueError(
-            f"train.max_length must be at most {reach}, the positions that the model knows, got rows of {longest} "
-            f"tokens with train.max_length={run.train.max_length}; lower it"
-        )
-    metric = run.train.early_stop_metric
-    if metric is not None and (data.eval is None or (metric == "eval/accuracy" and not data.verifiable)):
-        raise ValueError(
-            f"train.early_stop_metric={metric} needs held-out rows that give it; hold some out or unset it"
-        )
-
-
-def _announce(composed: Composed, prepared: Mapping[str, Any]) -> None:
-    from dsft.plan import as_text
-
-    print(as_text(prepared["plan"]))
-    for note in folder.notes(Path(composed.run.run_dir), composed.resolved):
-        print(f"note         {note}")
-    if composed.run.checkpoint.every == 0:
-        print("note         no checkpoints (checkpoint.every=0): a run that is stopped begins again at step 1")
-    for tracker in composed.run.tracker.values():
-        if hasattr(tracker, "why"):
-            print(f"tracker      {tracker.why().removeprefix('tracker=')}")
-    for line in prepared["audit"].lines():
-        print(line)
-    console = Console(highlight=False, soft_wrap=True)
-    console.print("an example, what is supervised in green:", style="bold")
-    console.print(prepared["audit"].coloured())
-    print(f"run folder   {composed.run.run_dir}", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,45 +1,126 @@
-"""Sweeps: each point is a run of its own in SWEEP/<index>, one after another, and one table at the end."""
+"""python -m dsft.sweep status|resume|retry|cancel|table SWEEP: the state of a sweep, and what is to be done with it."""
 
-import json
-import subprocess
-import sys
+import argparse
+import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import NoReturn
 
-from dsft import folder
-from dsft.compose import compose
+from dsft_launchers import cluster
+from dsft_launchers.codes import DONE
 
+from dsft.entry import enter
+from dsft.sweeps import ledger
+from dsft.sweeps.ledger import Ledger
+from dsft.sweeps.points import bring
+from dsft.sweeps.standing import Standing, look
+from dsft.sweeps.table import as_text, check_metric, write_csv
+from dsft.telemetry.record import read_status, write_status
+from dsft.wording import refuse
 
-def run_points(points: Sequence[Sequence[str]], sweep: Path, *, first: int) -> list[int]:
-    """Check every point, then run them; returns their exit codes. Raises ValueError before any has started."""
-    typed = [[word for word in point if not word.startswith("run_dir=")] for point in points]
-    full = [[*words, f"run_dir={sweep / str(first + index)}"] for index, words in enumerate(typed)]
-    for words in full:
-        composed = compose(words)
-        folder.check(Path(composed.run.run_dir), composed.resolved)
-    codes = []
-    for index, words in enumerate(full):
-        print(f"point {first + index} of {sweep}: {' '.join(typed[index])}", flush=True)
-        codes.append(subprocess.run([sys.executable, "-m", "dsft.run", *words], check=False).returncode)
-    print(table(typed, sweep, codes, first=first))
-    return codes
+USAGE = "dsft sweep status|resume|retry|cancel|table SWEEP [--by METRIC] [--csv FILE] [overrides]"
 
 
-def table(points: Sequence[Sequence[str]], sweep: Path, codes: Sequence[int], *, first: int) -> str:
-    """One line a point: what differs between the points, exit code, last training loss, last evaluation."""
-    shared = set(points[0]).intersection(*points)
-    lines = [f"{'point':<6} {'exit':>4} {'loss':>10}  changed"]
-    for index, (words, code) in enumerate(zip(points, codes, strict=True), start=first):
-        last = _last(sweep / str(index) / "metrics.jsonl")
-        measured = " ".join(f"{key}={value:.4g}" for key, value in last.items() if key.startswith("eval/"))
-        changed = " ".join(word for word in words if word not in shared)
-        lines.append(f"{index:<6} {code:>4} {last.get('loss', float('nan')):>10.4f}  {changed}  {measured}".rstrip())
-    return "\n".join(lines)
+def main(argv: Sequence[str] | None = None) -> int:
+    """Do what the verb says; 2 for a folder that is no sweep. resume and retry give the worst point's code."""
+    parser = argparse.ArgumentParser(prog="dsft sweep", description=__doc__)
+    parser.add_argument("what", choices=("status", "resume", "retry", "cancel", "table"))
+    parser.add_argument("sweep", type=Path, help="the run_dir of a run with -m")
+    parser.add_argument("--by", help="table: the metric to sort by, e.g. eval/loss")
+    parser.add_argument("--csv", type=Path, help="table: write it to this file")
+    parser.add_argument("overrides", nargs="*", help="resume, retry: keys that may change, e.g. launcher.memory=64G")
+    parser.error = _raise  # type: ignore[method-assign]
+    try:
+        args = parser.parse_args(argv)
+        if (args.by or args.csv) and args.what != "table":
+            raise ValueError(f"--by and --csv belong to table, got {args.what}; leave them out")
+        if args.overrides and args.what not in ("resume", "retry"):
+            raise ValueError(f"{args.what} takes no {args.overrides[0]}; usage: {USAGE}")
+        sweep = args.sweep.absolute()
+        book = ledger.read(sweep)
+        if book is None:
+            raise ValueError(f"SWEEP must be the run_dir of a run with -m, got {args.sweep} without {ledger.NAME}")
+        points = look(sweep, book)
+        if args.what in ("resume", "retry"):
+            return _go_on(sweep, book, points, args)
+        if args.what == "cancel":
+            return _cancel(sweep, book, points)
+        return _status(book, points) if args.what == "status" else _table(book, points, args)
+    except ValueError as error:
+        return refuse(error)
+    except cluster.ClusterError as error:
+        return refuse(
+            ValueError(f"SLURM must answer for jobs that are not done, and it says: {error}; try again later")
+        )
+    except KeyboardInterrupt:
+        return DONE
 
 
-def _last(metrics: Path) -> dict[str, float]:
-    """The last value of every key of a metrics file; {} if there is none."""
-    values: dict[str, float] = {}
-    for line in metrics.read_text().splitlines() if metrics.is_file() else ():
-        values |= {key: value for key, value in json.loads(line).items() if isinstance(value, int | float)}
-    return values
+def _raise(message: str) -> NoReturn:
+    raise ValueError(f"{message}; usage: {USAGE}")
+
+
+def _status(book: Ledger, points: Sequence[Standing]) -> int:
+    for point in points:
+        changed = " ".join(book.changed(point.index))
+        print(f"{point.index:<6} {point.shown:<8} {point.step:>7}  {changed}  {point.why}".rstrip())
+    print(
+        "  ".join(
+            f"{sum(p.state == state for p in points)} {state}" for state in dict.fromkeys(p.state for p in points)
+        )
+    )
+    return DONE
+
+
+def _table(book: Ledger, points: Sequence[Standing], args: argparse.Namespace) -> int:
+    by = args.by or book.metric
+    check_metric(points, by)
+    if args.csv is None:
+        print(as_text(book, points, by))
+        return DONE
+    try:
+        with args.csv.open("w", newline="") as out:
+            write_csv(book, points, by, out)
+    except OSError as error:
+        raise ValueError(f"--csv must be a file that can be written, got {args.csv}: {error.strerror}") from error
+    print(f"{len(points)} points written to {args.csv}")
+    return DONE
+
+
+def _go_on(sweep: Path, book: Ledger, points: Sequence[Standing], args: argparse.Namespace) -> int:
+    """Start what is missing, or what failed, where and as the sweep was typed."""
+    if args.what == "retry":
+        chosen = [point for point in points if point.state == "failed"]
+    else:
+        chosen = [point for point in points if point.state != "done"]
+    if not chosen:
+        print(
+            f"nothing to {args.what}: {len(points)} points, none {'failed' if args.what == 'retry' else 'is missing'}"
+        )
+        return max((point.code for point in points), default=DONE)
+    os.chdir(book.cwd)
+    if book.config_dir is not None:
+        os.environ["DSFT_CONFIG_DIR"] = book.config_dir
+    codes = bring(sweep, book, {point.index: book.points[point.index].words for point in chosen}, args.overrides)
+    return max([*codes.values(), *(point.code for point in points if point.index not in codes)])
+
+
+def _cancel(sweep: Path, book: Ledger, points: Sequence[Standing]) -> int:
+    """Have SLURM end the points' jobs; those that did not begin are stopped by our word, since SLURM forgets them."""
+    jobs = {point.index: point.job for point in points if point.job and point.state in ("queued", "held", "running")}
+    if not jobs:
+        print("nothing to cancel: no point is a job that waits or runs")
+        return DONE
+    with ledger.alone(sweep):
+        cluster.ask("scancel", *jobs.values(), *cluster.held(sweep / "slurm"))
+        for point in look(sweep, book):
+            status = read_status(point.run_dir)
+            if point.index in jobs and point.state in ("lost", "stopped") and status and status.state == "queued":
+                write_status(point.run_dir, replace(status, state="stopped", reason="cancelled before it began"))
+    print(f"cancelled    {len(jobs)} points: those that ran save and leave; dsft.sweep resume goes on with them")
+    return DONE
+
+
+if __name__ == "__main__":
+    enter(main)

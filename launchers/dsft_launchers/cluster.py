@@ -1,13 +1,20 @@
 """What SLURM says of itself, of its partitions and of a job, by its own commands."""
 
+import os
 import re
 import shutil
 import subprocess
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from pathlib import Path
 
 PATIENCE_S = 30.0
 """How long a command of SLURM's may take to answer."""
+NO_TASK = 0xFFFFFFFE
+"""The task of an array's own record once all that waited in it were cancelled."""
+HELD = "JobHeldUser"
+"""The reason of a job that its user keeps from starting."""
 UNLIMITED = ("infinite", "UNLIMITED", "n/a")
 FINAL = frozenset(
     ("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "TIMEOUT")
@@ -55,8 +62,9 @@ class Job:
 
 def ask(*command: str, patience_s: float = PATIENCE_S) -> str:
     """What a command of SLURM's prints. Raises ClusterError."""
+    env = {**os.environ, "SLURM_BITSTR_LEN": "0"}  # else a long list of an array's tasks ends in dots
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=patience_s)
+        done = subprocess.run(command, env=env, capture_output=True, text=True, check=False, timeout=patience_s)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise ClusterError(f"{command[0]}: {error}") from error
     if done.returncode != 0:
@@ -123,14 +131,71 @@ def minutes(text: str) -> float | None:
 
 
 def job(job_id: str) -> Job | None:
-    """A job, None once the controller has forgotten it (minutes after its end). Raises ClusterError."""
+    """A job or one task of an array (12_3), None once the controller has forgotten it (minutes after its end, at once
+    if a task is cancelled before it began). Raises ClusterError.
+    """
+    lines = _shown(job_id)
+    return _job(lines[0]) if lines else None
+
+
+def tasks(array: str) -> dict[str, Job]:
+    """Tasks of an array that the controller still knows, by their ids (12_3); a job that is none by its own id.
+
+    Raises ClusterError.
+    """
+    found = {}
+    for line in _shown(array):
+        listed = re.search(r" ArrayTaskId=([\d,:-]+)", line)
+        for job_id in [f"{array}_{number}" for number in numbers(listed[1])] if listed else [array]:
+            found[job_id] = _job(line)
+    found.pop(f"{array}_{NO_TASK}", None)
+    return found
+
+
+def numbers(text: str) -> list[int]:
+    """The tasks of an array as SLURM lists them: 0-2,5,10-30:10 -> 0 1 2 5 10 20 30."""
+    found: list[int] = []
+    for first, last, step in re.findall(r"(\d+)(?:-(\d+))?(?::(\d+))?", text):
+        found += range(int(first), int(last or first) + 1, int(step or 1))
+    return found
+
+
+def spell(tasks: Sequence[int]) -> str:
+    """The opposite of numbers: 0 1 2 5 -> 0-2,5."""
+    known = set(tasks)
+    starts, ends = (sorted(number for number in known if number + step not in known) for step in (-1, 1))
+    return ",".join(str(start) if start == end else f"{start}-{end}" for start, end in zip(starts, ends, strict=True))
+
+
+def held(folder: Path) -> list[str]:
+    """This user's jobs and tasks that wait to be released and whose scripts lie in folder. Raises ClusterError."""
+    command = ("squeue", "--noheader", "--array", f"--user={os.getuid()}", "--states=PENDING", "--format=%i|%r|%o")
+    jobs = [line.strip().split("|", 2) for line in ask(*command).splitlines()]
+    return [
+        job_id
+        for job_id, reason, script in jobs
+        if reason == HELD and Path(script).parent.resolve() == folder.resolve()
+    ]
+
+
+def max_array_size() -> int:
+    """How many tasks an array may have; their numbers are below it. Raises ClusterError."""
+    found = re.search(r"MaxArraySize\s*=\s*(\d+)", ask("scontrol", "show", "config"))
+    return int(found[1]) if found else 1
+
+
+def _shown(job_id: str) -> list[str]:
+    """A line for the job, or for each record of the array."""
     try:
-        text = ask("scontrol", "--oneliner", "show", "job", job_id)
+        return ask("scontrol", "--oneliner", "show", "job", job_id).splitlines()
     except ClusterError as error:
-        if "Invalid job id" in str(error):
-            return None
+        if "Invalid job id" in str(error) or str(error).endswith("not found"):
+            return []
         raise
-    values = dict(re.findall(r"(\w+)=(\S*)", text))
+
+
+def _job(line: str) -> Job:
+    values = dict(re.findall(r"(\w+)=(\S*)", line))
     code, _, number = values.get("ExitCode", "0:0").partition(":")
     return Job(
         state=values["JobState"],

@@ -1,8 +1,10 @@
-"""A submitted job, followed from the login node: its state and reason, and progress read from the run folder."""
+"""Submitted jobs, followed from the login node: their states and reasons, and progress read from the run folders."""
 
 import json
 import sys
 import time
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +12,17 @@ from dsft_launchers import cluster
 from dsft_launchers.codes import CRASHED, DONE, HOPELESS, STOPPED, USER_ERROR
 
 POLL_S = 2.0
+POINTS_PER_S = 50.0
+"""Points of a sweep that a controller is asked for."""
 GONE_S = 30.0
-"""How long a job may look ended before it is: SLURM shows one that it puts back into the queue as ended for seconds."""
+"""How long a job may look ended before it is."""
 OWN = (DONE, USER_ERROR, STOPPED, CRASHED, HOPELESS)
 """What the batch step exits with by itself."""
 
 
 def follow(job_id: str, run_dir: Path) -> int:
     """Wait until the job has ended for good; returns the run's exit code. Ctrl-C leaves the job alone."""
-    said, over_since, status = "", None, dict[str, Any]()
+    said, ending, status = "", Ending(), dict[str, Any]()
     while True:
         try:
             job, status = cluster.job(job_id), _status(run_dir)
@@ -27,20 +31,78 @@ def follow(job_id: str, run_dir: Path) -> int:
             time.sleep(POLL_S)
             continue
         said = _say(_line(job_id, job, status), said)
-        if job is not None and not job.over:
-            over_since = None
-        elif _settled(job, status) or time.monotonic() - (over_since := over_since or time.monotonic()) > GONE_S:
-            return _code(job, status)
+        if ending.reached(job, status):
+            return _code(job, status, "")
         time.sleep(POLL_S)
 
 
-def _settled(job: cluster.Job | None, status: dict[str, Any]) -> bool:
+def follow_points(points: Mapping[int, tuple[str, Path]]) -> dict[int, int]:
+    """Wait until all points of a sweep have ended for good; their exit codes. points: (task, run folder) of each."""
+    endings = {index: Ending() for index in points}
+    codes, told, said = dict[int, int](), dict[int, str](), ""
+    while len(codes) < len(points):
+        left = {index: each for index, each in points.items() if index not in codes}
+        try:
+            jobs = tasks_of(job_id for job_id, _ in left.values())
+            statuses = {index: _status(run_dir) for index, (_, run_dir) in left.items()}
+        except (cluster.ClusterError, OSError, ValueError) as error:
+            said = _say(f"waiting: {error}", said)
+            time.sleep(POLL_S)
+            continue
+        for index, (job_id, _) in left.items():
+            job, status = jobs.get(job_id), statuses[index]
+            if endings[index].reached(job, status):
+                codes[index] = _code(job, status, f"point {index}: ")
+                _say(f"point {index}: {status.get('state')}, exit code {codes[index]}", "")
+            elif job is not None and (job.state == "RUNNING" or index in told):
+                told[index] = _say(f"point {index}: {_line(job_id, job, {})}", told.get(index, ""))
+        said = _say(waits, said) if (waits := _all_wait(left, jobs)) else said
+        time.sleep(max(POLL_S, len(left) / POINTS_PER_S) if len(codes) < len(points) else 0.0)
+    return codes
+
+
+def _all_wait(points: Mapping[int, tuple[str, Path]], jobs: Mapping[str, cluster.Job]) -> str | None:
+    """That no point does anything but wait, and for what; None if one does."""
+    here = [jobs[job_id] for job_id, _ in points.values() if job_id in jobs]
+    reasons = Counter(job.reason for job in here if job.state == "PENDING")
+    if sum(reasons.values()) < len(points):
+        return None
+    why = ", ".join(f"{count} for {reason}" for reason, count in sorted(reasons.items()) if reason != "None")
+    return f"{len(points)} points wait{': ' if why else ''}{why}"
+
+
+def tasks_of(job_ids: Iterable[str]) -> dict[str, cluster.Job]:
+    """What SLURM knows of all tasks of the arrays that these belong to. Raises ClusterError."""
+    found = dict[str, cluster.Job]()
+    for array in sorted({job_id.partition("_")[0] for job_id in job_ids}):
+        found |= cluster.tasks(array)
+    return found
+
+
+class Ending:
+    """Whether a job has ended for good; SLURM shows one that it puts back into the queue as ended for seconds."""
+
+    def __init__(self) -> None:
+        self.since: float | None = None
+
+    def reached(self, job: cluster.Job | None, status: Mapping[str, Any]) -> bool:
+        """True once it has, by what is seen now."""
+        if job is not None and not job.over:
+            self.since = None
+            return False
+        self.since = self.since or time.monotonic()
+        return settled(job, status) or time.monotonic() - self.since > GONE_S
+
+
+def settled(job: cluster.Job | None, status: Mapping[str, Any]) -> bool:
     """Whether a job that is over stays so: it said so itself, or someone cancelled it."""
-    own = job is not None and job.state in ("COMPLETED", "FAILED") and job.code in OWN
-    return own or status.get("state") == "done" or (job is not None and job.state == "CANCELLED")
+    if job is None:
+        return status.get("state") not in ("queued", "running")
+    own = job.state in ("COMPLETED", "FAILED") and job.code in OWN
+    return own or status.get("state") == "done" or job.state == "CANCELLED"
 
 
-def _line(job_id: str, job: cluster.Job | None, status: dict[str, Any]) -> str:
+def _line(job_id: str, job: cluster.Job | None, status: Mapping[str, Any]) -> str:
     if job is None:
         return f"job {job_id} is over"
     waits = f" ({job.reason})" if job.state == "PENDING" and job.reason != "None" else ""
@@ -50,17 +112,18 @@ def _line(job_id: str, job: cluster.Job | None, status: dict[str, Any]) -> str:
     return f"job {job_id} {job.state}{waits}{where}{again}{step}"
 
 
-def _code(job: cluster.Job | None, status: dict[str, Any]) -> int:
-    """The run's exit code: its own where it gave one, else what became of it."""
+def _code(job: cluster.Job | None, status: Mapping[str, Any], who: str) -> int:
+    """The run's exit code: its own where it gave one, else what became of it, and its error on stderr."""
     if status.get("state") == "done":
         return DONE
     if reason := status.get("reason"):
-        print(f"dsft: {reason}", file=sys.stderr)
+        print(f"dsft: {who}{reason}", file=sys.stderr)
     if job is not None and job.state == "FAILED" and job.code in OWN:
         return job.code
     if status.get("state") == "stopped" or (job is not None and job.state == "CANCELLED"):
         return STOPPED
-    print(f"dsft: SLURM says {job.state if job else 'nothing'} of the job; its log is in RUN/slurm", file=sys.stderr)
+    said = job.state if job else "nothing"
+    print(f"dsft: {who}SLURM says {said} of the job; its log is in RUN/slurm or SWEEP/slurm", file=sys.stderr)
     return CRASHED
 
 

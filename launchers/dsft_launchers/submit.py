@@ -20,16 +20,17 @@ KEPT_S = 30
 """Least time between the start of a job and the notice of its end, which SLURM may give up to a minute early."""
 SHADOWS = {
     "partition": "PARTITION", "account": "ACCOUNT", "qos": "QOS", "time": "TIMELIMIT", "constraint": "CONSTRAINT",
-    "exclude": "EXCLUDE", "reservation": "RESERVATION",
+    "exclude": "EXCLUDE", "reservation": "RESERVATION", "array": "ARRAY_INX",
 }  # fmt: skip
 """Key of a request -> SBATCH_... variable, which would win over what the script says."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """One job. None: as the cluster has it. time: SLURM's notation; notice_s: from the signal to the time limit.
+    """One job, or an array of them. None: as the cluster has it. time: SLURM's notation.
 
-    elastic: a lost node does not end the job.
+    notice_s: from the signal to the time limit; elastic: a lost node does not end the job; array: the tasks' numbers
+    as sbatch lists them, None for a single job; after: jobs that must have ended before.
     """
 
     name: str
@@ -49,6 +50,8 @@ class Request:
     setup: Sequence[str]
     notice_s: int
     elastic: bool
+    array: str | None = None
+    after: tuple[str, ...] = ()
 
 
 def check(request: Request, run_dir: Path) -> None:
@@ -167,9 +170,11 @@ def _executor(request: Request, folder: Path) -> Any:
     more = {
         "time": request.time, "mem": request.memory, "reservation": request.reservation, "requeue": True,
         "no-kill": request.elastic, "hold": True, "signal": f"USR2@{request.notice_s}", "open-mode": "append",
-        "output": str(folder / "%j.log"),
-        **request.extra,
+        "output": str(folder / ("%A_%a.log" if request.array else "%j.log")), "array": request.array, **request.extra,
     }  # fmt: skip
+    if request.after:
+        own = [str(request.extra["dependency"])] if "dependency" in request.extra else []
+        more["dependency"] = ",".join([f"afterany:{':'.join(request.after)}", *own])
     executor.update_parameters(
         **{key: value for key, value in asked.items() if value is not None},
         additional_parameters={key: value for key, value in more.items() if value not in (None, False)},

@@ -1,4 +1,4 @@
-"""python -m dsft_launchers.supervise RUN NODES DEVICES NOTICE_S [PREFIX]: a job's batch step; starts the ranks.
+"""python -m dsft_launchers.supervise RUN|SWEEP:FIRST NODES DEVICES NOTICE_S [PREFIX]: a batch step; starts the ranks.
 
 A crash restarts them inside the allocation. A stop that SLURM asked for (time limit, preemption) puts the job back into
 the queue. How an attempt ended stands in RUN/status.json, which rank 0 wrote, and in what the ranks logged.
@@ -24,6 +24,7 @@ ATTEMPTS = 3
 PATIENCE_S = 300.0
 """How long SLURM may take for what it was asked."""
 LONGEST_PAUSE_S = 60.0
+TASK = "SLURM_ARRAY_TASK_ID"
 SUPERVISED = "DSFT_SUPERVISED"
 """Tells a rank that its leaving on request is no failure: srun would end the others for it."""
 
@@ -41,7 +42,7 @@ class Tally:
 
 def main() -> int:
     """Supervise the run that the command line names."""
-    run_dir, prefix = Path(sys.argv[1]), sys.argv[5:]
+    run_dir, prefix = _run_dir(sys.argv[1]), sys.argv[5:]
     nodes, devices, notice_s = map(int, sys.argv[2:5])
     python = [*prefix, "python"] if prefix else [sys.executable]  # a container has its own
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2, signal.SIGCONT):
@@ -210,7 +211,19 @@ def _blind_nodes(run_dir: Path, nodes: int) -> list[str]:
     return sorted({line.split()[1] for line in said.splitlines() if line.startswith("dsft-blind ")})
 
 
+def _run_dir(word: str) -> Path:
+    """RUN, or the point of SWEEP that this task of an array is: its number behind FIRST."""
+    sweep, _, first = word.partition(":")
+    if first:
+        return Path(sweep) / str(int(first) + int(os.environ[TASK]))
+    os.environ.pop(TASK, None)  # another array's, if this job was submitted from inside it
+    return Path(word)
+
+
 def _job() -> str:
+    """This job for SLURM's commands. They would take the plain id of an array's last task for the whole array."""
+    if task := os.environ.get(TASK):
+        return f"{os.environ['SLURM_ARRAY_JOB_ID']}_{task}"
     return os.environ["SLURM_JOB_ID"]
 
 

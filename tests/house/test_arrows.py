@@ -12,7 +12,9 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 LEAVES = ("models", "quantizers", "strategies", "methods", "objectives", "data", "telemetry", "checkpoint")
-VERBS = ("run", "dispatch", "job", "plan", "stage", "export", "verify", "chat", "report", "sweep")
+VERBS = (
+    "run", "preflight", "dispatch", "job", "plan", "stage", "export", "verify", "chat", "report", "sweep", "sweeps"
+)  # fmt: skip
 
 FLOORS = (
     ("config", "imports", "offline"),
@@ -22,7 +24,7 @@ FLOORS = (
     ("engine",),
     ("rules", "wording", "entry"),
     ("compose",),
-    ("folder", "recorder"),
+    ("folder", "recorder", "snapshot"),
     VERBS,
     ("__main__",),
 )

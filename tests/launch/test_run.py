@@ -135,20 +135,12 @@ def test_a_sweep_runs_each_point_in_its_own_folder(tmp_path: Path) -> None:
         point = tmp_path / "sweep" / str(index)
         assert json.loads((point / "status.json").read_text())["state"] == "done"
         assert json.loads((point / "adapter" / "adapter_config.json").read_text())["r"] == rank
-    assert "method.rank=4" in done.stdout.splitlines()[-2]
+    assert sorted(line.split()[-1] for line in done.stdout.splitlines()[-2:]) == ["method.rank=4", "method.rank=8"]
     shutil.rmtree(tmp_path / "sweep" / "1" / "checkpoints")
     longer = dsft("-m", *SMALL, "train.steps=2", "data.eval_size=0", "method.rank=4,8", f"run_dir={tmp_path / 'sweep'}")
     assert longer.returncode == 2  # the worst point's
     assert "has trained 1 steps and holds no checkpoint to go on from" in longer.stderr
     assert [json.loads((tmp_path / "sweep" / i / "status.json").read_text())["step"] for i in "01"] == [2, 1]
-
-
-def test_a_sweep_with_one_bad_point_starts_none(tmp_path: Path) -> None:
-    done = dsft("-m", *SMALL, "train.steps=1", "method.rank=4,0", f"run_dir={tmp_path / 'sweep'}")
-    assert done.returncode == 2
-    assert "method.rank must be 1 or more, got 0" in done.stderr
-    assert done.stderr.count("\n") == 1
-    assert not (tmp_path / "sweep").exists()
 
 
 def test_composing_the_main_job_takes_no_torch(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """What SLURM prints, read."""
 
 import pytest
-from dsft_launchers.cluster import Job, count_gpus, minutes
+from dsft_launchers.cluster import Job, count_gpus, minutes, numbers, spell
 
 
 @pytest.mark.parametrize(
@@ -26,6 +26,19 @@ def test_what_is_no_time_limit_is_refused(text: str) -> None:
 )  # fmt: skip
 def test_gpus_of_generic_resources(gres: str, expected: int) -> None:
     assert count_gpus(gres) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("3", [3]), ("0-2,5", [0, 1, 2, 5]), ("0-10:5", [0, 5, 10]), ("1,3,7-9", [1, 3, 7, 8, 9])],
+)
+def test_tasks_of_an_array(text: str, expected: list[int]) -> None:
+    assert numbers(text) == expected
+    assert numbers(spell(expected)) == expected
+
+
+def test_tasks_are_spelt_as_ranges() -> None:
+    assert spell([*range(100), 200, 300, 301]) == "0-99,200,300-301"
 
 
 def test_a_job_that_waits_is_not_over() -> None:

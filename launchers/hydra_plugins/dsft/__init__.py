@@ -3,6 +3,7 @@
 Imported by every Hydra program of the environment: no torch here, and nothing happens in programs that are not dsft.
 """
 
+import math
 import os
 from collections.abc import Sequence
 from importlib.metadata import entry_points
@@ -46,46 +47,60 @@ def _providers(own: Path) -> list[tuple[str, str]]:
 
 
 class DsftLauncher(Launcher):
-    """Starts each point of a sweep as a run of its own, one after another, in SWEEP/<index>.
+    """Starts each point of a sweep as a run of its own in SWEEP/<index>, here or in SLURM job arrays.
 
-    codes: exit codes of all points so far in this process; Hydra gives no value of a sweep back to its caller.
+    metric: the value that a sweeper gets of a point, and that the table is sorted by. codes: exit codes of all points
+    so far in this process; Hydra gives no value of a sweep back to its caller.
     """
 
     codes: ClassVar[list[int]] = []
+    sweep: ClassVar[Path | None] = None
+    before: ClassVar[str | None] = None
+
+    def __init__(self, metric: str) -> None:
+        self.metric = metric
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
-        """Keep what launch needs."""
-        self.sweep = str(config.run_dir)
+        """Keep what launch needs, and what Hydra's sweeper will write over."""
+        file = Path(config.run_dir) / MULTIRUN
+        DsftLauncher.sweep, DsftLauncher.before = file.parent, file.read_text() if file.is_file() else None
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        """Run the points; a point's return value is its exit code."""
-        from dsft.sweep import run_points
+        """Run the points; a point's return value is the last value of the metric, NaN if it is not done."""
+        from dsft.sweeps.points import run_points
+        from dsft.sweeps.table import last_values
 
+        assert self.sweep is not None
         points = [list(overrides) for overrides in job_overrides]
-        try:
-            codes = run_points(points, Path(self.sweep), first=initial_job_idx)
-        except ValueError:
-            _unwrite(Path(self.sweep))
-            raise
+        codes = run_points(points, self.sweep, first=initial_job_idx, metric=self.metric)
         self.codes.extend(codes)
-        return [_returned(point, code) for point, code in zip(points, codes, strict=True)]
+        returns = []
+        for index, (point, code) in enumerate(zip(points, codes, strict=True), start=initial_job_idx):
+            returned = JobReturn(overrides=point, cfg=OmegaConf.create({}), status=JobStatus.COMPLETED)
+            values = last_values(self.sweep / str(index)) if code == 0 else {}
+            returned.return_value = values.get(self.metric, math.nan)
+            returns.append(returned)
+        return returns
+
+    @classmethod
+    def unwrite(cls) -> None:
+        """If no point was started, take back what Hydra's sweeper wrote before they were checked."""
+        if cls.sweep is None or not cls.sweep.is_dir() or (cls.sweep / "sweep.json").exists():
+            return
+        if cls.before is not None:
+            (cls.sweep / MULTIRUN).write_text(cls.before)
+            return
+        (cls.sweep / MULTIRUN).unlink(missing_ok=True)
+        if not any(cls.sweep.iterdir()):
+            cls.sweep.rmdir()
 
 
-def _unwrite(sweep: Path) -> None:
-    """Take back what Hydra's sweeper wrote before the points were checked."""
-    (sweep / "multirun.yaml").unlink(missing_ok=True)
-    if sweep.is_dir() and not any(sweep.iterdir()):
-        sweep.rmdir()
-
-
-def _returned(overrides: list[str], code: int) -> JobReturn:
-    returned = JobReturn(overrides=overrides, cfg=OmegaConf.create({}), status=JobStatus.COMPLETED)
-    returned.return_value = code
-    return returned
+MULTIRUN = "multirun.yaml"
+"""What Hydra's sweeper writes."""
 
 
 def _launcher_node() -> dict[str, Any]:
-    return {"_target_": "hydra_plugins.dsft.DsftLauncher"}
+    return {"_target_": "hydra_plugins.dsft.DsftLauncher", "metric": "loss"}
 
 
 ConfigStore.instance().store(group="hydra/launcher", name="dsft", node=_launcher_node(), provider="dsft")

@@ -1,0 +1,225 @@
+"""The points of a sweep, from what was typed to their exit codes: checked first, then run here or as SLURM arrays."""
+
+import re
+import sys
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from dsft_launchers import cluster, submit
+from dsft_launchers.codes import DONE, USER_ERROR
+from dsft_launchers.follow import POLL_S, follow_points
+
+from dsft import dispatch, folder
+from dsft.compose import Composed, build, compose
+from dsft.preflight import announce, preflight
+from dsft.sweeps import arrays, ledger
+from dsft.sweeps.here import run_here, shares
+from dsft.sweeps.ledger import Entry, Ledger
+from dsft.sweeps.standing import ALIVE, Standing, look
+from dsft.sweeps.table import as_text
+
+
+@dataclass
+class Checked:
+    """Points by what can be done with them: run here, submitted, nothing since they are done or refused (with why)."""
+
+    here: dict[int, Composed] = field(default_factory=dict)
+    ready: dict[int, arrays.Ready] = field(default_factory=dict)
+    done: set[int] = field(default_factory=set)
+    refused: dict[int, str] = field(default_factory=dict)
+
+    @property
+    def composed(self) -> list[Composed]:
+        """All that are not refused and not done."""
+        return [*self.here.values(), *(each.composed for each in self.ready.values())]
+
+    def refuse(self, index: int, why: str) -> None:
+        """Leave a point out, and say why in one line."""
+        print(f"dsft: point {index}: {' '.join(why.split())}", file=sys.stderr, flush=True)
+        self.refused[index] = why
+
+
+def run_points(points: Sequence[Sequence[str]], sweep: Path, *, first: int, metric: str) -> list[int]:
+    """Run a sweep's points, or go on with them; their exit codes. A point that is refused ends no other.
+
+    Raises ValueError for a sweep without points, and for what concerns all of them.
+    """
+    if not points:
+        raise ValueError("a sweep must have one point or more, got none; give each key that is swept a value")
+    sweep = sweep.absolute()
+    words = {first + i: [word for word in point if not word.startswith("run_dir=")] for i, point in enumerate(points)}
+    codes = bring(sweep, ledger.read(sweep) or ledger.begin(metric), words)
+    return [codes[index] for index in words]
+
+
+def bring(sweep: Path, book: Ledger, words: Mapping[int, list[str]], more: Sequence[str] = ()) -> dict[int, int]:
+    """Bring points to their ends: those that are not done, and that nothing works on, are started. Their exit codes.
+
+    more: overrides behind those of each point, for this time.
+    """
+    checked = check(sweep, {index: [*typed, *more] for index, typed in words.items()})
+    if any(arrays.slurm(each.composed).dry_run for each in checked.ready.values()):
+        arrays.show(sweep, checked.ready)
+        return {index: USER_ERROR if index in checked.refused else DONE for index in words}
+    fresh = not (sweep / ledger.NAME).is_file()
+    if fresh and len(checked.refused) == len(words):
+        return dict.fromkeys(words, USER_ERROR)
+    try:
+        codes = _start(sweep, book, words, checked, fresh=fresh)
+        if any(arrays.slurm(each.composed).wait for each in checked.ready.values()):
+            codes |= _follow(sweep, [point for point in look(sweep, book) if point.index in checked.ready])
+        elif checked.ready:
+            print(f"the points' jobs go on; see them: python -m dsft.sweep status {sweep}", flush=True)
+            return {index: USER_ERROR if index in checked.refused else codes.get(index, DONE) for index in words}
+        points = look(sweep, book)
+    except cluster.ClusterError as error:
+        raise ValueError(f"SLURM does not answer: {error}; python -m dsft.sweep resume {sweep} goes on") from error
+    if points:
+        print(as_text(book, points, book.metric), flush=True)
+    return {point.index: codes.get(point.index, point.code) for point in points if point.index in words} or codes
+
+
+def check(sweep: Path, words: Mapping[int, list[str]]) -> Checked:
+    """Everything that can be known of the points before one is started; writes nothing but caches.
+
+    Raises ValueError for what concerns all of them.
+    """
+    checked, answers = Checked(), dict[str, str | None]()
+    for index, typed in words.items():
+        try:
+            composed = _composed(sweep, index, typed)
+            if composed.start.kind != "slurm":
+                folder.check(Path(composed.run.run_dir), composed.resolved)
+                checked.here[index] = composed
+                continue
+            _check_cluster(sweep, composed, answers)
+            if (prepared := preflight(composed)) is None:
+                checked.done.add(index)
+            else:
+                checked.ready[index] = arrays.Ready(composed, prepared)
+        except ValueError as error:
+            checked.refuse(index, str(error))
+    limits = {composed.run.launcher.max_parallel for composed in checked.composed}
+    if len(limits) > 1:
+        raise ValueError(
+            f"launcher.max_parallel must be one for the whole sweep, got {', '.join(map(str, limits))}; set it once"
+        )
+    if checked.here:
+        shares(*_limits(checked.here.values()))
+    return checked
+
+
+def _composed(sweep: Path, index: int, typed: Sequence[str]) -> Composed:
+    """A point as a run of its own; in W&B the points are a group, unless the user named one."""
+    composed = compose([*typed, f"run_dir={_quoted(str(sweep / str(index)))}"])
+    trackers = composed.resolved["tracker"]
+    grouped = [name for name, each in trackers.items() if "group" in each and each["group"] is None]
+    tree: dict[str, Any] = {
+        **composed.resolved,
+        "tracker": {**trackers, **{name: {**trackers[name], "group": sweep.name} for name in grouped}},
+    }
+    more = tuple(f"tracker.{name}.group={_quoted(sweep.name)}" for name in grouped)
+    return replace(composed, run=build(tree), resolved=tree, overrides=composed.overrides + more)
+
+
+def _quoted(value: str) -> str:
+    """A value for Hydra's grammar."""
+    return value if re.fullmatch(r"[\w./-]+", value) else "'" + re.sub(r"(\\*)'", r"\1\1\\'", value) + "'"
+
+
+def _check_cluster(sweep: Path, composed: Composed, answers: dict[str, str | None]) -> None:
+    """Refuse what this cluster would. answers: its refusals so far, by request."""
+    if arrays.slurm(composed).dry_run:
+        return
+    asked = dispatch.request(composed, None, sweep)
+    if repr(asked) not in answers:
+        try:
+            submit.check(asked, sweep)
+            answers[repr(asked)] = None
+        except ValueError as error:
+            answers[repr(asked)] = str(error)
+    if (why := answers[repr(asked)]) is not None:
+        raise ValueError(why)
+
+
+def _limits(composed: Iterable[Composed]) -> tuple[int, int]:
+    """How many points at once on this machine, and accelerators of the largest."""
+    all_of = list(composed)
+    return all_of[0].run.launcher.max_parallel or 1, max(each.start.devices for each in all_of)
+
+
+def _start(
+    sweep: Path, book: Ledger, words: Mapping[int, list[str]], checked: Checked, *, fresh: bool
+) -> dict[int, int]:
+    """Put the points on record, submit those for SLURM and run the others; exit codes of those that ended."""
+    joined = any(composed.start.variables for composed in checked.here.values())
+    sweep.mkdir(parents=True, exist_ok=True)
+    with nullcontext() if joined else ledger.alone(sweep):
+        _enter(sweep, book, words, checked)
+        points = _settled(sweep, book, words)
+        idle = {point.index for point in points if point.state not in ALIVE}
+        jobs = [point.job for point in points if point.index not in idle and point.job]
+        ready = {
+            index: each for index, each in checked.ready.items() if index in idle and not _done(points, index, each)
+        }
+        if ready:
+            _announce(ready, len(words) - len(idle.intersection(words)))
+        for index, why in arrays.submit_points(sweep, ready, jobs) if ready else ():
+            if why is not None:
+                checked.refuse(index, why)
+                del checked.ready[index]
+        if fresh and len(checked.refused) == len(words):
+            book.points.clear()
+            (sweep / ledger.NAME).unlink()
+            (sweep / ledger.LOCK).unlink()
+            return dict.fromkeys(words, USER_ERROR)
+        _enter(sweep, book, words, checked)
+        mine = {index: list(each.overrides) for index, each in checked.here.items() if index in idle}
+        codes = dict.fromkeys(checked.refused, USER_ERROR)
+        if mine:
+            at_once, devices = _limits(checked.here.values())
+            codes |= run_here(sweep, mine, at_once=at_once, devices=devices)
+    return codes
+
+
+def _enter(sweep: Path, book: Ledger, words: Mapping[int, list[str]], checked: Checked) -> None:
+    """Put the points into SWEEP/sweep.json. A refused one does not replace what its folder was made with."""
+    for index, typed in words.items():
+        refused = checked.refused.get(index)
+        book.put(index, Entry(typed, refused), keep=refused is not None and (sweep / str(index)).is_dir())
+    book.write(sweep)
+
+
+def _settled(sweep: Path, book: Ledger, words: Mapping[int, list[str]]) -> list[Standing]:
+    """Where the points stand, once none is just ending and what a killed submission left is brought to an end."""
+    if (sweep / "slurm").is_dir():
+        arrays.tidy(sweep, len(book.points))
+    points = look(sweep, book)
+    while any(point.state == "ending" for point in points if point.index in words):
+        time.sleep(POLL_S)
+        points = look(sweep, book)
+    return points
+
+
+def _done(points: Sequence[Standing], index: int, ready: arrays.Ready) -> bool:
+    """Whether a point has come to its end since it was checked; one that was done before is to be longer."""
+    return points[index].state == "done" and preflight(ready.composed) is None
+
+
+def _announce(ready: Mapping[int, arrays.Ready], alive: int) -> None:
+    first = min(ready)
+    announce(ready[first].composed, ready[first].prepared)
+    print(f"sweep        {len(ready)} points to submit, {alive} at work already; shown is point {first}", flush=True)
+
+
+def _follow(sweep: Path, points: Sequence[Standing]) -> dict[int, int]:
+    """Exit codes of the points that SLURM works on, once they have ended; Ctrl-C leaves the jobs alone."""
+    try:
+        return follow_points({point.index: (point.job, point.run_dir) for point in points if point.job})
+    except KeyboardInterrupt:
+        print(f"dsft: the jobs go on by themselves; python -m dsft.sweep cancel {sweep} ends them", file=sys.stderr)
+        return {}

@@ -1,0 +1,105 @@
+"""Sweeps on this machine through their real command lines: bad points, several at a time, gone on with afterwards."""
+
+import csv
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.launch.processes import dsft, events, started, wait_for
+
+
+def words(rows: Path, sweep: Path, *more: str) -> list[str]:
+    return [
+        "-m", "model=tiny", "data=local", f"data.path={rows}", "tracker=[none]", "launcher=local",
+        "train.precision=fp32", "train.global_batch_size=4", "train.steps=2", "checkpoint.verify_result=false",
+        "optim.schedule=constant", f"run_dir={sweep}", *more,
+    ]  # fmt: skip
+
+
+def verb(*words: str | Path) -> "subprocess.CompletedProcess[str]":
+    command = [sys.executable, "-m", "dsft.sweep", *map(str, words)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def states(sweep: Path) -> list[str]:
+    return [line.split()[1] for line in verb("status", sweep).stdout.splitlines()[:-1]]
+
+
+def test_a_point_that_is_refused_and_one_that_fails_leave_the_others_alone(rows: Path, tmp_path: Path) -> None:
+    sweep = tmp_path / "sweep"
+    done = dsft(*words(rows, sweep, "method.rank=4,0", "launcher.max_parallel=2", "optim.lr=1e-2,1e30"))
+    assert done.returncode == 76, done.stdout + done.stderr  # the worst: 1e30 ends in a loss that is not finite
+    assert done.stderr.count("dsft: point 2: method.rank must be 1 or more, got 0") == 1
+    assert "dsft: point 1: RuntimeError: step 2: loss nan" in done.stderr
+    assert states(sweep) == ["done", "FAILED", "REFUSED", "REFUSED"]
+    assert [line.split()[0] for line in done.stdout.splitlines()[-4:]] == ["0", "1", "2", "3"]
+    assert (sweep / "logs" / "0.log").is_file()
+    out = tmp_path / "table.csv"
+    assert verb("table", sweep, "--csv", out).returncode == 0
+    with out.open() as file:
+        lines = list(csv.DictReader(file))
+    assert [line["method.rank"] + " " + line["optim.lr"] for line in lines] == [
+        "4 0.01",
+        "4 1e+30",
+        "0 0.01",
+        "0 1e+30",
+    ]
+    again = verb("resume", sweep, "optim.lr=1e-2", "method.rank=4")
+    assert again.returncode == 2, again.stdout + again.stderr
+    assert "dsft: point 1: run_dir" in again.stderr
+    assert "holds another configuration (optim.lr was 1e+30, is 0.01)" in again.stderr
+    assert states(sweep) == ["done", "FAILED", "done", "done"]  # what it is; the refusal was of this time's words
+    assert [len(events(sweep / str(index), "start")) for index in range(4)] == [1, 1, 1, 1]
+
+
+@pytest.mark.parametrize("swept", ["method.rank=range(1,1)", "method.rank=0,-1", "method=lora,lroa"])
+def test_a_sweep_without_a_point_that_can_start_writes_nothing(swept: str, rows: Path, tmp_path: Path) -> None:
+    done = dsft(*words(rows, tmp_path / "sweep", swept))
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == (2 if "-1" in swept else 1), done.stderr
+    assert not (tmp_path / "sweep").exists()
+
+
+def test_a_request_to_stop_reaches_the_points_and_resume_goes_on(rows: Path, tmp_path: Path) -> None:
+    sweep = tmp_path / "sweep"
+    long = words(rows, sweep, "train.steps=100000", "train.compile=false", "optim.lr=1e-3,2e-3,3e-3")
+    with started(*long, "launcher.max_parallel=2") as run:
+        both = [sweep / index / "metrics.jsonl" for index in "01"]
+        wait_for(lambda: all(file.is_file() and file.read_text().count("\n") > 1 for file in both), run)
+        assert states(sweep) == ["running", "running", "missing"]
+        other = verb("resume", sweep)
+        assert other.returncode == 2
+        assert "is being started by another process" in other.stderr
+        run.send_signal(signal.SIGINT)
+        assert run.communicate(timeout=120)[0]
+    assert run.returncode == 75
+    assert states(sweep) == ["stopped", "stopped", "missing"]
+    steps = max(events(sweep / index, "stopped")[0]["step"] for index in "01")
+    done = verb("resume", sweep, f"train.steps={steps + 1}")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert [len(events(sweep / index, "resume")) for index in "01"] == [1, 1]
+    assert states(sweep) == ["done"] * 3
+
+
+def test_points_are_a_group_in_wandb_unless_the_user_named_one(rows: Path, tmp_path: Path) -> None:
+    sweep = tmp_path / "a sweep"
+    typed = words(rows, Path(f"'{sweep}'"), "tracker=[wandb]", "tracker.wandb.mode=offline")
+    typed.remove("tracker=[none]")
+    done = dsft(*typed, "tracker.wandb.group=null,mine")
+    assert done.returncode == 0, done.stdout + done.stderr
+    groups = [(sweep / index / "config.yaml").read_text().partition("group: ")[2].split("\n")[0] for index in "01"]
+    assert groups == ["a sweep", "mine"]
+    assert all(list((sweep / index / "wandb").glob("offline-run-*")) for index in "01")
+
+
+def test_a_folder_that_is_no_sweep_is_refused(tmp_path: Path) -> None:
+    for word in ("status", "resume", "retry", "cancel", "table"):
+        done = verb(word, tmp_path)
+        assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+        assert "SWEEP must be the run_dir of a run with -m" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+    assert os.environ.get("SLURM_CONF") is None
