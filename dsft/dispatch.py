@@ -75,7 +75,7 @@ def _folder(composed: Composed) -> Path:
 def batch_step(composed: Composed, what: str) -> list[str]:
     """What the batch script runs. what: the run folder, or SWEEP:FIRST for a task of an array."""
     launcher = _asked(composed)
-    numbers = map(str, [launcher.nodes, composed.start.devices, launcher.notice_s])
+    numbers = map(str, [launcher.nodes, composed.start.devices, launcher.notice_s, int(launcher.elastic)])
     command = [sys.executable, "-u", "-m", "dsft_launchers.supervise", what, *numbers]
     return command + shlex.split(launcher.prefix)
 

@@ -1,4 +1,4 @@
-"""python -m dsft_launchers.supervise RUN|SWEEP:FIRST NODES DEVICES NOTICE_S [PREFIX]: a batch step; starts the ranks.
+"""python -m dsft_launchers.supervise RUN|SWEEP:FIRST NODES DEVICES NOTICE_S ELASTIC [PREFIX]: the batch step.
 
 A crash restarts them inside the allocation. A stop that SLURM asked for (time limit, preemption) puts the job back into
 the queue. How an attempt ended stands in RUN/status.json, which rank 0 wrote, and in what the ranks logged.
@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from dsft_launchers import cluster, verdict
+from dsft_launchers import cluster, join, verdict
 from dsft_launchers.codes import CRASHED, DONE, HOPELESS, STOPPED, USER_ERROR
 from dsft_launchers.files import replace_text
 
@@ -42,8 +42,8 @@ class Tally:
 
 def main() -> int:
     """Supervise the run that the command line names."""
-    run_dir, prefix = _run_dir(sys.argv[1]), sys.argv[5:]
-    nodes, devices, notice_s = map(int, sys.argv[2:5])
+    run_dir, prefix = _run_dir(sys.argv[1]), sys.argv[6:]
+    nodes, devices, notice_s, elastic = map(int, sys.argv[2:6])
     python = [*prefix, "python"] if prefix else [sys.executable]  # a container has its own
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2, signal.SIGCONT):
         signal.signal(number, lambda *_: None)  # the ranks get them too, and srun ends with the ranks
@@ -51,7 +51,7 @@ def main() -> int:
     if blind := _blind_nodes(run_dir, nodes):
         _amend(run_dir, state="failed", reason=f"{', '.join(blind)} cannot see {run_dir}; choose a shared folder")
         return USER_ERROR
-    code = None
+    code, guard = None, None
     while code is None:
         now = _now()
         if late := _late(now, notice_s):
@@ -59,6 +59,8 @@ def main() -> int:
         if now is not None and 0 < now.num_nodes < nodes:  # launcher.elastic: SLURM has taken the lost ones out
             nodes = now.num_nodes
             _tell(f"a node was lost; going on with {now.nodes}")
+        if elastic and now is not None and (guard is None or guard.poll() is not None):
+            guard = _guard(run_dir, now)
         code = _once(run_dir, nodes, devices, python)
     return code
 
@@ -118,6 +120,20 @@ def _attempt(run_dir: Path, nodes: int, devices: int, python: list[str]) -> tupl
             return "all ranks waited for each other; their stacks are in the logs", False
         _tell(f"rank {', '.join(map(str, silent))} hangs; the stacks of those that waited are in {logs}")
     return None, False
+
+
+def _guard(run_dir: Path, now: cluster.Job) -> "subprocess.Popen[bytes] | None":
+    """A step on another node that outlives this one; None where there is none."""
+    mine = os.environ["SLURMD_NODENAME"]
+    others = [node for node in join.expand_hosts(now.nodes) if node != mine]
+    if not others:
+        return None
+    command = [
+        "srun", "--overlap", "--no-kill", "--mem=0", "--nodes=1", "--ntasks=1", f"--nodelist={others[0]}",
+        "--open-mode=append", f"--output={run_dir / 'logs' / 'guard-%N.log'}",
+        sys.executable, "-m", "dsft_launchers.guard", mine,
+    ]  # fmt: skip
+    return subprocess.Popen(command)
 
 
 def _tail(file: Path, start: int) -> str:
