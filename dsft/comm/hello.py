@@ -19,7 +19,7 @@ from dsft.comm.meeting import within
 from dsft.comm.world import World
 
 MIB = {"cpu": 16, "cuda": 64}
-"""What is summed, like the gradients of some million parameters; 0.1 s on a machine, half a second on slow Ethernet."""
+"""What is summed: as much as the gradients of some million parameters."""
 REPEATS = 2
 """The best of these counts, after one that opens the connections."""
 CLOCK_S = 3.0

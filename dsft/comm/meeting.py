@@ -35,35 +35,35 @@ def meet(rank: int, size: int) -> Store:
 
     Raises CannotBeginError, on every rank that has, naming those that have not after LIMIT_S.
     """
-    store = _store(rank)
-    store.set(f"here/{rank}", socket.gethostname())
-    if rank == 0:
-        absent = _absent(store, size, min(NOTICE_S, LIMIT_S))
-        if absent and LIMIT_S > NOTICE_S:
-            say(f"dsft: waiting for {_named(absent)}: no answer for {NOTICE_S:g} s")
-            absent = _absent(store, size, LIMIT_S - NOTICE_S)
-        store.set("absent", f"{_named(absent)} did not answer within {LIMIT_S:g} s" if absent else "")
-    try:
-        store.wait(["absent"], timedelta(seconds=LIMIT_S + PARTING_S))
-    except dist.DistStoreError as error:  # it is there and does nothing; a lost connection is another error
-        raise CannotBeginError(f"{_named([0])} stopped answering within {LIMIT_S:g} s") from error
-    if why := store.get("absent").decode():
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    serves = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"  # torchrun's agent else
+    if not serves:
+        _knock(address, port)
+    with within("the ranks meet", extra_s=2 * PARTING_S):  # a server that stops keeps torch waiting for ever
+        limit = timedelta(seconds=2 * LIMIT_S)
+        server = dist.TCPStore(  # type: ignore[attr-defined]
+            address, port, is_master=serves, timeout=limit, wait_for_workers=False
+        )
+        store = PrefixStore(f"dsft/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", server)
+        store.set(f"here/{rank}", "")
+        if rank == 0:
+            store.set("absent", _call(store, size))
+        store.wait(["absent"], limit)
+        absent = store.get("absent").decode()
+    if absent:
         if rank == 0:
             time.sleep(PARTING_S)  # the store may go with this process
-        raise CannotBeginError(why)
+        raise CannotBeginError(absent)
     return store
 
 
-def _store(rank: int) -> Store:
-    """Rank 0 is the server, or the agent of torchrun, which outlives restarts of the ranks."""
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    serves = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-    if not serves:
-        _knock(address, port)
-    store = dist.TCPStore(  # type: ignore[attr-defined]
-        address, port, is_master=serves, timeout=timedelta(seconds=LIMIT_S), wait_for_workers=False
-    )
-    return PrefixStore(f"dsft/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+def _call(store: Store, size: int) -> str:
+    """Who did not answer, in words; empty once all have."""
+    absent = _absent(store, size, min(NOTICE_S, LIMIT_S))
+    if absent and LIMIT_S > NOTICE_S:
+        say(f"dsft: waiting for {_named(absent)}: no answer for {NOTICE_S:g} s")
+        absent = _absent(store, size, LIMIT_S - NOTICE_S)
+    return f"{_named(absent)} did not answer within {LIMIT_S:g} s" if absent else ""
 
 
 def _knock(address: str, port: int) -> None:
@@ -97,14 +97,15 @@ def _named(ranks: Sequence[int]) -> str:
 
 
 @contextmanager
-def within(what: str) -> Iterator[None]:
-    """Within: what all ranks do at once and in a moment. One that waits for LIMIT_S gives up and leaves."""
+def within(what: str, *, extra_s: float = 0.0) -> Iterator[None]:
+    """Within: what all ranks do at once and in a moment. One that waits for LIMIT_S + extra_s gives up and leaves."""
+    limit_s = LIMIT_S + extra_s
 
     def give_up() -> None:
-        last_word(f"{what}: {LIMIT_S:g} s")
+        last_word(f"{what}: {limit_s:g} s")
         os._exit(CRASHED)  # the main thread waits in a collective: nothing else ends it
 
-    timer = Timer(LIMIT_S, give_up)
+    timer = Timer(limit_s, give_up)
     timer.daemon = True
     timer.start()
     try:
