@@ -136,7 +136,9 @@ def _seconds(world: World, groups: Sequence[Sequence[int]]) -> float | None:
     world.barrier()
     if len(ranks) < 2:
         return None
-    group = dist.new_group(ranks, use_local_synchronization=True) if len(ranks) < world.size else None
+    group, backend = None, "nccl" if world.device.type == "cuda" else "gloo"
+    if len(ranks) < world.size:
+        group = dist.new_group(ranks, backend=backend, use_local_synchronization=True)
     value = torch.zeros(MIB[world.device.type] * 2**18, device=world.device)
     seconds = []
     for _ in range(1 + REPEATS):

@@ -25,7 +25,8 @@ NOTICE_S = 30.0
 """After this rank 0 says for whom it still waits."""
 PARTING_S = 3.0
 """From a rank's last word to its leaving: time for the others to have theirs."""
-POLL_S = 0.02
+POLL_S, KNOCK_S = 0.02, 0.25
+"""Rank 0 looks at its own store; the others, who may be a thousand, knock at its door."""
 NAMED = 16
 """Ranks that one line names."""
 
@@ -76,7 +77,7 @@ def _knock(address: str, port: int) -> None:
             if time.monotonic() > until:
                 text = f"{_named([0])} did not answer within {LIMIT_S:g} s at {address}:{port} ({error})"
                 raise CannotBeginError(text) from error
-        time.sleep(POLL_S)
+        time.sleep(KNOCK_S)
 
 
 def _absent(store: Store, size: int, wait_s: float) -> list[int]:

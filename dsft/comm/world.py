@@ -1,6 +1,7 @@
 """Who is in this run: rank, size, device and the process group, as values that are passed."""
 
 import os
+import resource
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TypeVar
@@ -74,6 +75,8 @@ def join(timeout_s: float = 1800.0) -> World:
     if cuda:
         torch.cuda.set_device(device)
     if size > 1 and not dist.is_initialized():
+        files = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))  # rank 0 has some sockets to each of the others
         store, backend = meet(rank, size), BACKEND if cuda else "gloo"
         with within("the ranks join"):
             dist.init_process_group(

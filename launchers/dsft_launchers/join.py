@@ -138,7 +138,10 @@ def _slurm_task(env: Mapping[str, str]) -> Start | None:
 def node_of(rank: int, env: Mapping[str, str]) -> str | None:
     """The node of a rank of this srun step; None elsewhere, and where its ranks are laid out in an odd order."""
     order = env.get("SLURM_DISTRIBUTION", "block").partition(":")[0]
-    if "SLURM_STEP_NODELIST" not in env or order not in ("block", "cyclic"):
+    tasks = (env.get("SLURM_PROCID"), env.get("SLURM_STEP_NUM_TASKS"))
+    if "SLURM_STEP_NODELIST" not in env or tasks != (env.get("RANK"), env.get("WORLD_SIZE")):
+        return None  # its ranks are no tasks of the step: torchrun's, or a launcher's inside it
+    if order not in ("block", "cyclic"):
         return None
     counts = zip(expand_hosts(env["SLURM_STEP_NODELIST"]), _tasks_per_node(env), strict=True)
     places = [(turn, host) for host, count in counts for turn in range(count)]

@@ -13,6 +13,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 from dsft_launchers import cluster, join, verdict
@@ -24,6 +25,8 @@ ATTEMPTS = 3
 PATIENCE_S = 300.0
 """How long SLURM may take for what it was asked."""
 LONGEST_PAUSE_S = 60.0
+GUARD_PAUSE_S = 15.0
+"""Until a guard that ended, as its node was lost, has a successor."""
 TASK = "SLURM_ARRAY_TASK_ID"
 SUPERVISED = "DSFT_SUPERVISED"
 """Tells a rank that its leaving on request is no failure: srun would end the others for it."""
@@ -48,10 +51,16 @@ def main() -> int:
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2, signal.SIGCONT):
         signal.signal(number, lambda *_: None)  # the ranks get them too, and srun ends with the ranks
     _tell(f"job {_job()} on {os.environ['SLURM_JOB_NODELIST']}")
-    if blind := _blind_nodes(run_dir, nodes):
+    try:
+        blind = _blind_nodes(run_dir, nodes)
+    except cluster.ClusterError as error:
+        return _put_back(run_dir, f"the nodes could not be asked: {error}")
+    if blind:
         _amend(run_dir, state="failed", reason=f"{', '.join(blind)} cannot see {run_dir}; choose a shared folder")
         return USER_ERROR
-    code, guard = None, None
+    if elastic:
+        Thread(target=_guarded, args=(run_dir,), daemon=True).start()
+    code, asked = None, nodes
     while code is None:
         now = _now()
         if late := _late(now, notice_s):
@@ -59,16 +68,14 @@ def main() -> int:
         if now is not None and 0 < now.num_nodes < nodes:  # launcher.elastic: SLURM has taken the lost ones out
             nodes = now.num_nodes
             _tell(f"a node was lost; going on with {now.nodes}")
-        if elastic and now is not None and (guard is None or guard.poll() is not None):
-            guard = _guard(run_dir, now)
-        code = _once(run_dir, nodes, devices, python)
+        code = _once(run_dir, nodes, devices, python, fewer=nodes < asked)
     return code
 
 
-def _once(run_dir: Path, nodes: int, devices: int, python: list[str]) -> int | None:
-    """One attempt; the job's exit code, None to make another."""
+def _once(run_dir: Path, nodes: int, devices: int, python: list[str], *, fewer: bool) -> int | None:
+    """One attempt; the job's exit code, None to make another. fewer: nodes than the run was made for."""
     before = _read(run_dir / "status.json")
-    error, overtaken = _attempt(run_dir, nodes, devices, python)
+    error, overtaken = _attempt(run_dir, nodes, devices, python, fewer=fewer)
     status = _read(run_dir / "status.json")
     began = status["attempts"] > before["attempts"]  # else it tells of an attempt before
     if began and status["state"] == "done":
@@ -80,6 +87,8 @@ def _once(run_dir: Path, nodes: int, devices: int, python: list[str]) -> int | N
     if not began:
         error = error or "the ranks could not begin; the job's log says why"
     if error and (tally := _count(run_dir, status, "crashes")).crashes >= ATTEMPTS:
+        if fewer:
+            return _put_back(run_dir, f"not on {nodes} nodes: {error.splitlines()[-1]}")
         _amend(run_dir, state="failed", reason=f"{ATTEMPTS} attempts without a new checkpoint; {error}")
         return HOPELESS
     if not _ours():
@@ -91,13 +100,14 @@ def _once(run_dir: Path, nodes: int, devices: int, python: list[str]) -> int | N
     return None
 
 
-def _attempt(run_dir: Path, nodes: int, devices: int, python: list[str]) -> tuple[str | None, bool]:
+def _attempt(run_dir: Path, nodes: int, devices: int, python: list[str], *, fewer: bool) -> tuple[str | None, bool]:
     """Start the ranks and wait for them; the error that one of them raised, and whether another took the folder."""
     logs = run_dir / "logs"
     logs.mkdir(exist_ok=True)
     command = [
         "srun", f"--nodes={nodes}", f"--ntasks={nodes * devices}", f"--ntasks-per-node={devices}", "--unbuffered",
-        "--kill-on-bad-exit=1", "--overlap", "--open-mode=append", f"--output={logs / 'rank-%t.log'}",
+        "--kill-on-bad-exit=1", "--open-mode=append", f"--output={logs / 'rank-%t.log'}",
+        *(["--overlap"] if fewer else []),  # for SLURM the step that lost a node never ends on the others
         *python, "-m", "dsft.job", str(run_dir),
     ]  # fmt: skip
     files = [logs / f"rank-{rank}.log" for rank in range(nodes * devices)]
@@ -122,18 +132,20 @@ def _attempt(run_dir: Path, nodes: int, devices: int, python: list[str]) -> tupl
     return None, False
 
 
-def _guard(run_dir: Path, now: cluster.Job) -> "subprocess.Popen[bytes] | None":
-    """A step on another node that outlives this one; None where there is none."""
+def _guarded(run_dir: Path) -> None:
+    """Keep a guard on another node as long as there is one; it outlives this process."""
     mine = os.environ["SLURMD_NODENAME"]
-    others = [node for node in join.expand_hosts(now.nodes) if node != mine]
-    if not others:
-        return None
-    command = [
-        "srun", "--overlap", "--no-kill", "--mem=0", "--nodes=1", "--ntasks=1", f"--nodelist={others[0]}",
-        "--open-mode=append", f"--output={run_dir / 'logs' / 'guard-%N.log'}",
-        sys.executable, "-m", "dsft_launchers.guard", mine,
-    ]  # fmt: skip
-    return subprocess.Popen(command)
+    while True:
+        now = _now()
+        others = [node for node in join.expand_hosts(now.nodes) if node != mine] if now else []
+        if others:
+            command = [
+                "srun", "--overlap", "--no-kill", "--mem=0", "--nodes=1", "--ntasks=1", f"--nodelist={others[-1]}",
+                "--open-mode=append", f"--output={run_dir / 'logs' / 'guard-%N.log'}",
+                sys.executable, "-m", "dsft_launchers.guard", _job(), mine,
+            ]  # fmt: skip
+            subprocess.run(command, check=False)
+        time.sleep(GUARD_PAUSE_S)
 
 
 def _tail(file: Path, start: int) -> str:

@@ -53,14 +53,16 @@ def test_auto_joins_a_step_of_srun() -> None:
 
 
 def test_a_rank_of_a_step_has_a_node_whichever_way_they_are_dealt() -> None:
-    uneven = {**TASK, "SLURM_STEP_TASKS_PER_NODE": "3,1"}
-    assert [node_of(rank, TASK) for rank in range(4)] == ["n1", "n1", "n2", "n2"]
+    task = {**TASK, **resolve("auto", TASK, devices=2, nodes=2).variables}
+    uneven = {**task, "SLURM_STEP_TASKS_PER_NODE": "3,1"}
+    assert [node_of(rank, task) for rank in range(4)] == ["n1", "n1", "n2", "n2"]
     assert [node_of(rank, uneven) for rank in range(4)] == ["n1", "n1", "n1", "n2"]
-    assert node_of(2, {**TASK, "SLURM_DISTRIBUTION": "block:cyclic"}) == "n2"
+    assert node_of(2, {**task, "SLURM_DISTRIBUTION": "block:cyclic"}) == "n2"
     cyclic = {**uneven, "SLURM_DISTRIBUTION": "cyclic"}
     assert [node_of(rank, cyclic) for rank in range(4)] == ["n1", "n2", "n1", "n1"]
-    assert node_of(2, {**TASK, "SLURM_DISTRIBUTION": "plane"}) is None
+    assert node_of(2, {**task, "SLURM_DISTRIBUTION": "plane"}) is None
     assert node_of(2, TORCHRUN) is None
+    assert node_of(7, {**TASK, **TORCHRUN, "WORLD_SIZE": "8"}) is None
 
 
 def test_every_task_of_a_step_meets_at_the_same_port_and_another_step_does_not() -> None:
