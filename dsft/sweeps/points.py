@@ -43,16 +43,17 @@ class Checked:
         self.refused[index] = why
 
 
-def run_points(points: Sequence[Sequence[str]], sweep: Path, *, first: int, metric: str) -> list[int]:
+def run_points(points: Sequence[Sequence[str]], sweep: Path, *, first: int, book: Ledger) -> list[int]:
     """Run a sweep's points, or go on with them; their exit codes. A point that is refused ends no other.
 
-    Raises ValueError for a sweep without points, and for what concerns all of them.
+    book: the ledger until there is a file; it keeps the points of batches that were refused as a whole. Raises
+    ValueError for a sweep without points, and for what concerns all of them.
     """
     if not points:
         raise ValueError("a sweep must have one point or more, got none; give each key that is swept a value")
     sweep = sweep.absolute()
     words = {first + i: [word for word in point if not word.startswith("run_dir=")] for i, point in enumerate(points)}
-    codes = bring(sweep, ledger.read(sweep) or ledger.begin(metric), words)
+    codes = bring(sweep, ledger.read(sweep) or book, words)
     return [codes[index] for index in words]
 
 
@@ -67,6 +68,7 @@ def bring(sweep: Path, book: Ledger, words: Mapping[int, list[str]], more: Seque
         return {index: USER_ERROR if index in checked.refused else DONE for index in words}
     fresh = not (sweep / ledger.NAME).is_file()
     if fresh and len(checked.refused) == len(words):
+        _enter(sweep, book, words, checked)
         return dict.fromkeys(words, USER_ERROR)
     try:
         codes = _start(sweep, book, words, checked, fresh=fresh)
@@ -75,7 +77,7 @@ def bring(sweep: Path, book: Ledger, words: Mapping[int, list[str]], more: Seque
         elif checked.ready:
             print(f"the points' jobs go on; see them: python -m dsft.sweep status {sweep}", flush=True)
             return {index: USER_ERROR if index in checked.refused else codes.get(index, DONE) for index in words}
-        points = look(sweep, book)
+        points = look(sweep, book) if (sweep / ledger.NAME).is_file() else []
     except cluster.ClusterError as error:
         raise ValueError(f"SLURM does not answer: {error}; python -m dsft.sweep resume {sweep} goes on") from error
     if points:
@@ -160,6 +162,7 @@ def _start(
     sweep.mkdir(parents=True, exist_ok=True)
     with nullcontext() if joined else ledger.alone(sweep):
         _enter(sweep, book, words, checked)
+        book.write(sweep)
         points = _settled(sweep, book, words)
         idle = {point.index for point in points if point.state not in ALIVE}
         jobs = [point.job for point in points if point.index not in idle and point.job]
@@ -173,11 +176,11 @@ def _start(
                 checked.refuse(index, why)
                 del checked.ready[index]
         if fresh and len(checked.refused) == len(words):
-            book.points.clear()
             (sweep / ledger.NAME).unlink()
             (sweep / ledger.LOCK).unlink()
             return dict.fromkeys(words, USER_ERROR)
         _enter(sweep, book, words, checked)
+        book.write(sweep)
         mine = {index: list(each.overrides) for index, each in checked.here.items() if index in idle}
         codes = dict.fromkeys(checked.refused, USER_ERROR)
         if mine:
@@ -187,11 +190,10 @@ def _start(
 
 
 def _enter(sweep: Path, book: Ledger, words: Mapping[int, list[str]], checked: Checked) -> None:
-    """Put the points into SWEEP/sweep.json. A refused one does not replace what its folder was made with."""
+    """Put the points into the ledger. A refused one does not replace what its folder was made with."""
     for index, typed in words.items():
         refused = checked.refused.get(index)
         book.put(index, Entry(typed, refused), keep=refused is not None and (sweep / str(index)).is_dir())
-    book.write(sweep)
 
 
 def _settled(sweep: Path, book: Ledger, words: Mapping[int, list[str]]) -> list[Standing]:

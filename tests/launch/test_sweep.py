@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch.processes import dsft, events, started, wait_for
+from benchmarks.faults import events
+from tests.launch.processes import dsft, started, wait_for
 
 
 def words(rows: Path, sweep: Path, *more: str) -> list[str]:
@@ -103,3 +104,14 @@ def test_a_folder_that_is_no_sweep_is_refused(tmp_path: Path) -> None:
         assert "SWEEP must be the run_dir of a run with -m" in done.stderr
     assert list(tmp_path.iterdir()) == []
     assert os.environ.get("SLURM_CONF") is None
+
+
+def test_a_batch_that_is_refused_as_a_whole_is_on_record_with_the_next(rows: Path, tmp_path: Path) -> None:
+    sweep = tmp_path / "sweep"
+    done = dsft(*words(rows, sweep, "method.rank=0,4", "hydra.sweeper.max_batch_size=1"))
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert states(sweep) == ["REFUSED", "done"]
+    again = verb("resume", sweep)
+    assert again.returncode == 2
+    assert "dsft: point 0: method.rank must be 1 or more, got 0" in again.stderr
+    assert not (sweep / "0").exists()

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from dsft_launchers.cluster import tasks
 
-from tests.launch.processes import events
+from benchmarks.faults import events
 from tests.slurm.test_slurm import job_of, losses, state, status, until, words
 
 pytestmark = pytest.mark.usefixtures("cluster")

@@ -62,6 +62,9 @@ class DsftLauncher(Launcher):
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         """Keep what launch needs, and what Hydra's sweeper will write over."""
+        from dsft.sweeps import ledger
+
+        self.book = ledger.begin(self.metric)
         file = Path(config.run_dir) / MULTIRUN
         DsftLauncher.sweep, DsftLauncher.before = file.parent, file.read_text() if file.is_file() else None
 
@@ -72,7 +75,7 @@ class DsftLauncher(Launcher):
 
         assert self.sweep is not None
         points = [list(overrides) for overrides in job_overrides]
-        codes = run_points(points, self.sweep, first=initial_job_idx, metric=self.metric)
+        codes = run_points(points, self.sweep, first=initial_job_idx, book=self.book)
         self.codes.extend(codes)
         returns = []
         for index, (point, code) in enumerate(zip(points, codes, strict=True), start=initial_job_idx):
