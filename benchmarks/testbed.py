@@ -50,6 +50,7 @@ class Testbed:
 def testbed(port: int, *, accounting: bool) -> Iterator[Testbed]:
     """Four nodes, from this port on; gone at the end. accounting: with slurmdbd, which takes seconds more."""
     bed = Testbed(Path(tempfile.mkdtemp(prefix="dsft-slurm-", dir="/tmp")), port, accounting)
+    bed.folder.chmod(0o755)  # its data base has a user of its own
     try:
         bed("up")
         yield bed
