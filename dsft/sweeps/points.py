@@ -25,12 +25,16 @@ from dsft.sweeps.table import as_text
 
 @dataclass
 class Checked:
-    """Points by what can be done with them: run here, submitted, nothing since they are done or refused (with why)."""
+    """Points by what can be done with them: run here, submitted, nothing since they are done or refused (with why).
+
+    words: what is put on record for each that is not refused.
+    """
 
     here: dict[int, Composed] = field(default_factory=dict)
     ready: dict[int, arrays.Ready] = field(default_factory=dict)
     done: set[int] = field(default_factory=set)
     refused: dict[int, str] = field(default_factory=dict)
+    words: dict[int, list[str]] = field(default_factory=dict)
 
     @property
     def composed(self) -> list[Composed]:
@@ -60,9 +64,9 @@ def run_points(points: Sequence[Sequence[str]], sweep: Path, *, first: int, book
 def bring(sweep: Path, book: Ledger, words: Mapping[int, list[str]], more: Sequence[str] = ()) -> dict[int, int]:
     """Bring points to their ends: those that are not done, and that nothing works on, are started. Their exit codes.
 
-    more: overrides behind those of each point, for this time.
+    more: overrides behind those of each point, for this time; a point that has no folder yet is made with them.
     """
-    checked = check(sweep, {index: [*typed, *more] for index, typed in words.items()})
+    checked = check(sweep, words, more)
     if any(arrays.slurm(each.composed).dry_run for each in checked.ready.values()):
         arrays.show(sweep, checked.ready)
         return {index: USER_ERROR if index in checked.refused else DONE for index in words}
@@ -85,22 +89,27 @@ def bring(sweep: Path, book: Ledger, words: Mapping[int, list[str]], more: Seque
     return {point.index: codes.get(point.index, point.code) for point in points if point.index in words} or codes
 
 
-def check(sweep: Path, words: Mapping[int, list[str]]) -> Checked:
+def check(sweep: Path, words: Mapping[int, list[str]], more: Sequence[str] = ()) -> Checked:
     """Everything that can be known of the points before one is started; writes nothing but caches.
 
     Raises ValueError for what concerns all of them.
     """
     checked, answers = Checked(), dict[str, str | None]()
     for index, typed in words.items():
+        now = [*(word for word in typed if _key(word) not in map(_key, more)), *more]
+        checked.words[index] = typed if (sweep / str(index) / "config.yaml").is_file() else now
         try:
-            composed = _composed(sweep, index, typed)
-            if composed.start.kind != "slurm":
+            composed = _composed(sweep, index, now)
+            if composed.start.variables:  # one rank of several, which meet before they read the data
                 folder.check(Path(composed.run.run_dir), composed.resolved)
                 checked.here[index] = composed
                 continue
-            _check_cluster(sweep, composed, answers)
+            if composed.start.kind == "slurm":
+                _check_cluster(sweep, composed, answers)
             if (prepared := preflight(composed)) is None:
                 checked.done.add(index)
+            elif composed.start.kind != "slurm":
+                checked.here[index] = composed
             else:
                 checked.ready[index] = arrays.Ready(composed, prepared)
         except ValueError as error:
@@ -126,6 +135,10 @@ def _composed(sweep: Path, index: int, typed: Sequence[str]) -> Composed:
     }
     more = tuple(f"tracker.{name}.group={_quoted(sweep.name)}" for name in grouped)
     return replace(composed, run=build(tree), resolved=tree, overrides=composed.overrides + more)
+
+
+def _key(word: str) -> str:
+    return word.partition("=")[0]
 
 
 def _quoted(value: str) -> str:
@@ -193,7 +206,8 @@ def _enter(sweep: Path, book: Ledger, words: Mapping[int, list[str]], checked: C
     """Put the points into the ledger. A refused one does not replace what its folder was made with."""
     for index, typed in words.items():
         refused = checked.refused.get(index)
-        book.put(index, Entry(typed, refused), keep=refused is not None and (sweep / str(index)).is_dir())
+        entry = Entry(checked.words[index] if refused is None else typed, refused)
+        book.put(index, entry, keep=refused is not None and (sweep / str(index)).is_dir())
 
 
 def _settled(sweep: Path, book: Ledger, words: Mapping[int, list[str]]) -> list[Standing]:

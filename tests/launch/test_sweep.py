@@ -26,6 +26,15 @@ def verb(*words: str | Path) -> "subprocess.CompletedProcess[str]":
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
+def csv_words(sweep: Path) -> list[str]:
+    """Rank and learning rate of each point, as the table's file has them."""
+    out = sweep.parent / "table.csv"
+    assert verb("table", sweep, "--csv", out).returncode == 0
+    with out.open() as file:
+        lines = {line["point"]: f"{line.get('method.rank')} {line['optim.lr']}" for line in csv.DictReader(file)}
+    return [f"{point}: {words}" for point, words in sorted(lines.items())]
+
+
 def states(sweep: Path) -> list[str]:
     return [line.split()[1] for line in verb("status", sweep).stdout.splitlines()[:-1]]
 
@@ -39,28 +48,27 @@ def test_a_point_that_is_refused_and_one_that_fails_leave_the_others_alone(rows:
     assert states(sweep) == ["done", "FAILED", "REFUSED", "REFUSED"]
     assert [line.split()[0] for line in done.stdout.splitlines()[-4:]] == ["0", "1", "2", "3"]
     assert (sweep / "logs" / "0.log").is_file()
-    out = tmp_path / "table.csv"
-    assert verb("table", sweep, "--csv", out).returncode == 0
-    with out.open() as file:
-        lines = list(csv.DictReader(file))
-    assert [line["method.rank"] + " " + line["optim.lr"] for line in lines] == [
-        "4 0.01",
-        "4 1e+30",
-        "0 0.01",
-        "0 1e+30",
-    ]
-    again = verb("resume", sweep, "optim.lr=1e-2", "method.rank=4")
+    assert csv_words(sweep) == ["0: 4 0.01", "1: 4 1e+30", "2: 0 0.01", "3: 0 1e+30"]
+    again = verb("resume", sweep, "optim.lr=0.01", "method.rank=4")
     assert again.returncode == 2, again.stdout + again.stderr
     assert "dsft: point 1: run_dir" in again.stderr
     assert "holds another configuration (optim.lr was 1e+30, is 0.01)" in again.stderr
     assert states(sweep) == ["done", "FAILED", "done", "done"]  # what it is; the refusal was of this time's words
-    assert [len(events(sweep / str(index), "start")) for index in range(4)] == [1, 1, 1, 1]
+    assert csv_words(sweep) == ["0: None 0.01", "1: None 1e+30", "2: None 0.01", "3: None 0.01"]  # one rank now
+    assert verb("resume", sweep).returncode == 76  # point 1, with its own words again; the others are done
+    assert [len(events(sweep / str(index), "start")) for index in range(4)] == [1, 2, 1, 1]
 
 
-@pytest.mark.parametrize("swept", ["method.rank=range(1,1)", "method.rank=0,-1", "method=lora,lroa"])
+@pytest.mark.parametrize(
+    "swept",
+    [
+        "method.rank=range(1,1)", "method.rank=0,-1", "method=lora,lroa", "data.path=none-1.jsonl,none-2.jsonl",
+    ],
+)  # fmt: skip
 def test_a_sweep_without_a_point_that_can_start_writes_nothing(swept: str, rows: Path, tmp_path: Path) -> None:
     done = dsft(*words(rows, tmp_path / "sweep", swept))
     assert done.returncode == 2
+    assert done.stdout == ""
     assert done.stderr.count("\n") == (2 if "-1" in swept else 1), done.stderr
     assert not (tmp_path / "sweep").exists()
 
