@@ -17,7 +17,7 @@ from dsft import dispatch, folder
 from dsft.compose import Composed, build, compose
 from dsft.preflight import announce, preflight
 from dsft.sweeps import arrays, ledger
-from dsft.sweeps.here import run_here, shares
+from dsft.sweeps.here import Ended, run_here, shares
 from dsft.sweeps.ledger import Entry, Ledger
 from dsft.sweeps.standing import ALIVE, Standing, look
 from dsft.sweeps.table import as_text
@@ -47,46 +47,50 @@ class Checked:
         self.refused[index] = why
 
 
-def run_points(points: Sequence[Sequence[str]], sweep: Path, *, first: int, book: Ledger) -> list[int]:
-    """Run a sweep's points, or go on with them; their exit codes. A point that is refused ends no other.
+def run_points(points: Sequence[Sequence[str]], sweep: Path, *, first: int, book: Ledger) -> Ended:
+    """Run a sweep's points, or go on with them. A point that is refused ends no other.
 
     book: the ledger until there is a file; it keeps the points of batches that were refused as a whole. Raises
     ValueError for a sweep without points, and for what concerns all of them.
     """
     if not points:
         raise ValueError("a sweep must have one point or more, got none; give each key that is swept a value")
+    if len(places := {word for point in points for word in point if word.startswith("run_dir=")}) > 1:
+        raise ValueError(f"run_dir must be one for the whole sweep, got {', '.join(sorted(places))}; give one folder")
     sweep = sweep.absolute()
     words = {first + i: [word for word in point if not word.startswith("run_dir=")] for i, point in enumerate(points)}
-    codes = bring(sweep, ledger.read(sweep) or book, words)
-    return [codes[index] for index in words]
+    return bring(sweep, ledger.read(sweep) or book, words)
 
 
-def bring(sweep: Path, book: Ledger, words: Mapping[int, list[str]], more: Sequence[str] = ()) -> dict[int, int]:
-    """Bring points to their ends: those that are not done, and that nothing works on, are started. Their exit codes.
+def bring(sweep: Path, book: Ledger, words: Mapping[int, list[str]], more: Sequence[str] = ()) -> Ended:
+    """Bring points to their ends: those that are not done, and that nothing works on, are started.
 
     more: overrides behind those of each point, for this time; a point that has no folder yet is made with them.
     """
     checked = check(sweep, words, more)
     if any(arrays.slurm(each.composed).dry_run for each in checked.ready.values()):
         arrays.show(sweep, checked.ready)
-        return {index: USER_ERROR if index in checked.refused else DONE for index in words}
+        return Ended({index: USER_ERROR if index in checked.refused else DONE for index in words})
     fresh = not (sweep / ledger.NAME).is_file()
     if fresh and len(checked.refused) == len(words):
         _enter(sweep, book, words, checked)
-        return dict.fromkeys(words, USER_ERROR)
+        return Ended(dict.fromkeys(words, USER_ERROR))
     try:
-        codes = _start(sweep, book, words, checked, fresh=fresh)
+        codes, left = _start(sweep, book, words, checked, fresh=fresh)
         if any(arrays.slurm(each.composed).wait for each in checked.ready.values()):
-            codes |= _follow(sweep, [point for point in look(sweep, book) if point.index in checked.ready])
+            followed = _follow(sweep, [point for point in look(sweep, book) if point.index in checked.ready])
+            codes, left = codes | followed.codes, followed.left if left is None else left
         elif checked.ready:
             print(f"the points' jobs go on; see them: python -m dsft.sweep status {sweep}", flush=True)
-            return {index: USER_ERROR if index in checked.refused else codes.get(index, DONE) for index in words}
+            codes = {index: USER_ERROR if index in checked.refused else codes.get(index, DONE) for index in words}
+            return Ended(codes, left)
         points = look(sweep, book) if (sweep / ledger.NAME).is_file() else []
     except cluster.ClusterError as error:
         raise ValueError(f"SLURM does not answer: {error}; python -m dsft.sweep resume {sweep} goes on") from error
     if points:
         print(as_text(book, points, book.metric), flush=True)
-    return {point.index: codes.get(point.index, point.code) for point in points if point.index in words} or codes
+    found = {point.index: codes.get(point.index, point.code) for point in points if point.index in words}
+    return Ended(found or codes, left)
 
 
 def check(sweep: Path, words: Mapping[int, list[str]], more: Sequence[str] = ()) -> Checked:
@@ -167,10 +171,8 @@ def _limits(composed: Iterable[Composed]) -> tuple[int, int]:
     return all_of[0].run.launcher.max_parallel or 1, max(each.start.devices for each in all_of)
 
 
-def _start(
-    sweep: Path, book: Ledger, words: Mapping[int, list[str]], checked: Checked, *, fresh: bool
-) -> dict[int, int]:
-    """Put the points on record, submit those for SLURM and run the others; exit codes of those that ended."""
+def _start(sweep: Path, book: Ledger, words: Mapping[int, list[str]], checked: Checked, *, fresh: bool) -> Ended:
+    """Put the points on record, submit those for SLURM and run the others; what of those ended."""
     joined = any(composed.start.variables for composed in checked.here.values())
     sweep.mkdir(parents=True, exist_ok=True)
     with nullcontext() if joined else ledger.alone(sweep):
@@ -191,15 +193,16 @@ def _start(
         if fresh and len(checked.refused) == len(words):
             (sweep / ledger.NAME).unlink()
             (sweep / ledger.LOCK).unlink()
-            return dict.fromkeys(words, USER_ERROR)
+            return Ended(dict.fromkeys(words, USER_ERROR))
         _enter(sweep, book, words, checked)
         book.write(sweep)
         mine = {index: list(each.overrides) for index, each in checked.here.items() if index in idle}
-        codes = dict.fromkeys(checked.refused, USER_ERROR)
-        if mine:
-            at_once, devices = _limits(checked.here.values())
-            codes |= run_here(sweep, mine, at_once=at_once, devices=devices)
-    return codes
+        refused = dict.fromkeys(checked.refused, USER_ERROR)
+        if not mine:
+            return Ended(refused)
+        at_once, devices = _limits(checked.here.values())
+        codes, left = run_here(sweep, mine, at_once=at_once, devices=devices)
+        return Ended(refused | codes, left)
 
 
 def _enter(sweep: Path, book: Ledger, words: Mapping[int, list[str]], checked: Checked) -> None:
@@ -232,10 +235,10 @@ def _announce(ready: Mapping[int, arrays.Ready], alive: int) -> None:
     print(f"sweep        {len(ready)} points to submit, {alive} at work already; shown is point {first}", flush=True)
 
 
-def _follow(sweep: Path, points: Sequence[Standing]) -> dict[int, int]:
-    """Exit codes of the points that SLURM works on, once they have ended; Ctrl-C leaves the jobs alone."""
+def _follow(sweep: Path, points: Sequence[Standing]) -> Ended:
+    """What became of the points that SLURM works on, once they have ended; Ctrl-C leaves the jobs alone."""
     try:
-        return follow_points({point.index: (point.job, point.run_dir) for point in points if point.job})
+        return Ended(follow_points({point.index: (point.job, point.run_dir) for point in points if point.job}))
     except KeyboardInterrupt:
         print(f"dsft: the jobs go on by themselves; python -m dsft.sweep cancel {sweep} ends them", file=sys.stderr)
-        return {}
+        return Ended({}, DONE)
