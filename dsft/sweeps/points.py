@@ -55,8 +55,6 @@ def run_points(points: Sequence[Sequence[str]], sweep: Path, *, first: int, book
     """
     if not points:
         raise ValueError("a sweep must have one point or more, got none; give each key that is swept a value")
-    if len(places := {word for point in points for word in point if word.startswith("run_dir=")}) > 1:
-        raise ValueError(f"run_dir must be one for the whole sweep, got {', '.join(sorted(places))}; give one folder")
     sweep = sweep.absolute()
     words = {first + i: [word for word in point if not word.startswith("run_dir=")] for i, point in enumerate(points)}
     return bring(sweep, ledger.read(sweep) or book, words)

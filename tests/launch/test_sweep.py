@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.faults import events
+from dsft.sweeps.ledger import Entry, Ledger
 from tests.launch.processes import dsft, started, wait_for
 
 
@@ -63,11 +64,12 @@ def test_a_point_that_is_refused_and_one_that_fails_leave_the_others_alone(rows:
     "swept",
     [
         "method.rank=range(1,1)", "method.rank=0,-1", "method=lora,lroa", "data.path=none-1.jsonl,none-2.jsonl",
+        "run_dir=a,b", "hydra/launcher=basic",
     ],
 )  # fmt: skip
 def test_a_sweep_without_a_point_that_can_start_writes_nothing(swept: str, rows: Path, tmp_path: Path) -> None:
     done = dsft(*words(rows, tmp_path / "sweep", swept))
-    assert done.returncode == 2
+    assert done.returncode == 2, done.stderr
     assert done.stdout == ""
     assert done.stderr.count("\n") == (2 if "-1" in swept else 1), done.stderr
     assert not (tmp_path / "sweep").exists()
@@ -123,3 +125,30 @@ def test_a_batch_that_is_refused_as_a_whole_is_on_record_with_the_next(rows: Pat
     assert again.returncode == 2
     assert "dsft: point 0: method.rank must be 1 or more, got 0" in again.stderr
     assert not (sweep / "0").exists()
+
+
+def test_a_sweep_in_a_folder_that_cannot_be_is_refused_in_one_line(rows: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    done = dsft(*words(rows, tmp_path / "file" / "sweep", "method.rank=4,8"))
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert f"{tmp_path / 'file'} is a file" in done.stderr
+
+
+def test_a_request_to_stop_ends_a_sweep_that_comes_in_batches(rows: Path, tmp_path: Path) -> None:
+    sweep = tmp_path / "sweep"
+    long = words(rows, sweep, "train.steps=100000", "train.compile=false", "optim.lr=1e-3,2e-3")
+    with started(*long, "hydra.sweeper.max_batch_size=1") as run:
+        wait_for(lambda: (sweep / "0" / "metrics.jsonl").is_file(), run)
+        run.send_signal(signal.SIGTERM)
+        assert run.communicate(timeout=120)[0]
+    assert run.returncode == 75
+    assert states(sweep) == ["stopped"]
+
+
+def test_resume_is_refused_where_the_folder_of_typing_is_gone(tmp_path: Path) -> None:
+    book = Ledger("loss", str(tmp_path / "gone"), None)
+    book.put(0, Entry(["model=tiny"], None), keep=False)
+    book.write(tmp_path)
+    done = verb("resume", tmp_path)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert "the folder in which the sweep was typed must be there" in done.stderr

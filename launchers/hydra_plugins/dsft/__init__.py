@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.plugins.launcher import Launcher
 from hydra.plugins.search_path_plugin import SearchPathPlugin
@@ -65,6 +66,9 @@ class DsftLauncher(Launcher):
         from dsft import folder
         from dsft.sweeps import ledger
 
+        for typed in OverridesParser.create().parse_overrides(list(config.hydra.overrides.task)):
+            if typed.key_or_group == "run_dir" and typed.is_sweep_override():
+                raise ValueError(f"run_dir must be one for the whole sweep, got {typed.input_line}; give one folder")
         self.book = ledger.begin(self.metric)
         folder.check_place(Path(config.run_dir))
         file = Path(config.run_dir) / MULTIRUN
