@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 from dsft_launchers.cluster import Job
 
+from dsft import folder
 from dsft.compose import compose
 from dsft.sweeps import ledger
 from dsft.sweeps.arrays import Ready, arrays
@@ -123,3 +124,12 @@ def test_the_table_has_the_best_first_and_what_has_no_value_last(tmp_path: Path)
     assert as_text(book, points, "eval/accuracy").splitlines()[1].split()[0] == "0"
     with pytest.raises(ValueError, match="--by must be a metric of the sweep, got los; did you mean loss"):
         check_metric(points, "los")
+
+
+def test_what_a_killed_submission_left_of_a_configuration_does_not_take_its_folder(tmp_path: Path) -> None:
+    resolved = point().composed.resolved
+    (tmp_path / ".config.yaml.4711").touch()
+    folder.check(tmp_path, resolved)
+    (tmp_path / "notes.txt").touch()
+    with pytest.raises(ValueError, match="run_dir must be empty or a run's folder"):
+        folder.check(tmp_path, resolved)
