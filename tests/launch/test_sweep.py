@@ -152,3 +152,17 @@ def test_resume_is_refused_where_the_folder_of_typing_is_gone(tmp_path: Path) ->
     done = verb("resume", tmp_path)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
     assert "the folder in which the sweep was typed must be there" in done.stderr
+
+
+def test_ctrl_c_while_points_are_checked_is_said_and_is_no_success(tmp_path: Path) -> None:
+    book = Ledger("loss", str(tmp_path), None)
+    for index in range(100):
+        book.put(index, Entry(["model=tiny", "launcher=local", "method.rank=0"], None), keep=False)
+    book.write(tmp_path)
+    command = [sys.executable, "-m", "dsft.sweep", "resume", str(tmp_path)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as run:
+        assert run.stderr is not None
+        assert run.stderr.readline().startswith("dsft: point 0: method.rank must be")
+        run.send_signal(signal.SIGINT)
+        assert run.stderr.read().splitlines()[-1].startswith("dsft: stopped before it was through")
+    assert run.returncode == 75
