@@ -264,7 +264,9 @@ def hand_to_hydra(argv: Sequence[str]) -> int:
     from omegaconf.errors import OmegaConfBaseException
 
     os.environ["HYDRA_FULL_ERROR"] = "1"
-    words = [word for word in _without_config_dir(argv)]
+    words = _without_config_dir(argv)
+    if any(word.startswith("hydra/launcher=") and word != "hydra/launcher=dsft" for word in words):
+        _never(None)
     sys.argv = ["dsft", *words]
     os.environ.setdefault("HYDRA_MAIN_MODULE", "dsft.run")
     try:
@@ -281,6 +283,7 @@ def hand_to_hydra(argv: Sequence[str]) -> int:
 
 def _never(cfg: Any) -> None:
     """Hydra's task function: a plain run never comes here, and a sweep's points are processes of their own."""
+    raise ValueError("hydra/launcher must be dsft, which starts points here and on SLURM; leave it out")
 
 
 def _without_config_dir(argv: Sequence[str]) -> list[str]:

@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import tempfile
@@ -38,6 +39,20 @@ PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "deepspeed", "hydra
 
 def check(run_dir: Path, resolved: Mapping[str, Any]) -> None:
     """Refuse a folder that cannot be written or holds another configuration; nothing is created."""
+    check_place(run_dir)
+    paths = [path for path, _ in _leaves(resolved)]
+    for key in resolved["resume"]["allow"]:
+        if key not in ("model", "data") and not any(_free(path, [key]) for path in paths):
+            raise ValueError(f"resume.allow must hold keys of the configuration, got {key}{suggest(key, paths)}")
+    if (run_dir / "config.yaml").is_file():
+        allowed = (*FREE, *resolved["resume"]["allow"])
+        _refuse_others(run_dir, list(_differences(_config(run_dir), resolved, allowed)))
+    elif run_dir.is_dir() and any(not re.fullmatch(r"\.config\.yaml\.\d+", each.name) for each in run_dir.iterdir()):
+        raise ValueError(f"run_dir must be empty or a run's folder, got {run_dir} with other files; choose another")
+
+
+def check_place(run_dir: Path) -> None:
+    """Refuse a folder that cannot be made or written; nothing is created."""
     place = run_dir
     while not place.exists():
         place = place.parent
@@ -51,15 +66,6 @@ def check(run_dir: Path, resolved: Mapping[str, Any]) -> None:
     except OSError as error:
         reason = error.strerror or error
         raise ValueError(f"run_dir must be writable, got {run_dir}: {reason} in {place}; choose another") from error
-    paths = [path for path, _ in _leaves(resolved)]
-    for key in resolved["resume"]["allow"]:
-        if key not in ("model", "data") and not any(_free(path, [key]) for path in paths):
-            raise ValueError(f"resume.allow must hold keys of the configuration, got {key}{suggest(key, paths)}")
-    if (run_dir / "config.yaml").is_file():
-        allowed = (*FREE, *resolved["resume"]["allow"])
-        _refuse_others(run_dir, list(_differences(_config(run_dir), resolved, allowed)))
-    elif run_dir.is_dir() and any(run_dir.iterdir()):
-        raise ValueError(f"run_dir must be empty or a run's folder, got {run_dir} with other files; choose another")
 
 
 def check_parameters(run_dir: Path, plan: Mapping[str, Any]) -> None:

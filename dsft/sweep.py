@@ -2,14 +2,16 @@
 
 import argparse
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
 from dsft_launchers import cluster
-from dsft_launchers.codes import DONE
+from dsft_launchers.codes import DONE, STOPPED
 
+from dsft import folder
 from dsft.entry import enter
 from dsft.sweeps import ledger
 from dsft.sweeps.ledger import Ledger
@@ -54,7 +56,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             ValueError(f"SLURM must answer for jobs that are not done, and it says: {error}; try again later")
         )
     except KeyboardInterrupt:
-        return DONE
+        print("dsft: stopped before it was through; the same command goes on", file=sys.stderr)
+        return STOPPED
 
 
 def _raise(message: str) -> NoReturn:
@@ -99,11 +102,18 @@ def _go_on(sweep: Path, book: Ledger, points: Sequence[Standing], args: argparse
             f"nothing to {args.what}: {len(points)} points, none {'failed' if args.what == 'retry' else 'is missing'}"
         )
         return max((point.code for point in points), default=DONE)
-    os.chdir(book.cwd)
+    try:
+        os.chdir(book.cwd)
+    except OSError as error:
+        raise ValueError(
+            f"the folder in which the sweep was typed must be there, got {book.cwd}: {error.strerror}; make it again, "
+            f"or set cwd in {sweep / ledger.NAME}"
+        ) from error
+    folder.check_place(sweep)
     if book.config_dir is not None:
         os.environ["DSFT_CONFIG_DIR"] = book.config_dir
-    codes = bring(sweep, book, {point.index: book.points[point.index].words for point in chosen}, args.overrides)
-    return max([*codes.values(), *(point.code for point in points if point.index not in codes)])
+    codes, left = bring(sweep, book, {point.index: book.points[point.index].words for point in chosen}, args.overrides)
+    return max([left or DONE, *codes.values(), *(point.code for point in points if point.index not in codes)])
 
 
 def _cancel(sweep: Path, book: Ledger, points: Sequence[Standing]) -> int:

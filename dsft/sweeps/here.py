@@ -7,6 +7,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from dsft_launchers import verdict
 from dsft_launchers.codes import CRASHED, DONE, STOPPED, USER_ERROR
@@ -25,8 +26,15 @@ class Point:
     log: Path | None
 
 
-def run_here(sweep: Path, points: Mapping[int, Sequence[str]], *, at_once: int, devices: int) -> dict[int, int]:
-    """Run the points, each with its words; their exit codes. A request to stop is passed on, and starts no more.
+class Ended(NamedTuple):
+    """Exit codes of points. left: the code to leave with where someone asked to stop, so that no more are begun."""
+
+    codes: dict[int, int]
+    left: int | None = None
+
+
+def run_here(sweep: Path, points: Mapping[int, Sequence[str]], *, at_once: int, devices: int) -> "Ended":
+    """Run the points, each with its words. A request to stop is passed on, and starts no more.
 
     devices: accelerators of a point. Several at once write to SWEEP/logs/<point>.log, and a line each to the terminal.
     """
@@ -49,7 +57,7 @@ def run_here(sweep: Path, points: Mapping[int, Sequence[str]], *, at_once: int, 
             time.sleep(POLL_S)
             for index in [index for index, each in running.items() if each.process.poll() is not None]:
                 codes[index] = _ended(index, running.pop(index), stopped=told)
-    return codes
+    return Ended(codes, STOPPED if told else None)
 
 
 def shares(at_once: int, devices: int) -> list[str] | None:

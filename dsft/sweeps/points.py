@@ -17,7 +17,7 @@ from dsft import dispatch, folder
 from dsft.compose import Composed, build, compose
 from dsft.preflight import announce, preflight
 from dsft.sweeps import arrays, ledger
-from dsft.sweeps.here import run_here, shares
+from dsft.sweeps.here import Ended, run_here, shares
 from dsft.sweeps.ledger import Entry, Ledger
 from dsft.sweeps.standing import ALIVE, Standing, look
 from dsft.sweeps.table import as_text
@@ -25,12 +25,16 @@ from dsft.sweeps.table import as_text
 
 @dataclass
 class Checked:
-    """Points by what can be done with them: run here, submitted, nothing since they are done or refused (with why)."""
+    """Points by what can be done with them: run here, submitted, nothing since they are done or refused (with why).
+
+    words: what is put on record for each that is not refused.
+    """
 
     here: dict[int, Composed] = field(default_factory=dict)
     ready: dict[int, arrays.Ready] = field(default_factory=dict)
     done: set[int] = field(default_factory=set)
     refused: dict[int, str] = field(default_factory=dict)
+    words: dict[int, list[str]] = field(default_factory=dict)
 
     @property
     def composed(self) -> list[Composed]:
@@ -43,8 +47,8 @@ class Checked:
         self.refused[index] = why
 
 
-def run_points(points: Sequence[Sequence[str]], sweep: Path, *, first: int, book: Ledger) -> list[int]:
-    """Run a sweep's points, or go on with them; their exit codes. A point that is refused ends no other.
+def run_points(points: Sequence[Sequence[str]], sweep: Path, *, first: int, book: Ledger) -> Ended:
+    """Run a sweep's points, or go on with them. A point that is refused ends no other.
 
     book: the ledger until there is a file; it keeps the points of batches that were refused as a whole. Raises
     ValueError for a sweep without points, and for what concerns all of them.
@@ -53,54 +57,61 @@ def run_points(points: Sequence[Sequence[str]], sweep: Path, *, first: int, book
         raise ValueError("a sweep must have one point or more, got none; give each key that is swept a value")
     sweep = sweep.absolute()
     words = {first + i: [word for word in point if not word.startswith("run_dir=")] for i, point in enumerate(points)}
-    codes = bring(sweep, ledger.read(sweep) or book, words)
-    return [codes[index] for index in words]
+    return bring(sweep, ledger.read(sweep) or book, words)
 
 
-def bring(sweep: Path, book: Ledger, words: Mapping[int, list[str]], more: Sequence[str] = ()) -> dict[int, int]:
-    """Bring points to their ends: those that are not done, and that nothing works on, are started. Their exit codes.
+def bring(sweep: Path, book: Ledger, words: Mapping[int, list[str]], more: Sequence[str] = ()) -> Ended:
+    """Bring points to their ends: those that are not done, and that nothing works on, are started.
 
-    more: overrides behind those of each point, for this time.
+    more: overrides behind those of each point, for this time; a point that has no folder yet is made with them.
     """
-    checked = check(sweep, {index: [*typed, *more] for index, typed in words.items()})
+    checked = check(sweep, words, more)
     if any(arrays.slurm(each.composed).dry_run for each in checked.ready.values()):
         arrays.show(sweep, checked.ready)
-        return {index: USER_ERROR if index in checked.refused else DONE for index in words}
+        return Ended({index: USER_ERROR if index in checked.refused else DONE for index in words})
     fresh = not (sweep / ledger.NAME).is_file()
     if fresh and len(checked.refused) == len(words):
         _enter(sweep, book, words, checked)
-        return dict.fromkeys(words, USER_ERROR)
+        return Ended(dict.fromkeys(words, USER_ERROR))
     try:
-        codes = _start(sweep, book, words, checked, fresh=fresh)
+        codes, left = _start(sweep, book, words, checked, fresh=fresh)
         if any(arrays.slurm(each.composed).wait for each in checked.ready.values()):
-            codes |= _follow(sweep, [point for point in look(sweep, book) if point.index in checked.ready])
+            followed = _follow(sweep, [point for point in look(sweep, book) if point.index in checked.ready])
+            codes, left = codes | followed.codes, followed.left if left is None else left
         elif checked.ready:
             print(f"the points' jobs go on; see them: python -m dsft.sweep status {sweep}", flush=True)
-            return {index: USER_ERROR if index in checked.refused else codes.get(index, DONE) for index in words}
+            codes = {index: USER_ERROR if index in checked.refused else codes.get(index, DONE) for index in words}
+            return Ended(codes, left)
         points = look(sweep, book) if (sweep / ledger.NAME).is_file() else []
     except cluster.ClusterError as error:
         raise ValueError(f"SLURM does not answer: {error}; python -m dsft.sweep resume {sweep} goes on") from error
     if points:
         print(as_text(book, points, book.metric), flush=True)
-    return {point.index: codes.get(point.index, point.code) for point in points if point.index in words} or codes
+    found = {point.index: codes.get(point.index, point.code) for point in points if point.index in words}
+    return Ended(found or codes, left)
 
 
-def check(sweep: Path, words: Mapping[int, list[str]]) -> Checked:
+def check(sweep: Path, words: Mapping[int, list[str]], more: Sequence[str] = ()) -> Checked:
     """Everything that can be known of the points before one is started; writes nothing but caches.
 
     Raises ValueError for what concerns all of them.
     """
     checked, answers = Checked(), dict[str, str | None]()
     for index, typed in words.items():
+        now = [*(word for word in typed if _key(word) not in map(_key, more)), *more]
+        checked.words[index] = typed if (sweep / str(index) / "config.yaml").is_file() else now
         try:
-            composed = _composed(sweep, index, typed)
-            if composed.start.kind != "slurm":
+            composed = _composed(sweep, index, now)
+            if composed.start.variables:  # one rank of several, which meet before they read the data
                 folder.check(Path(composed.run.run_dir), composed.resolved)
                 checked.here[index] = composed
                 continue
-            _check_cluster(sweep, composed, answers)
+            if composed.start.kind == "slurm":
+                _check_cluster(sweep, composed, answers)
             if (prepared := preflight(composed)) is None:
                 checked.done.add(index)
+            elif composed.start.kind != "slurm":
+                checked.here[index] = composed
             else:
                 checked.ready[index] = arrays.Ready(composed, prepared)
         except ValueError as error:
@@ -126,6 +137,10 @@ def _composed(sweep: Path, index: int, typed: Sequence[str]) -> Composed:
     }
     more = tuple(f"tracker.{name}.group={_quoted(sweep.name)}" for name in grouped)
     return replace(composed, run=build(tree), resolved=tree, overrides=composed.overrides + more)
+
+
+def _key(word: str) -> str:
+    return word.partition("=")[0]
 
 
 def _quoted(value: str) -> str:
@@ -154,10 +169,8 @@ def _limits(composed: Iterable[Composed]) -> tuple[int, int]:
     return all_of[0].run.launcher.max_parallel or 1, max(each.start.devices for each in all_of)
 
 
-def _start(
-    sweep: Path, book: Ledger, words: Mapping[int, list[str]], checked: Checked, *, fresh: bool
-) -> dict[int, int]:
-    """Put the points on record, submit those for SLURM and run the others; exit codes of those that ended."""
+def _start(sweep: Path, book: Ledger, words: Mapping[int, list[str]], checked: Checked, *, fresh: bool) -> Ended:
+    """Put the points on record, submit those for SLURM and run the others; what of those ended."""
     joined = any(composed.start.variables for composed in checked.here.values())
     sweep.mkdir(parents=True, exist_ok=True)
     with nullcontext() if joined else ledger.alone(sweep):
@@ -178,22 +191,24 @@ def _start(
         if fresh and len(checked.refused) == len(words):
             (sweep / ledger.NAME).unlink()
             (sweep / ledger.LOCK).unlink()
-            return dict.fromkeys(words, USER_ERROR)
+            return Ended(dict.fromkeys(words, USER_ERROR))
         _enter(sweep, book, words, checked)
         book.write(sweep)
         mine = {index: list(each.overrides) for index, each in checked.here.items() if index in idle}
-        codes = dict.fromkeys(checked.refused, USER_ERROR)
-        if mine:
-            at_once, devices = _limits(checked.here.values())
-            codes |= run_here(sweep, mine, at_once=at_once, devices=devices)
-    return codes
+        refused = dict.fromkeys(checked.refused, USER_ERROR)
+        if not mine:
+            return Ended(refused)
+        at_once, devices = _limits(checked.here.values())
+        codes, left = run_here(sweep, mine, at_once=at_once, devices=devices)
+        return Ended(refused | codes, left)
 
 
 def _enter(sweep: Path, book: Ledger, words: Mapping[int, list[str]], checked: Checked) -> None:
     """Put the points into the ledger. A refused one does not replace what its folder was made with."""
     for index, typed in words.items():
         refused = checked.refused.get(index)
-        book.put(index, Entry(typed, refused), keep=refused is not None and (sweep / str(index)).is_dir())
+        entry = Entry(checked.words[index] if refused is None else typed, refused)
+        book.put(index, entry, keep=refused is not None and (sweep / str(index)).is_dir())
 
 
 def _settled(sweep: Path, book: Ledger, words: Mapping[int, list[str]]) -> list[Standing]:
@@ -218,10 +233,10 @@ def _announce(ready: Mapping[int, arrays.Ready], alive: int) -> None:
     print(f"sweep        {len(ready)} points to submit, {alive} at work already; shown is point {first}", flush=True)
 
 
-def _follow(sweep: Path, points: Sequence[Standing]) -> dict[int, int]:
-    """Exit codes of the points that SLURM works on, once they have ended; Ctrl-C leaves the jobs alone."""
+def _follow(sweep: Path, points: Sequence[Standing]) -> Ended:
+    """What became of the points that SLURM works on, once they have ended; Ctrl-C leaves the jobs alone."""
     try:
-        return follow_points({point.index: (point.job, point.run_dir) for point in points if point.job})
+        return Ended(follow_points({point.index: (point.job, point.run_dir) for point in points if point.job}))
     except KeyboardInterrupt:
         print(f"dsft: the jobs go on by themselves; python -m dsft.sweep cancel {sweep} ends them", file=sys.stderr)
-        return {}
+        return Ended({}, DONE)

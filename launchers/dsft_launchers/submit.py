@@ -20,9 +20,11 @@ KEPT_S = 30
 """Least time between the start of a job and the notice of its end, which SLURM may give up to a minute early."""
 SHADOWS = {
     "partition": "PARTITION", "account": "ACCOUNT", "qos": "QOS", "time": "TIMELIMIT", "constraint": "CONSTRAINT",
-    "exclude": "EXCLUDE", "reservation": "RESERVATION", "array": "ARRAY_INX",
+    "exclude": "EXCLUDE", "reservation": "RESERVATION", "memory": "MEM_PER_NODE", "gpus": "GPUS_PER_NODE",
 }  # fmt: skip
 """Key of a request -> SBATCH_... variable, which would win over what the script says."""
+OURS = ("ARRAY_INX", "SIGNAL", "NO_REQUEUE", "OPEN_MODE", "OUTPUT", "NO_KILL")
+"""SBATCH_... variables that would take from a job what its supervisor or its sweep relies on."""
 
 
 @dataclass(frozen=True)
@@ -132,9 +134,8 @@ def submit(request: Request, command: Sequence[str], folder: Path) -> str:
 
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
-    for key, name in SHADOWS.items():
-        if getattr(request, key) is not None:
-            os.environ.pop(f"SBATCH_{name}", None)
+    for name in (*OURS, *(name for key, name in SHADOWS.items() if getattr(request, key))):
+        os.environ.pop(f"SBATCH_{name}", None)
     try:
         with contextlib.redirect_stderr(io.StringIO()):  # submitit shows what it raises
             return str(_executor(request, folder)._submit_command(_line(command)).job_id)

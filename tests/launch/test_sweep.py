@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.faults import events
+from dsft.sweeps.ledger import Entry, Ledger
 from tests.launch.processes import dsft, started, wait_for
 
 
@@ -26,6 +27,15 @@ def verb(*words: str | Path) -> "subprocess.CompletedProcess[str]":
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
+def csv_words(sweep: Path) -> list[str]:
+    """Rank and learning rate of each point, as the table's file has them."""
+    out = sweep.parent / "table.csv"
+    assert verb("table", sweep, "--csv", out).returncode == 0
+    with out.open() as file:
+        lines = {line["point"]: f"{line.get('method.rank')} {line['optim.lr']}" for line in csv.DictReader(file)}
+    return [f"{point}: {words}" for point, words in sorted(lines.items())]
+
+
 def states(sweep: Path) -> list[str]:
     return [line.split()[1] for line in verb("status", sweep).stdout.splitlines()[:-1]]
 
@@ -39,28 +49,28 @@ def test_a_point_that_is_refused_and_one_that_fails_leave_the_others_alone(rows:
     assert states(sweep) == ["done", "FAILED", "REFUSED", "REFUSED"]
     assert [line.split()[0] for line in done.stdout.splitlines()[-4:]] == ["0", "1", "2", "3"]
     assert (sweep / "logs" / "0.log").is_file()
-    out = tmp_path / "table.csv"
-    assert verb("table", sweep, "--csv", out).returncode == 0
-    with out.open() as file:
-        lines = list(csv.DictReader(file))
-    assert [line["method.rank"] + " " + line["optim.lr"] for line in lines] == [
-        "4 0.01",
-        "4 1e+30",
-        "0 0.01",
-        "0 1e+30",
-    ]
-    again = verb("resume", sweep, "optim.lr=1e-2", "method.rank=4")
+    assert csv_words(sweep) == ["0: 4 0.01", "1: 4 1e+30", "2: 0 0.01", "3: 0 1e+30"]
+    again = verb("resume", sweep, "optim.lr=0.01", "method.rank=4")
     assert again.returncode == 2, again.stdout + again.stderr
     assert "dsft: point 1: run_dir" in again.stderr
     assert "holds another configuration (optim.lr was 1e+30, is 0.01)" in again.stderr
     assert states(sweep) == ["done", "FAILED", "done", "done"]  # what it is; the refusal was of this time's words
-    assert [len(events(sweep / str(index), "start")) for index in range(4)] == [1, 1, 1, 1]
+    assert csv_words(sweep) == ["0: None 0.01", "1: None 1e+30", "2: None 0.01", "3: None 0.01"]  # one rank now
+    assert verb("resume", sweep).returncode == 76  # point 1, with its own words again; the others are done
+    assert [len(events(sweep / str(index), "start")) for index in range(4)] == [1, 2, 1, 1]
 
 
-@pytest.mark.parametrize("swept", ["method.rank=range(1,1)", "method.rank=0,-1", "method=lora,lroa"])
+@pytest.mark.parametrize(
+    "swept",
+    [
+        "method.rank=range(1,1)", "method.rank=0,-1", "method=lora,lroa", "data.path=none-1.jsonl,none-2.jsonl",
+        "run_dir=a,b", "hydra/launcher=basic",
+    ],
+)  # fmt: skip
 def test_a_sweep_without_a_point_that_can_start_writes_nothing(swept: str, rows: Path, tmp_path: Path) -> None:
     done = dsft(*words(rows, tmp_path / "sweep", swept))
-    assert done.returncode == 2
+    assert done.returncode == 2, done.stderr
+    assert done.stdout == ""
     assert done.stderr.count("\n") == (2 if "-1" in swept else 1), done.stderr
     assert not (tmp_path / "sweep").exists()
 
@@ -115,3 +125,44 @@ def test_a_batch_that_is_refused_as_a_whole_is_on_record_with_the_next(rows: Pat
     assert again.returncode == 2
     assert "dsft: point 0: method.rank must be 1 or more, got 0" in again.stderr
     assert not (sweep / "0").exists()
+
+
+def test_a_sweep_in_a_folder_that_cannot_be_is_refused_in_one_line(rows: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    done = dsft(*words(rows, tmp_path / "file" / "sweep", "method.rank=4,8"))
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert f"{tmp_path / 'file'} is a file" in done.stderr
+
+
+def test_a_request_to_stop_ends_a_sweep_that_comes_in_batches(rows: Path, tmp_path: Path) -> None:
+    sweep = tmp_path / "sweep"
+    long = words(rows, sweep, "train.steps=100000", "train.compile=false", "optim.lr=1e-3,2e-3")
+    with started(*long, "hydra.sweeper.max_batch_size=1") as run:
+        wait_for(lambda: (sweep / "0" / "metrics.jsonl").is_file(), run)
+        run.send_signal(signal.SIGTERM)
+        assert run.communicate(timeout=120)[0]
+    assert run.returncode == 75
+    assert states(sweep) == ["stopped"]
+
+
+def test_resume_is_refused_where_the_folder_of_typing_is_gone(tmp_path: Path) -> None:
+    book = Ledger("loss", str(tmp_path / "gone"), None)
+    book.put(0, Entry(["model=tiny"], None), keep=False)
+    book.write(tmp_path)
+    done = verb("resume", tmp_path)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert "the folder in which the sweep was typed must be there" in done.stderr
+
+
+def test_ctrl_c_while_points_are_checked_is_said_and_is_no_success(tmp_path: Path) -> None:
+    book = Ledger("loss", str(tmp_path), None)
+    for index in range(100):
+        book.put(index, Entry(["model=tiny", "launcher=local", "method.rank=0"], None), keep=False)
+    book.write(tmp_path)
+    command = [sys.executable, "-m", "dsft.sweep", "resume", str(tmp_path)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as run:
+        assert run.stderr is not None
+        assert run.stderr.readline().startswith("dsft: point 0: method.rank must be")
+        run.send_signal(signal.SIGINT)
+        assert run.stderr.read().splitlines()[-1].startswith("dsft: stopped before it was through")
+    assert run.returncode == 75

@@ -1,11 +1,16 @@
 """Sweeps: who shares an array, which machine's accelerators a point gets, what a point's state is, the table."""
 
+import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from dsft_launchers import submit
 from dsft_launchers.cluster import Job
 
+from dsft import folder
 from dsft.compose import compose
+from dsft.dispatch import request
 from dsft.sweeps import ledger
 from dsft.sweeps.arrays import Ready, arrays
 from dsft.sweeps.here import shares
@@ -123,3 +128,27 @@ def test_the_table_has_the_best_first_and_what_has_no_value_last(tmp_path: Path)
     assert as_text(book, points, "eval/accuracy").splitlines()[1].split()[0] == "0"
     with pytest.raises(ValueError, match="--by must be a metric of the sweep, got los; did you mean loss"):
         check_metric(points, "los")
+
+
+def test_what_a_killed_submission_left_of_a_configuration_does_not_take_its_folder(tmp_path: Path) -> None:
+    resolved = point().composed.resolved
+    (tmp_path / ".config.yaml.4711").touch()
+    folder.check(tmp_path, resolved)
+    (tmp_path / "notes.txt").touch()
+    with pytest.raises(ValueError, match="run_dir must be empty or a run's folder"):
+        folder.check(tmp_path, resolved)
+
+
+def test_variables_that_would_win_over_the_script_do_not_reach_sbatch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sbatch = tmp_path / "sbatch"
+    sbatch.write_text(f"#!/bin/sh\nenv > {tmp_path}/env\necho Submitted batch job 7\n")
+    sbatch.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    for name in ("MEM_PER_NODE", "GPUS_PER_NODE", "SIGNAL", "ARRAY_INX", "NO_KILL", "ACCOUNT", "PARTITION"):
+        monkeypatch.setenv(f"SBATCH_{name}", "1")
+    asked = replace(request(point("launcher.memory=4G", "launcher.partition=p").composed, None, tmp_path), gpus=2)
+    assert submit.submit(asked, ["true"], tmp_path / "slurm") == "7"
+    left = {line.partition("=")[0] for line in (tmp_path / "env").read_text().splitlines() if "SBATCH_" in line}
+    assert left == {"SBATCH_ACCOUNT"}  # the site's own, which nothing that was asked for says

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.plugins.launcher import Launcher
 from hydra.plugins.search_path_plugin import SearchPathPlugin
@@ -62,25 +63,37 @@ class DsftLauncher(Launcher):
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         """Keep what launch needs, and what Hydra's sweeper will write over."""
+        from dsft import folder
         from dsft.sweeps import ledger
 
+        for typed in OverridesParser.create().parse_overrides(list(config.hydra.overrides.task)):
+            if typed.key_or_group == "run_dir" and typed.is_sweep_override():
+                raise ValueError(f"run_dir must be one for the whole sweep, got {typed.input_line}; give one folder")
         self.book = ledger.begin(self.metric)
+        folder.check_place(Path(config.run_dir))
         file = Path(config.run_dir) / MULTIRUN
         DsftLauncher.sweep, DsftLauncher.before = file.parent, file.read_text() if file.is_file() else None
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        """Run the points; a point's return value is the last value of the metric, NaN if it is not done."""
+        """Run the points; a point's return value is the last value of the metric, NaN if it is not done.
+
+        A request to stop ends the sweep: a sweeper that comes in batches gets no further one.
+        """
+        from dsft import folder
         from dsft.sweeps.points import run_points
         from dsft.sweeps.table import last_values
 
         assert self.sweep is not None
         points = [list(overrides) for overrides in job_overrides]
-        codes = run_points(points, self.sweep, first=initial_job_idx, book=self.book)
-        self.codes.extend(codes)
+        codes, left = run_points(points, self.sweep, first=initial_job_idx, book=self.book)
+        self.codes.extend(codes.values())
+        if left is not None:
+            raise SystemExit(max(left, *self.codes))
         returns = []
-        for index, (point, code) in enumerate(zip(points, codes, strict=True), start=initial_job_idx):
+        for index, point in enumerate(points, start=initial_job_idx):
             returned = JobReturn(overrides=point, cfg=OmegaConf.create({}), status=JobStatus.COMPLETED)
-            values = last_values(self.sweep / str(index)) if code == 0 else {}
+            run_dir = self.sweep / str(index)
+            values = last_values(run_dir) if folder.state(run_dir).get("state") == "done" else {}
             returned.return_value = values.get(self.metric, math.nan)
             returns.append(returned)
         return returns
