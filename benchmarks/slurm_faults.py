@@ -19,7 +19,7 @@ from pathlib import Path
 from benchmarks.cells import write_rows
 from benchmarks.faults import differences, events, lines
 from benchmarks.machine import here
-from benchmarks.testbed import Testbed, testbed
+from benchmarks.testbed import Testbed, slurm_here
 
 STEPS, EVERY, MOMENT = 400, 25, 60
 """Steps of a run, between checkpoints, and after which the fault comes."""
@@ -164,7 +164,7 @@ def main() -> int:
         "| what happened | went on | seconds to the next step | from step | steps computed again | different |",
         "|---|---|---|---|---|---|",
     ]
-    with tempfile.TemporaryDirectory(dir=Path.home()) as place, testbed(19000, accounting=False) as cluster:
+    with tempfile.TemporaryDirectory(dir=Path.home()) as place, slurm_here(19000, accounting=False) as cluster:
         os.environ["SLURM_CONF"] = str(cluster.conf)
         folder, rows = Path(place), Path(place) / "rows.jsonl"
         write_rows(rows, 60)

@@ -47,7 +47,7 @@ class Testbed:
 
 
 @contextmanager
-def testbed(port: int, *, accounting: bool) -> Iterator[Testbed]:
+def slurm_here(port: int, *, accounting: bool) -> Iterator[Testbed]:
     """Four nodes, from this port on; gone at the end. accounting: with slurmdbd, which takes seconds more."""
     bed = Testbed(Path(tempfile.mkdtemp(prefix="dsft-slurm-", dir="/tmp")), port, accounting)
     bed.folder.chmod(0o755)  # its data base has a user of its own

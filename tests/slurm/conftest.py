@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.cells import write_rows
-from benchmarks.testbed import Testbed, testbed
+from benchmarks.testbed import Testbed, slurm_here
 
 NEEDED = ("munged", "slurmctld", "slurmd", "sbatch")
 
@@ -34,7 +34,7 @@ def port(worker_id: str) -> int:
 
 @pytest.fixture(scope="module")
 def bed(port: int) -> Iterator[Testbed]:
-    with testbed(port, accounting=False) as up:
+    with slurm_here(port, accounting=False) as up:
         yield up
 
 

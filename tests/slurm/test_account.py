@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.testbed import Testbed, testbed
+from benchmarks.testbed import Testbed, slurm_here
 from tests.launch.processes import dsft
 
 
@@ -14,7 +14,7 @@ from tests.launch.processes import dsft
 def bed(port: int) -> Iterator[Testbed]:
     if missing := [name for name in ("slurmdbd", "mariadbd") if shutil.which(name) is None]:
         pytest.skip(f"{missing[0]} is not installed; make slurm-test installs what SLURM needs")
-    with testbed(port, accounting=True) as up:
+    with slurm_here(port, accounting=True) as up:
         yield up
 
 
