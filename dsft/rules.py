@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dsft.config import Run
+from dsft.config import Run, Slurm
 
 
 @dataclass(frozen=True)
@@ -118,6 +118,18 @@ REFUSED = (
             and at.size % run.strategy.shard_size != 0
         ),
         "strategy.shard_size must divide the number of ranks, {size}, got {run.strategy.shard_size}",
+    ),
+    Rule(
+        "hsdp-on-fewer-nodes",
+        lambda run, names, at: (
+            names["strategy"] == "hsdp"
+            and isinstance(run.launcher, Slurm)
+            and run.launcher.elastic
+            and isinstance(run.strategy.shard_size, int)
+            and at.size // run.launcher.nodes % run.strategy.shard_size != 0
+        ),
+        "strategy.shard_size must divide the ranks of one node where launcher.elastic=true, so that a lost node leaves "
+        "whole shards, got {run.strategy.shard_size}; take strategy.shard_size=node or launcher.elastic=false",
     ),
 )
 

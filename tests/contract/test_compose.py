@@ -10,6 +10,7 @@ import pytest
 from dsft.compose import compose
 
 MOVING, UNCLIPPED = "optim.in_backward=true", "train.max_grad_norm=inf"
+ELASTIC = ("launcher=slurm", "launcher.dry_run=true", "launcher.devices=2", "launcher.elastic=true")
 
 
 @pytest.mark.parametrize(
@@ -32,6 +33,8 @@ MOVING, UNCLIPPED = "optim.in_backward=true", "train.max_grad_norm=inf"
         (["strategy=single", "launcher.devices=2"], "strategy=single runs on one process"),
         (["launcher.devices=1000"], "launcher.devices must be at most"),
         (["launcher.nodes=2"], "launcher.nodes must be 1"),
+        ([*ELASTIC, "launcher.nodes=1"], "launcher.elastic=true goes on with the nodes that are left"),
+        ([*ELASTIC, "launcher.nodes=2", "strategy=hsdp", "strategy.shard_size=4"], "take strategy.shard_size=node"),
         (["method=full", "quantization=nf4"], "takes quantization=none or method=qlora".replace("takes", "take")),
         (["method=qlora", "quantization=none"], "method=qlora means a 4-bit base"),
         (["strategy=fsdp", "launcher.devices=2", "optim.name=adafactor"], "take optim.name=adamw or strategy=ddp"),
