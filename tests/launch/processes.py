@@ -16,6 +16,17 @@ def dsft(*words: str) -> "subprocess.CompletedProcess[str]":
     return subprocess.run([sys.executable, "-m", "dsft.run", *words], capture_output=True, text=True, check=False)
 
 
+def verb(*words: str | Path) -> "subprocess.CompletedProcess[str]":
+    """Python -m dsft.sweep."""
+    command = [sys.executable, "-m", "dsft.sweep", *map(str, words)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def states(sweep: Path) -> list[str]:
+    """The second column of `dsft.sweep status`, by point."""
+    return [line.split()[1] for line in verb("status", sweep).stdout.splitlines()[:-1]]
+
+
 @contextmanager
 def started(*words: str) -> "Iterator[subprocess.Popen[str]]":
     """A run in the background; it is gone at the end."""

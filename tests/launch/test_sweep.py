@@ -11,7 +11,7 @@ import pytest
 
 from benchmarks.faults import events
 from dsft.sweeps.ledger import Entry, Ledger
-from tests.launch.processes import dsft, started, wait_for
+from tests.launch.processes import dsft, started, states, verb, wait_for
 
 
 def words(rows: Path, sweep: Path, *more: str) -> list[str]:
@@ -22,11 +22,6 @@ def words(rows: Path, sweep: Path, *more: str) -> list[str]:
     ]  # fmt: skip
 
 
-def verb(*words: str | Path) -> "subprocess.CompletedProcess[str]":
-    command = [sys.executable, "-m", "dsft.sweep", *map(str, words)]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
-
-
 def csv_words(sweep: Path) -> list[str]:
     """Rank and learning rate of each point, as the table's file has them."""
     out = sweep.parent / "table.csv"
@@ -34,10 +29,6 @@ def csv_words(sweep: Path) -> list[str]:
     with out.open() as file:
         lines = {line["point"]: f"{line.get('method.rank')} {line['optim.lr']}" for line in csv.DictReader(file)}
     return [f"{point}: {words}" for point, words in sorted(lines.items())]
-
-
-def states(sweep: Path) -> list[str]:
-    return [line.split()[1] for line in verb("status", sweep).stdout.splitlines()[:-1]]
 
 
 def test_a_point_that_is_refused_and_one_that_fails_leave_the_others_alone(rows: Path, tmp_path: Path) -> None:

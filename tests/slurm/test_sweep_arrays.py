@@ -11,6 +11,7 @@ import pytest
 from dsft_launchers.cluster import tasks
 
 from benchmarks.faults import events
+from tests.launch.processes import states, verb
 from tests.slurm.test_slurm import job_of, losses, state, status, until, words
 
 pytestmark = pytest.mark.usefixtures("cluster")
@@ -43,16 +44,6 @@ def start(rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callab
         return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
     return start
-
-
-def verb(*words: str | Path) -> "subprocess.CompletedProcess[str]":
-    command = [sys.executable, "-m", "dsft.sweep", *map(str, words)]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
-
-
-def states(sweep: Path) -> list[str]:
-    """The second column of `status`, by point."""
-    return [line.split()[1] for line in verb("status", sweep).stdout.splitlines()[:-1]]
 
 
 def at_once(points: Sequence[Path]) -> int:
