@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -151,7 +152,8 @@ def test_ctrl_c_while_points_are_checked_is_said_and_is_no_success(tmp_path: Pat
         book.put(index, Entry(["model=tiny", "launcher=local", "method.rank=0"], None), keep=False)
     book.write(tmp_path)
     command = [sys.executable, "-m", "dsft.sweep", "resume", str(tmp_path)]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as run:
+    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a shell's background job ignores it
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=heard) as run:
         assert run.stderr is not None
         assert run.stderr.readline().startswith("dsft: point 0: method.rank must be")
         run.send_signal(signal.SIGINT)
