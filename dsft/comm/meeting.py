@@ -60,8 +60,8 @@ def meet(rank: int, size: int) -> Store:
 
 def _call(store: Store, size: int) -> str:
     """Who did not answer, in words; empty once all have."""
-    absent = _absent(store, size, min(NOTICE_S, LIMIT_S))
-    if absent and LIMIT_S > NOTICE_S:
+    absent = _absent(store, size, NOTICE_S)
+    if absent:
         say(f"dsft: waiting for {_named(absent)}: no answer for {NOTICE_S:g} s")
         absent = _absent(store, size, LIMIT_S - NOTICE_S)
     return f"{_named(absent)} did not answer within {LIMIT_S:g} s" if absent else ""

@@ -11,9 +11,9 @@ import time
 from dsft_launchers import cluster
 from dsft_launchers.codes import DONE
 from dsft_launchers.join import expand_hosts
+from dsft_launchers.supervise import PATIENCE_S, tell
 
-POLL_S, PATIENCE_S = 15.0, 300.0
-"""How often SLURM is asked; how long it may refuse before a job that holds nodes for nothing is cancelled."""
+POLL_S = 15.0
 
 
 def main() -> int:
@@ -28,13 +28,13 @@ def main() -> int:
             if job is None or job.over:
                 return DONE
             if job.state == "RUNNING" and node not in expand_hosts(job.nodes):
-                print(f"dsft: {time.strftime('%FT%T')} {node} was lost with the batch step: into the queue", flush=True)
+                tell(f"{node} was lost with the batch step: into the queue")
                 refused_since = refused_since or time.monotonic()
-                idle = time.monotonic() - refused_since > PATIENCE_S
+                idle = time.monotonic() - refused_since > PATIENCE_S  # it holds nodes for nothing
                 cluster.ask(*(["scancel"] if idle else ["scontrol", "requeue"]), job_id)
                 return DONE
         except cluster.ClusterError as error:
-            print(f"dsft: {time.strftime('%FT%T')} SLURM says: {error}", flush=True)
+            tell(f"SLURM says: {error}")
 
 
 if __name__ == "__main__":

@@ -50,7 +50,7 @@ def main() -> int:
     python = [*prefix, "python"] if prefix else [sys.executable]  # a container has its own
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2, signal.SIGCONT):
         signal.signal(number, lambda *_: None)  # the ranks get them too, and srun ends with the ranks
-    _tell(f"job {_job()} on {os.environ['SLURM_JOB_NODELIST']}")
+    tell(f"job {_job()} on {os.environ['SLURM_JOB_NODELIST']}")
     try:
         blind = _blind_nodes(run_dir, nodes)
     except cluster.ClusterError as error:
@@ -67,7 +67,7 @@ def main() -> int:
             return _put_back(run_dir, late)
         if now is not None and 0 < now.num_nodes < nodes:  # launcher.elastic: SLURM has taken the lost ones out
             nodes = now.num_nodes
-            _tell(f"a node was lost; going on with {now.nodes}")
+            tell(f"a node was lost; going on with {now.nodes}")
         code = _once(run_dir, nodes, devices, python, fewer=nodes < asked)
     return code
 
@@ -95,7 +95,7 @@ def _once(run_dir: Path, nodes: int, devices: int, python: list[str], *, fewer: 
         return CRASHED
     tally = _count(run_dir, status, "restarts")
     pause = min(LONGEST_PAUSE_S, 2.0 ** (tally.restarts - 1) - 1)
-    _tell(f"starting the ranks again inside the allocation{f' in {pause:g} s' if pause else ''}")
+    tell(f"starting the ranks again inside the allocation{f' in {pause:g} s' if pause else ''}")
     time.sleep(pause)
     return None
 
@@ -114,21 +114,21 @@ def _attempt(run_dir: Path, nodes: int, devices: int, python: list[str], *, fewe
     sizes = [file.stat().st_size if file.exists() else 0 for file in files]
     begun = time.monotonic()
     done = subprocess.run(command, env=_rank_env(devices), check=False)
-    _tell(f"srun ended with {done.returncode} after {time.monotonic() - begun:.1f} s")
+    tell(f"srun ended with {done.returncode} after {time.monotonic() - begun:.1f} s")
     texts = [_tail(file, start) for file, start in zip(files, sizes, strict=True)]
     for rank, text in enumerate(texts):
         marks = [line for line in text.splitlines() if line.startswith(verdict.CRASH)]
         if marks and not verdict.CONSEQUENCE.search(marks[-1]):
             return f"rank {rank}: " + "\n".join(verdict.error_lines(text)), False
     if why := verdict.cannot_begin(texts):
-        _tell(f"cannot begin: {why}")
+        tell(f"cannot begin: {why}")
         return why, False
     if verdict.OVERTAKEN in texts[0]:
         return None, True
     if (silent := verdict.hung(texts)) is not None:
         if not silent:
             return "all ranks waited for each other; their stacks are in the logs", False
-        _tell(f"rank {', '.join(map(str, silent))} hangs; the stacks of those that waited are in {logs}")
+        tell(f"rank {', '.join(map(str, silent))} hangs; the stacks of those that waited are in {logs}")
     return None, False
 
 
@@ -167,7 +167,7 @@ def _rank_env(devices: int) -> dict[str, str]:
 
 def _stopped(run_dir: Path, reason: str) -> int:
     """The ranks saved and left: back into the queue if SLURM wants the nodes, else this is the end."""
-    _tell(f"stopped: {reason}")
+    tell(f"stopped: {reason}")
     if reason.startswith("train.max_minutes") or not _ours():  # cancelled, or SLURM has put it back already
         return STOPPED
     return _put_back(run_dir, reason)
@@ -194,7 +194,7 @@ def _put_back(run_dir: Path, reason: str) -> int:
     except cluster.ClusterError as error:
         _amend(run_dir, state="stopped", reason=f"{reason}; SLURM did not take the job back into the queue: {error}")
         return STOPPED
-    _tell("back into the queue")
+    tell("back into the queue")
     time.sleep(PATIENCE_S)  # until SLURM ends this
     return STOPPED
 
@@ -212,7 +212,7 @@ def _now() -> cluster.Job | None:
         try:
             return cluster.job(_job())
         except cluster.ClusterError as error:
-            _tell(f"SLURM does not answer: {error}")
+            tell(f"SLURM does not answer: {error}")
             if time.monotonic() > until:
                 return None
             time.sleep(5.0)
@@ -265,7 +265,8 @@ def _amend(run_dir: Path, **values: str) -> None:
     replace_text(path, json.dumps({**_read(path), **values}) + "\n")
 
 
-def _tell(text: str) -> None:
+def tell(text: str) -> None:
+    """Add a line to the job's log."""
     print(f"dsft: {time.strftime('%FT%T')} {text}", flush=True)
 
 

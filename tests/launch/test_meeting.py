@@ -32,7 +32,7 @@ ABSENT = (
     IMPATIENT
     + """
 if rank == int(sys.argv[2]):
-    time.sleep(600)
+    time.sleep(600)  # the planted fault: this rank hangs until the others are done with it
 from dsft import job
 sys.exit(job.main())
 """
@@ -42,7 +42,7 @@ HANGS = (
     + """
 if rank == 1:
     meeting.meet(rank, 2)
-    time.sleep(600)
+    time.sleep(600)  # the planted fault: this rank hangs until the others are done with it
 world.join()
 """
 )

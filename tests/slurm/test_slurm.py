@@ -124,10 +124,10 @@ import os, time
 
 if os.environ.get("DSFT_SUPERVISED"):
     if os.environ["SLURM_PROCID"] == "1":
-        time.sleep(600)
+        time.sleep(600)  # the planted fault: srun ends it once rank 0 has left
     from dsft.comm import meeting
 
-    meeting.LIMIT_S = 4.0
+    meeting.LIMIT_S, meeting.NOTICE_S = 4.0, 1.0
 """
 
 
