@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dsft_launchers import verdict
+from dsft_launchers.attempt import SUPERVISED
 from dsft_launchers.codes import CRASHED, DONE, STOPPED
 from dsft_launchers.join import resolve
-from dsft_launchers.supervise import SUPERVISED
 
 from dsft import folder
 from dsft.compose import load_yaml, read

@@ -42,7 +42,8 @@ class Partition:
 class Job:
     """state: SLURM's word; reason: why it waits or ended; code: what the batch script exited with.
 
-    left_s: until its time limit, None without one; preempted: SLURM has begun to take its nodes away.
+    excluded: nodes that it may not have; left_s: until its time limit, None without one; preempted: SLURM has begun to
+    take its nodes away.
     """
 
     state: str
@@ -51,6 +52,7 @@ class Job:
     restarts: int = 0
     nodes: str = ""
     num_nodes: int = 0
+    excluded: str = ""
     left_s: float | None = None
     preempted: bool = False
 
@@ -60,11 +62,13 @@ class Job:
         return self.state in FINAL
 
 
-def ask(*command: str, patience_s: float = PATIENCE_S) -> str:
-    """What a command of SLURM's prints. Raises ClusterError."""
+def ask(*command: str, given: str = "", patience_s: float = PATIENCE_S) -> str:
+    """What a command of SLURM's prints. given: what it reads. Raises ClusterError."""
     env = {**os.environ, "SLURM_BITSTR_LEN": "0"}  # else a long list of an array's tasks ends in dots
     try:
-        done = subprocess.run(command, env=env, capture_output=True, text=True, check=False, timeout=patience_s)
+        done = subprocess.run(
+            command, env=env, input=given, capture_output=True, text=True, check=False, timeout=patience_s
+        )
     except (OSError, subprocess.TimeoutExpired) as error:
         raise ClusterError(f"{command[0]}: {error}") from error
     if done.returncode != 0:
@@ -184,6 +188,13 @@ def max_array_size() -> int:
     return int(found[1]) if found else 1
 
 
+def check_without(job_id: str, nodes: str) -> None:
+    """Raise ClusterError, with SLURM's own words, if it could never start the job without these nodes."""
+    script = ask("scontrol", "write", "batch_script", job_id, "-").splitlines(keepends=True)
+    known = "".join(line for line in script if not line.startswith("#SBATCH --dependency"))  # on jobs now forgotten
+    ask("sbatch", "--test-only", f"--exclude={nodes}", given=known)
+
+
 def _shown(job_id: str) -> list[str]:
     """A line for the job, or for each record of the array."""
     try:
@@ -204,6 +215,7 @@ def _job(line: str) -> Job:
         restarts=int(values.get("Restarts", "0")),
         nodes=values.get("NodeList", ""),
         num_nodes=int(values.get("NumNodes", "0").partition("-")[0]),
+        excluded=values.get("ExcNodeList", "").removeprefix("(null)"),
         left_s=_seconds_until(values.get("EndTime", "Unknown")),
         preempted=_seconds_until(values.get("PreemptTime", "None")) is not None,
     )

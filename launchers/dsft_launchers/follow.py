@@ -109,7 +109,8 @@ def _line(job_id: str, job: cluster.Job | None, status: Mapping[str, Any]) -> st
     where = f" on {job.nodes}" if job.state == "RUNNING" else ""
     step = f", step {status['step']}" if status.get("step") else ""
     again = f", started again {job.restarts}x" if job.restarts else ""
-    return f"job {job_id} {job.state}{waits}{where}{again}{step}"
+    _, put_back, reason = (status.get("reason") or "").partition(f"SLURM job {job_id}: ")
+    return f"job {job_id} {job.state}{waits}{where}{again}{step}{f': {reason}' if put_back else ''}"
 
 
 def _code(job: cluster.Job | None, status: Mapping[str, Any], who: str) -> int:

@@ -9,9 +9,10 @@ import sys
 import time
 
 from dsft_launchers import cluster
+from dsft_launchers.attempt import tell
 from dsft_launchers.codes import DONE
 from dsft_launchers.join import expand_hosts
-from dsft_launchers.supervise import PATIENCE_S, tell
+from dsft_launchers.supervise import PATIENCE_S
 
 POLL_S = 15.0
 

@@ -11,12 +11,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from threading import Thread
 from typing import Any
 
-from dsft_launchers import cluster, join, verdict
+from dsft_launchers import cluster, join
+from dsft_launchers.attempt import attempt, tell
 from dsft_launchers.codes import CRASHED, DONE, HOPELESS, STOPPED, USER_ERROR
 from dsft_launchers.files import replace_text
 
@@ -24,23 +25,27 @@ ATTEMPTS = 3
 """Crashes, or returns to the queue, without a new checkpoint between them after which the job gives up."""
 PATIENCE_S = 300.0
 """How long SLURM may take for what it was asked."""
+FAILURES, LEFT_OUT = 2, 3
+"""After how many a node is left out, and of how many nodes at most: then it is not the nodes."""
 LONGEST_PAUSE_S = 60.0
 GUARD_PAUSE_S = 15.0
 """Until a guard that ended, as its node was lost, has a successor."""
 TASK = "SLURM_ARRAY_TASK_ID"
-SUPERVISED = "DSFT_SUPERVISED"
-"""Tells a rank that its leaving on request is no failure: srun would end the others for it."""
 
 
 @dataclass(frozen=True)
 class Tally:
-    """supervisor.json: what job had crashed, returned to the queue, or lost otherwise, since that checkpoint."""
+    """supervisor.json: what job had crashed, returned to the queue, or lost otherwise, since that checkpoint.
+
+    nodes: how often ranks failed on each, since the job began.
+    """
 
     job: str
     checkpoint: str | None = None
     crashes: int = 0
     returns: int = 0
     restarts: int = 0
+    nodes: Mapping[str, int] = field(default_factory=dict)
 
 
 def main() -> int:
@@ -75,17 +80,18 @@ def main() -> int:
 def _once(run_dir: Path, nodes: int, devices: int, python: list[str], *, fewer: bool) -> int | None:
     """One attempt; the job's exit code, None to make another. fewer: nodes than the run was made for."""
     before = _read(run_dir / "status.json")
-    error, overtaken = _attempt(run_dir, nodes, devices, python, fewer=fewer)
+    ended = attempt(run_dir, nodes, devices, python, fewer=fewer)
+    error = ended.error
     status = _read(run_dir / "status.json")
     began = status["attempts"] > before["attempts"]  # else it tells of an attempt before
     if began and status["state"] == "done":
         return DONE
     if began and status["state"] == "stopped":
         return _stopped(run_dir, status["reason"])
-    if overtaken:
+    if ended.overtaken:
         return CRASHED
     if not began:
-        error = error or "the ranks could not begin; the job's log says why"
+        error = error or f"the ranks could not begin: {ended.before or 'the logs say why'}"
     if error and (tally := _count(run_dir, status, "crashes")).crashes >= ATTEMPTS:
         if fewer:
             return _put_back(run_dir, f"not on {nodes} nodes: {error.splitlines()[-1]}")
@@ -93,43 +99,28 @@ def _once(run_dir: Path, nodes: int, devices: int, python: list[str], *, fewer: 
         return HOPELESS
     if not _ours():
         return CRASHED
-    tally = _count(run_dir, status, "restarts")
+    tally = _count(run_dir, status, "restarts", ended.node)
+    if ended.node and (others := _without(ended.node, tally)):
+        return _put_back(run_dir, f"ranks failed twice on {ended.node}, which is left out from now on", others)
     pause = min(LONGEST_PAUSE_S, 2.0 ** (tally.restarts - 1) - 1)
     tell(f"starting the ranks again inside the allocation{f' in {pause:g} s' if pause else ''}")
     time.sleep(pause)
     return None
 
 
-def _attempt(run_dir: Path, nodes: int, devices: int, python: list[str], *, fewer: bool) -> tuple[str | None, bool]:
-    """Start the ranks and wait for them; the error that one of them raised, and whether another took the folder."""
-    logs = run_dir / "logs"
-    logs.mkdir(exist_ok=True)
-    command = [
-        "srun", f"--nodes={nodes}", f"--ntasks={nodes * devices}", f"--ntasks-per-node={devices}", "--unbuffered",
-        "--kill-on-bad-exit=1", "--open-mode=append", f"--output={logs / 'rank-%t.log'}",
-        *(["--overlap"] if fewer else []),  # for SLURM the step that lost a node never ends on the others
-        *python, "-m", "dsft.job", str(run_dir),
-    ]  # fmt: skip
-    files = [logs / f"rank-{rank}.log" for rank in range(nodes * devices)]
-    sizes = [file.stat().st_size if file.exists() else 0 for file in files]
-    begun = time.monotonic()
-    done = subprocess.run(command, env=_rank_env(devices), check=False)
-    tell(f"srun ended with {done.returncode} after {time.monotonic() - begun:.1f} s")
-    texts = [_tail(file, start) for file, start in zip(files, sizes, strict=True)]
-    for rank, text in enumerate(texts):
-        marks = [line for line in text.splitlines() if line.startswith(verdict.CRASH)]
-        if marks and not verdict.CONSEQUENCE.search(marks[-1]):
-            return f"rank {rank}: " + "\n".join(verdict.error_lines(text)), False
-    if why := verdict.cannot_begin(texts):
-        tell(f"cannot begin: {why}")
-        return why, False
-    if verdict.OVERTAKEN in texts[0]:
-        return None, True
-    if (silent := verdict.hung(texts)) is not None:
-        if not silent:
-            return "all ranks waited for each other; their stacks are in the logs", False
-        tell(f"rank {', '.join(map(str, silent))} hangs; the stacks of those that waited are in {logs}")
-    return None, False
+def _without(node: str, tally: Tally) -> str | None:
+    """The nodes that the job shall not have any more, if this one failed often enough and SLURM has others for it."""
+    often = [name for name, failures in tally.nodes.items() if failures >= FAILURES]
+    now = _now()
+    if node not in often or len(often) > LEFT_OUT or now is None:
+        return None
+    nodes = ",".join(filter(None, [now.excluded, node]))
+    try:
+        cluster.check_without(_job(), nodes)
+    except cluster.ClusterError as error:
+        tell(f"ranks failed {tally.nodes[node]} times on {node}, but it cannot be left out: {error}")
+        return None
+    return nodes
 
 
 def _guarded(run_dir: Path) -> None:
@@ -146,23 +137,6 @@ def _guarded(run_dir: Path) -> None:
             ]  # fmt: skip
             subprocess.run(command, check=False)
         time.sleep(GUARD_PAUSE_S)
-
-
-def _tail(file: Path, start: int) -> str:
-    if not file.exists():
-        return ""
-    with file.open("rb") as content:
-        content.seek(start)
-        return content.read().decode(errors="replace")
-
-
-def _rank_env(devices: int) -> dict[str, str]:
-    """The ranks' environment: threads as the cores allow, live output, a stack after a crash in native code."""
-    cores = int(os.environ.get("SLURM_CPUS_ON_NODE", os.cpu_count() or 1))
-    env = {"OMP_NUM_THREADS": str(max(1, cores // devices)), "PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1"}
-    if cpus := os.environ.get("SLURM_CPUS_PER_TASK"):
-        env["SRUN_CPUS_PER_TASK"] = cpus  # srun no longer takes it over from sbatch
-    return {**env, **os.environ, SUPERVISED: "1"}
 
 
 def _stopped(run_dir: Path, reason: str) -> int:
@@ -182,19 +156,28 @@ def _late(now: cluster.Job | None, notice_s: int) -> str | None:
     return f"{now.left_s:.0f} s are left of the time limit"
 
 
-def _put_back(run_dir: Path, reason: str) -> int:
-    """Have SLURM queue the job again; if it does not, or it was for nothing too often, the run is stopped."""
+def _put_back(run_dir: Path, reason: str, without: str = "") -> int:
+    """Have SLURM queue the job again; if it does not, or it was for nothing too often, the run is stopped.
+
+    without: nodes that the job shall not have any more.
+    """
     status = _read(run_dir / "status.json")
     if _count(run_dir, status, "returns").returns > ATTEMPTS:
         _amend(run_dir, state="stopped", reason=f"{reason}; queued {ATTEMPTS} times again without a new checkpoint")
         return STOPPED
     _amend(run_dir, state="queued", reason=f"SLURM job {_job()}: {reason}")
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # SLURM now ends what the job has; not what is still to be asked
     try:
         cluster.ask("scontrol", "requeue", _job(), patience_s=PATIENCE_S)
     except cluster.ClusterError as error:
         _amend(run_dir, state="stopped", reason=f"{reason}; SLURM did not take the job back into the queue: {error}")
         return STOPPED
-    tell("back into the queue")
+    tell(f"back into the queue: {reason}")
+    if without:  # SLURM takes this for a job that waits, and sends it nowhere for some seconds
+        try:
+            cluster.ask("scontrol", "update", f"JobId={_job()}", f"ExcNodeList={without}")
+        except cluster.ClusterError as error:
+            tell(f"{without} could not be left out: {error}")
     time.sleep(PATIENCE_S)  # until SLURM ends this
     return STOPPED
 
@@ -218,14 +201,17 @@ def _now() -> cluster.Job | None:
             time.sleep(5.0)
 
 
-def _count(run_dir: Path, status: Mapping[str, Any], what: str) -> Tally:
-    """The tally with one more of what; a later checkpoint since, or another job, begins it anew."""
+def _count(run_dir: Path, status: Mapping[str, Any], what: str, node: str | None = None) -> Tally:
+    """The tally with one more of what, on node; a later checkpoint since, or another job, begins it anew."""
     path = run_dir / "supervisor.json"
     fresh = Tally(_job(), status["checkpoint"])
     before = Tally(**_read(path)) if path.is_file() else fresh
-    if before.job != fresh.job or (fresh.checkpoint or "") > (before.checkpoint or ""):
+    if before.job != fresh.job:
         before = fresh
-    tally = replace(before, **{what: getattr(before, what) + 1})
+    elif (fresh.checkpoint or "") > (before.checkpoint or ""):
+        before = replace(fresh, nodes=before.nodes)
+    nodes = {**before.nodes, node: before.nodes.get(node, 0) + 1} if node else before.nodes
+    tally = replace(before, nodes=nodes, **{what: getattr(before, what) + 1})
     replace_text(path, json.dumps(asdict(tally)) + "\n")
     return tally
 
@@ -263,11 +249,6 @@ def _read(path: Path) -> dict[str, Any]:
 def _amend(run_dir: Path, **values: str) -> None:
     path = run_dir / "status.json"
     replace_text(path, json.dumps({**_read(path), **values}) + "\n")
-
-
-def tell(text: str) -> None:
-    """Add a line to the job's log."""
-    print(f"dsft: {time.strftime('%FT%T')} {text}", flush=True)
 
 
 if __name__ == "__main__":

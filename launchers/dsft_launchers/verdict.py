@@ -87,6 +87,12 @@ def hung(texts: Sequence[str]) -> list[int] | None:
     return [rank for rank, mine in enumerate(waited) if not mine] if any(waited) else None
 
 
+def missing(texts: Sequence[str]) -> list[int]:
+    """Ranks that never said what the others did, that they cannot begin; none if nobody or everybody did."""
+    mine = [CANNOT_BEGIN in text for text in texts]
+    return [rank for rank, said in enumerate(mine) if not said] if any(mine) else []
+
+
 def cannot_begin(texts: Iterable[str]) -> str | None:
     """Why the ranks that wrote texts could not begin; None if none of them says so."""
     lines = (line for text in texts for line in text.splitlines() if line.startswith(CANNOT_BEGIN))
