@@ -1,0 +1,16 @@
+"""Every method has its page, and it says what YAML and class say."""
+
+import pytest
+
+from benchmarks.method_pages import COUNTS, PAGES, methods, page
+
+
+def test_every_method_has_a_page_and_no_page_is_of_another() -> None:
+    assert sorted(path.stem for path in PAGES.glob("*.md")) == methods()
+
+
+@pytest.mark.parametrize("name", methods())
+def test_a_page_is_what_make_pages_writes(name: str) -> None:
+    text = (PAGES / f"{name}.md").read_text()
+    assert text.partition(COUNTS)[0] + COUNTS == page(name)
+    assert len(text.partition("[conf/method")[0].splitlines()) > 3, "it says what it is and when to choose it"
