@@ -12,6 +12,7 @@ from dsft.config import Run
 from dsft.entry import collect_again, enter
 from dsft.folder import state
 from dsft.imports import uncompiled
+from dsft.methods import native
 from dsft.wording import refuse
 
 
@@ -51,12 +52,27 @@ def export(run_dir: Path, what: str, out: Path) -> None:
         return
     from dsft.models.progress import no_progress_bars
 
+    _refuse_unmergeable(run, run_dir / "adapter")
     collect_again()
     with no_progress_bars(), warnings.catch_warnings():
         # PEFT 0.21 asks transformers 5.23 by a name that it gives up in version 6
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
         merged(run, run_dir / "adapter").save_pretrained(out)
         run.model.resolve().tokenizer().save_pretrained(out)
+
+
+def _refuse_unmergeable(run: Run, adapter: Path) -> None:
+    """Merge on meta: what cannot be merged is refused before a weight is read. PEFT's adapters refuse by themselves."""
+    if not native.holds(adapter):
+        return
+    import torch
+
+    from dsft.models.anatomy import dissect
+    from dsft.models.build import build_meta
+
+    model = build_meta(run.model.resolve(), torch.float32, "sdpa")
+    method = native.read(adapter)
+    method.merge(method.attach(model, dissect(model)))
 
 
 def merged(run: Run, adapter: Path) -> Any:
@@ -66,11 +82,16 @@ def merged(run: Run, adapter: Path) -> Any:
     """
     import torch
 
-    with uncompiled():
-        from peft import PeftModel
+    from dsft.models.anatomy import dissect
 
     base = unpacked_base(run)
     dtype = base.dtype
+    if native.holds(adapter):
+        method = native.read(adapter)
+        whole: Any = method.merge(method.restore(base.to(torch.float32), dissect(base), adapter))
+        return whole.to(dtype)
+    with uncompiled():
+        from peft import PeftModel
     whole = PeftModel.from_pretrained(base.to(torch.float32), adapter).merge_and_unload()
     return whole.to(dtype)
 

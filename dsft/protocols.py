@@ -85,6 +85,16 @@ class Method(ABC):
         """
         raise NotImplementedError
 
+    def merge(self, model: nn.Module) -> nn.Module:
+        """The model with what it learned, as its family's own class builds it; the base's weights must not be packed.
+
+        Exact up to rounding, on meta too. Raises ValueError, one line, where the maths or the family forbids it.
+        """
+        raise ValueError(
+            f"--to must be adapter, as no weight of the base can hold what {type(self).__name__} adds, got merged; "
+            "take --to adapter"
+        )
+
     @property
     def whole(self) -> bool:
         """True if the result is a whole model (full, freeze) and not an adapter beside it."""

@@ -128,13 +128,15 @@ def _base(model: Any) -> Any:
 
 
 def load(run: Run, result: Path) -> Any:
-    """The result on its base (as training saw it), by PEFT's or transformers' own loader, on CPU."""
+    """The result on its base (as training saw it), by the loader of its format (PEFT, transformers, ours), on CPU."""
     with uncompiled():
         from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
     from dsft.engine.assemble import DTYPES
     from dsft.export import unpacked_base
+    from dsft.methods import native
+    from dsft.models.anatomy import dissect
 
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
@@ -142,7 +144,10 @@ def load(run: Run, result: Path) -> Any:
             trusted = run.model.resolve().trust_remote_code
             dtype = DTYPES[run.train.precision]
             return AutoModelForCausalLM.from_pretrained(result, dtype=dtype, trust_remote_code=trusted).eval()
-        return PeftModel.from_pretrained(unpacked_base(run), result).eval()
+        base = unpacked_base(run)
+        if native.holds(result):
+            return native.load(base, dissect(base), result).eval()
+        return PeftModel.from_pretrained(base, result).eval()
 
 
 if __name__ == "__main__":

@@ -1,0 +1,117 @@
+"""dsft's own adapter format, for methods that PEFT has not: the tensors that learn, and how to make places for them.
+
+A folder holds adapter_model.safetensors (name in the model after attach -> fp32 tensor), dsft_adapter.json (class and
+fields of the method, the base, dsft's version) and a README.md that tells how to load it.
+"""
+
+import importlib
+import json
+from abc import abstractmethod
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from dsft import __version__
+from dsft.protocols import Anatomy, Method
+
+CONFIG, TENSORS = "dsft_adapter.json", "adapter_model.safetensors"
+
+README = """# A {name} adapter by dsft {version}
+
+Load it with `pip install dsft`: `from dsft.methods.native import load; from dsft.models.anatomy import dissect;
+base = AutoModelForCausalLM.from_pretrained({base!r}, dtype=torch.float32); model = load(base, dissect(base), FOLDER)`.
+What learned is fp32: run a base in bf16 under torch.autocast, as in training.
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Native(Method):
+    """A method that freezes the base, then adds or frees parameters under names of their own."""
+
+    @abstractmethod
+    def add(self, model: nn.Module, anatomy: Anatomy) -> None:
+        """Add what is added and set requires_grad of what learns; the base is frozen already, and may be on meta."""
+
+    def attach(self, model: nn.Module, anatomy: Anatomy) -> nn.Module:
+        """Freeze the base and add this method; off meta, what is new gets its first values here."""
+        base = {id(param) for param in model.parameters()}
+        model.requires_grad_(False)
+        self.add(model, anatomy)
+        for name, param in list(model.named_parameters()):
+            if id(param) not in base and not param.is_meta:
+                param.data.copy_(self.initial(model, name, param, lambda linear: _weight(model, linear)))
+        return model
+
+    def save(self, model: nn.Module, weights: Mapping[str, Tensor], folder: Path, base: str) -> Mapping[str, Tensor]:
+        """Write the three files."""
+        from safetensors.torch import save_file
+
+        kind = type(self)
+        method = {"_target_": f"{kind.__module__}.{kind.__qualname__}", **asdict(self)}
+        said = {"method": method, "base_model": base, "dsft": __version__}
+        (folder / CONFIG).write_text(json.dumps(said, indent=1) + "\n")
+        (folder / "README.md").write_text(README.format(name=kind.__name__, version=__version__, base=base))
+        tensors = {name: value.contiguous() for name, value in weights.items()}
+        save_file(tensors, folder / TENSORS, metadata={"format": "pt"})
+        return tensors
+
+    def restore(self, model: nn.Module, anatomy: Anatomy, folder: Path) -> nn.Module:
+        """Attach to model, which holds its weights, and read every learned tensor from folder, kept in fp32.
+
+        Raises ValueError if folder and model do not have the same learned tensors, in name and shape.
+        """
+        from safetensors.torch import load_file
+
+        model = self.attach(model, anatomy)
+        learning = {name: param for name, param in model.named_parameters() if param.requires_grad}
+        stored = load_file(folder / TENSORS)
+        wanted = {name: tuple(param.shape) for name, param in learning.items()}
+        found = {name: tuple(value.shape) for name, value in stored.items()}
+        off = sorted(name for name in {*wanted, *found} if wanted.get(name) != found.get(name))
+        if off:
+            raise ValueError(
+                f"{folder} must hold what {type(self).__name__} learns of this base, got {len(off)} other tensor(s), "
+                f"first {off[0]}: {found.get(off[0], 'none')} in place of {wanted.get(off[0], 'none')}; load it on its "
+                f"own base, see {CONFIG}"
+            )
+        for name, param in learning.items():
+            param.data = stored[name].to(param.device)
+        return model
+
+
+def holds(folder: Path) -> bool:
+    """True if folder holds an adapter in this format."""
+    return (folder / CONFIG).is_file()
+
+
+def read(folder: Path) -> Native:
+    """The method of the adapter in folder, as it was trained."""
+    fields = dict(json.loads((folder / CONFIG).read_text())["method"])
+    module, _, name = fields.pop("_target_").rpartition(".")
+    kind = getattr(importlib.import_module(module), name)
+    if not (isinstance(kind, type) and issubclass(kind, Native)):
+        raise ValueError(f"{folder / CONFIG} must name a method of dsft's own format, got {module}.{name}")
+    method: Native = kind(**{key: _frozen(value) for key, value in fields.items()})
+    return method
+
+
+def load(base: nn.Module, anatomy: Anatomy, folder: Path | str) -> nn.Module:
+    """Put the adapter in folder on base, a transformers model with its weights; base is changed and returned.
+
+    anatomy: of base, as dsft.models.anatomy.dissect gives it.
+    """
+    folder = Path(folder)
+    return read(folder).restore(base, anatomy, folder)
+
+
+def _frozen(value: Any) -> Any:
+    """JSON's lists as the tuples that they were."""
+    return tuple(_frozen(item) for item in value) if isinstance(value, list) else value
+
+
+def _weight(model: nn.Module, linear: str) -> Tensor:
+    weight: Tensor = model.get_submodule(linear).weight.detach()  # type: ignore[operator, assignment]
+    return weight
