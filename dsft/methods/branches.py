@@ -69,7 +69,7 @@ def norms(model: nn.Module, anatomy: Anatomy) -> list[str]:
 
 def grow(module: nn.Module, around: type[nn.Module]) -> None:
     """Give module the forward of around, which calls its own by super(); names, tensors and isinstance stay."""
-    module.__class__ = _grown(around, type(module))
+    module.__class__ = _grown(around, type(module))  # type: ignore[arg-type]  # nn.Module types its __hash__ otherwise
 
 
 @cache

@@ -73,7 +73,7 @@ class Compacter(Bottleneck):
 class Shared(nn.Module):
     """The A_i of all adapters: matrices (n, n, n), i first; it belongs to the model, and no block holds it.
 
-    Blocks use a copy that is made once per forward pass of the model (value, or learner where gradients are wanted), and
+    Blocks use a copy that is made once per forward pass of the model (value, or learner where gradients are wanted);
     what reaches the learner in backward is handed to the parameter once. Else reentrant recomputation would give the
     parameter a gradient per block, which ZeRO-3 refuses, and each block would gather it.
     """
