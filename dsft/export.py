@@ -1,4 +1,4 @@
-"""python -m dsft.export RUN --to adapter|merged OUT: a folder that PEFT or transformers loads as it is."""
+"""python -m dsft.export RUN --to adapter|merged OUT: a folder that PEFT, transformers or dsft loads."""
 
 import argparse
 import shutil

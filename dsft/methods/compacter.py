@@ -89,7 +89,7 @@ class Shared(nn.Module):
         return self.matrices.float().clone()
 
     def factors(self) -> Tensor:
-        """What blocks use; a block that is run without its model gets the parameter's own copy."""
+        """What blocks use: of the model's newest forward pass, or the parameter's own copy before there was one."""
         held = self.learner if torch.is_grad_enabled() else self.value
         return self() if held is None else held
 
