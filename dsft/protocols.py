@@ -78,8 +78,16 @@ class Method(ABC):
         """
         raise NotImplementedError(f"{type(self).__name__} adds no parameter of its own, got {name}")
 
+    def lr_scale(self, name: str) -> float:
+        """Rate of this parameter as a multiple of optim.lr."""
+        return 1.0
+
+    def kept(self, name: str) -> bool:
+        """True for a frozen parameter that attach added and save needs."""
+        return False
+
     def save(self, model: nn.Module, weights: Mapping[str, Tensor], folder: Path, base: str) -> Mapping[str, Tensor]:
-        """Write the result into folder: weights = trainable name -> full CPU tensor; base = where the base model is.
+        """Write the result into folder: weights = trainable or kept name -> full CPU tensor; base = where the base is.
 
         Returns what is in its files, by the names that it has there.
         """

@@ -87,8 +87,7 @@ def assemble(run: Run, files: ModelFiles, world: World, total: int = 0) -> Sessi
             module._buffers[name] = None if buffer is None else buffer.to(world.device)
     if first is not None:
         _check_bytes(run, bones, first, values)
-    learning = [(name, param) for name, param in model.named_parameters() if param.requires_grad]
-    module = run.strategy.prepare(model, [{"params": learning}], factory(run.optim))
+    module = run.strategy.prepare(model, _groups(run, model), factory(run.optim))
     return Session(
         run=run,
         files=files,
@@ -99,6 +98,15 @@ def assemble(run: Run, files: ModelFiles, world: World, total: int = 0) -> Sessi
         anatomy=anatomy,
         compiler=compiler,
     )
+
+
+def _groups(run: Run, model: nn.Module) -> list[dict[str, Any]]:
+    """What learns, one group per rate, in the order of the model."""
+    by_scale: dict[float, list[tuple[str, nn.Parameter]]] = {}
+    for name, param in model.named_parameters():
+        if param.requires_grad:
+            by_scale.setdefault(run.method.lr_scale(name), []).append((name, param))
+    return [{"params": params, "lr": scale * run.optim.lr} for scale, params in by_scale.items()]
 
 
 def autocast(session: Session) -> torch.autocast:

@@ -30,7 +30,7 @@ def write_result(session: Session, folder: Path) -> str:
     if session.run.method.whole:
         written = _write_model(session, folder)
     else:
-        learned = dict(_gathered(session, trainable_only=True))
+        learned = dict(_gathered(session, everything=False))
         written = {}
         if session.world.rank == 0:
             saved = session.run.method.save(session.model, learned, folder, session.files.name_or_path)
@@ -57,9 +57,9 @@ def write_probe(session: Session, tokens: Tensor, path: Path, digest: str) -> No
         save_file(probe, path, metadata={"digest": digest})
 
 
-def _gathered(session: Session, *, trainable_only: bool) -> Iterator[tuple[str, Tensor]]:
+def _gathered(session: Session, *, everything: bool) -> Iterator[tuple[str, Tensor]]:
     for name, param in session.model.named_parameters():
-        if param.requires_grad or not trainable_only:
+        if everything or param.requires_grad or session.run.method.kept(name):
             value = session.run.strategy.full(param)
             if session.world.rank == 0:
                 yield name, value
@@ -95,7 +95,7 @@ def _parts(session: Session, dtype: torch.dtype) -> Iterator[dict[str, Tensor]]:
 
     part: dict[str, Tensor] = {}
     size = 0
-    for name, value in _gathered(session, trainable_only=False):
+    for name, value in _gathered(session, everything=True):
         part |= revert_weight_conversion(session.model, {name: value.to(dtype)})
         size += value.numel() * dtype.itemsize
         if size >= SHARD_BYTES:

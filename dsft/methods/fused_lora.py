@@ -27,8 +27,7 @@ class FusedLinear(Linear):
             y: Tensor = super().forward(x, *args, **kwargs)
             return y
         name, flat = names[0], x.reshape(-1, x.shape[-1])  # of three dimensions, a product with a bias is a view
-        down: Any = self.lora_A[name].weight
-        up: Any = self.lora_B[name].weight
+        down, up = self.factors(name)
         dropped = self.lora_dropout[name](flat)
         if torch.compiler.is_compiling():
             y = torch.addmm(self.base_layer(flat), nn.functional.linear(dropped, down), up.T, alpha=self.scaling[name])
@@ -38,12 +37,17 @@ class FusedLinear(Linear):
         y = _Up.apply(self.base_layer(flat), hidden, up, self.scaling[name])
         return y.view(*x.shape[:-1], -1)
 
+    def factors(self, name: str) -> tuple[Any, Any]:
+        """A (r, in) and B (out, r) of the sum."""
+        return self.lora_A[name].weight, self.lora_B[name].weight
 
-def fuse(model: nn.Module, adapter: str) -> None:
-    """Give every plain LoRA linear of model the fused forward; others (DoRA) keep PEFT's."""
-    for module in model.modules():
-        if type(module) is Linear and adapter not in module.lora_variant:
-            module.__class__ = FusedLinear
+
+def fuse(model: nn.Module, adapter: str, kind: type[FusedLinear] = FusedLinear) -> list[FusedLinear]:
+    """Give every plain LoRA linear of model the fused forward, and return them; others (DoRA) keep PEFT's."""
+    plain = [m for m in model.modules() if type(m) is Linear and adapter not in m.lora_variant]
+    for module in plain:
+        module.__class__ = kind
+    return plain  # type: ignore[return-value]  # mypy sees the class that they had
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:

@@ -5,7 +5,7 @@ from torch import nn
 
 from dsft.compose import compose
 from dsft.methods.freeze import Freeze
-from dsft.methods.peft_bridge import resolve_targets
+from dsft.methods.peft_targets import resolve_targets
 from dsft.models.anatomy import dissect
 from dsft.protocols import Anatomy
 
@@ -38,7 +38,7 @@ def test_some_blocks_only_keep_their_full_names() -> None:
 
 
 def test_a_word_that_matches_nothing_is_refused_with_the_choice() -> None:
-    with pytest.raises(ValueError, match=r"q_prj matches no linear; there are: all-linear, attention"):
+    with pytest.raises(ValueError, match=r"q_prj matches no linear, nearest: q_proj.*; there are: all-linear, attention"):
         resolve_targets("q_prj", *_bones("tiny"))
 
 

@@ -1,0 +1,169 @@
+"""The LoRA family on PEFT's layers: LoRA, rsLoRA and DoRA by its options, LoRA+ by two learning rates."""
+
+import math
+import re
+from abc import abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dsft.methods.peft_bridge import ADAPTER, Bridged, inject, peft_name
+from dsft.methods.peft_folder import Folder
+from dsft.methods.peft_targets import chosen_linears, nearest, shortest
+from dsft.protocols import Anatomy
+
+OPTIONS: dict[str, type] = {"use_dora": bool, "use_rslora": bool, "rank_pattern": dict, "alpha_pattern": dict}
+"""Keys of peft.LoraConfig that options may hold."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraLayers(Bridged):
+    """Linears with a product of two thin matrices beside them: y = W x + s B A x, s = alpha / rank.
+
+    Parameters: rank x (in + out) per target, plus out per target with DoRA. With use_rslora s = alpha / sqrt(rank).
+    Source: LoRA, Hu et al. 2021, arXiv:2106.09685; rsLoRA, Kalajdzievski 2023, arXiv:2312.03732; DoRA, Liu et al.
+    2024, arXiv:2402.09353; code: PEFT's tuners/lora.
+    """
+
+    rank: int
+    alpha: float
+    dropout: float
+    target_modules: str | tuple[str, ...]
+    options: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        """Refuse values outside their range, and options whose start is not known here."""
+        if self.rank < 1:
+            raise ValueError(f"method.rank must be 1 or more, got {self.rank}")
+        if not self.alpha > 0:
+            raise ValueError(f"method.alpha must be above 0, got {self.alpha}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"method.dropout must be in [0, 1), got {self.dropout}")
+        for key, value in self.options.items():
+            if key not in OPTIONS:
+                raise ValueError(f"method.options may hold {', '.join(OPTIONS)}, got {key}{nearest(key, OPTIONS)}")
+            if not isinstance(value, OPTIONS[key]):
+                kind = "true or false" if OPTIONS[key] is bool else "{name: number}"
+                raise ValueError(f"method.options.{key} must be {kind}, got {value}")
+        for name, rank in self.options.get("rank_pattern", {}).items():
+            if not (type(rank) is int and rank >= 1):
+                raise ValueError(f"method.options.rank_pattern.{name} must be a whole number of 1 or more, got {rank}")
+        for name, alpha in self.options.get("alpha_pattern", {}).items():
+            if isinstance(alpha, bool) or not (isinstance(alpha, int | float) and alpha > 0):
+                raise ValueError(f"method.options.alpha_pattern.{name} must be a number above 0, got {alpha}")
+
+    def attach(self, model: nn.Module, anatomy: Anatomy) -> nn.Module:
+        """Freeze the base and put PEFT's layers around the targets, on meta."""
+        chosen = chosen_linears(self.target_modules, anatomy)
+        self._check_patterns(chosen)
+        for name in sorted(chosen):
+            self._check_rank(name, model.get_submodule(name))
+        config = self.config(shortest(chosen, model))
+        model = inject(model, config)
+        self.fused(model)
+        return model
+
+    def config(self, targets: list[str]) -> Any:
+        """PEFT's own configuration object."""
+        from peft import LoraConfig
+
+        return LoraConfig(
+            r=self.rank,
+            lora_alpha=self.alpha,  # type: ignore[arg-type]  # PEFT says int and divides by r
+            lora_dropout=self.dropout,
+            target_modules=targets,
+            bias="none",
+            task_type="CAUSAL_LM",
+            **self.options,
+        )
+
+    @abstractmethod
+    def fused(self, model: nn.Module) -> None:
+        """Give PEFT's layers in model the forward that they get here."""
+
+    def _check_patterns(self, chosen: set[str]) -> None:
+        """Each key of a pattern must be some target's name, by PEFT's own rule: a regular expression for its end."""
+        for option in ("rank_pattern", "alpha_pattern"):
+            for key in self.options.get(option, {}):
+                if not any(_ends_with(key, name) for name in chosen):
+                    leaves = sorted({name.rpartition(".")[2] for name in chosen})
+                    raise ValueError(
+                        f"method.options.{option}: {key} matches no target{nearest(key, leaves)}; the targets are "
+                        f"{', '.join(leaves)}"
+                    )
+
+    def _check_rank(self, name: str, linear: Any) -> None:
+        """A product of more than the smaller side is no thin one."""
+        patterns = self.options.get("rank_pattern", {})
+        key = next((key for key in patterns if _ends_with(key, name)), None)
+        rank, word = (self.rank, "rank") if key is None else (patterns[key], f"options.rank_pattern.{key}")
+        most = min(linear.in_features, linear.out_features)
+        if rank > most:
+            raise ValueError(
+                f"method.{word} must be at most {most}, the smaller side of {name} ({linear.out_features} x "
+                f"{linear.in_features}), got {rank}; take a smaller one, or other method.target_modules"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lora(LoraLayers):
+    """B starts at zero, or both factors where an earlier run, or PEFT itself, left them. init_from: that folder."""
+
+    init_from: str | None
+
+    def attach(self, model: nn.Module, anatomy: Anatomy) -> nn.Module:
+        """Put the layers in; an adapter to start from must fit them."""
+        model = super().attach(model, anatomy)
+        if self.init_from is not None:
+            learning = {peft_name(name): param.shape for name, param in model.named_parameters() if param.requires_grad}
+            Folder(self.init_from).check(model.peft_config[ADAPTER], learning)  # type: ignore[index]
+        return model
+
+    def fused(self, model: nn.Module) -> None:
+        """The sum in place, but for DoRA."""
+        from dsft.methods.fused_lora import fuse
+
+        fuse(model, ADAPTER)
+
+    def initial(self, model: nn.Module, name: str, param: Tensor, read: Callable[[str], Tensor]) -> Tensor:
+        """PEFT's defaults: A ~ U(-1/sqrt(in), 1/sqrt(in)) (Kaiming, a = sqrt 5), B = 0, magnitude = row norms of W."""
+        if self.init_from is not None:
+            return Folder(self.init_from).tensor(peft_name(name))
+        layer, kind, _ = re.split(r"\.(lora_A|lora_B|lora_magnitude_vector)\.", name, maxsplit=1)
+        value = torch.zeros(param.shape, dtype=torch.float32)
+        if kind == "lora_A":
+            nn.init.kaiming_uniform_(value, a=math.sqrt(5))
+        elif kind == "lora_magnitude_vector":
+            value = torch.linalg.norm(read(f"{layer}.base_layer").float(), dim=1)
+        return value
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraPlus(Lora):
+    """LoRA whose B learns faster than A: rate of B = lr_ratio x optim.lr, of A optim.lr.
+
+    Source: LoRA+, Hayou, Ghosh, Yu 2024, arXiv:2402.12354, section 5 (ratio 2^4).
+    """
+
+    lr_ratio: float
+
+    def __post_init__(self) -> None:
+        """Refuse a ratio that is none."""
+        super().__post_init__()
+        if not self.lr_ratio > 0:
+            raise ValueError(f"method.lr_ratio must be above 0, got {self.lr_ratio}")
+
+    def lr_scale(self, name: str) -> float:
+        """lr_ratio for B."""
+        return self.lr_ratio if f".lora_B.{ADAPTER}." in name else 1.0
+
+
+def _ends_with(pattern: str, name: str) -> bool:
+    """PEFT's rule (get_pattern_key): pattern is a whole name, or one that follows a dot at the end of it."""
+    try:
+        return re.match(rf"(.*\.)?({pattern})$", name) is not None
+    except re.error as error:
+        raise ValueError(f"method.options: {pattern} is no regular expression ({error})") from error

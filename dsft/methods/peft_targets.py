@@ -1,0 +1,71 @@
+"""What method.target_modules means on one model: words for linears, and the names by which PEFT finds them again."""
+
+import re
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+from torch import nn
+
+from dsft.protocols import ROLES, Anatomy
+
+
+def resolve_targets(wanted: str | tuple[str, ...], model: nn.Module, anatomy: Anatomy) -> list[str]:
+    """Module names for PEFT: short suffixes where they mean the same modules, else full names.
+
+    wanted: all-linear, roles, names, or one regular expression. Raises ValueError for a word that matches nothing and
+    for an adapter on a tied head.
+    """
+    return shortest(chosen_linears(wanted, anatomy), model)
+
+
+def chosen_linears(wanted: str | tuple[str, ...], anatomy: Anatomy) -> set[str]:
+    """Full names of the linears that wanted means; raises as resolve_targets does."""
+    words = (wanted,) if isinstance(wanted, str) else wanted
+    modules = {*anatomy.linears, anatomy.head}
+    chosen: set[str] = set()
+    for word in words:
+        found = _matching(word, modules, anatomy)
+        if not found:
+            leaves = sorted({name.rpartition(".")[2] for name in modules})
+            choice = ["all-linear", *ROLES, *leaves]
+            raise ValueError(
+                f"method.target_modules: {word} matches no linear{nearest(word, choice)}; there are: "
+                f"{', '.join(choice)}"
+            )
+        chosen |= found
+    if not chosen:
+        raise ValueError("method.target_modules must name something, got []; e.g. method.target_modules=all-linear")
+    if anatomy.tied and anatomy.head in chosen:
+        raise ValueError(
+            f"method.target_modules must not name {anatomy.head}: it shares its weight with the embedding, which the "
+            "adapter would split; leave it out, or take method=freeze with method.trainable=[head]"
+        )
+    return chosen
+
+
+def shortest(chosen: Iterable[str], model: nn.Module) -> list[str]:
+    """Suffixes where they mean the modules chosen and no other, else their full names."""
+    chosen = set(chosen)
+    suffixes = {name.rpartition(".")[2] for name in chosen}
+    every = {name for name, _ in model.named_modules() if name.rpartition(".")[2] in suffixes}
+    return sorted(suffixes) if every == chosen else sorted(chosen)
+
+
+def nearest(word: str, choice: Iterable[str]) -> str:
+    """", nearest: ..." with the words of choice that look like word; empty if none does."""
+    found = get_close_matches(word, list(choice), n=3)
+    return f", nearest: {', '.join(found)}" if found else ""
+
+
+def _matching(word: str, modules: set[str], anatomy: Anatomy) -> set[str]:
+    if word == "all-linear":
+        return set(anatomy.linears)
+    if word in ROLES:
+        return {name for name, role in anatomy.linears.items() if role == word}
+    exact = {name for name in modules if name == word or name.endswith(f".{word}")}
+    if exact:
+        return exact
+    try:
+        return {name for name in modules if re.fullmatch(word, name)}
+    except re.error as error:
+        raise ValueError(f"method.target_modules: {word} is no regular expression ({error})") from error

@@ -1,0 +1,142 @@
+"""PiSSA: LoRA that starts from the principal singular vectors of W, with the base left as it is."""
+
+import re
+from collections.abc import Callable, Mapping
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dsft.methods.fused_lora import FusedLinear, fuse
+from dsft.methods.peft_bridge import ADAPTER, peft_name, write_adapter
+from dsft.methods.peft_lora import LoraLayers
+from dsft.protocols import Anatomy
+
+STARTS = ("start_A", "start_B")
+"""Names of A0 and B0 in a layer."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pissa(LoraLayers):
+    """y = W x + s (B A - B0 A0) x, A = A0 = sqrt(S/s) V^T and B = B0 = U sqrt(S/s) at the start, A and B learn.
+
+    U S V^T: the singular values and vectors of W, the rank largest; of what packing left of W where it is packed.
+    Equal to the paper's W_res x + s B A x, W_res = W - s B0 A0, without a change of the base, which is shared, sharded
+    and perhaps packed. (The paper packs W_res instead, which lowers the error of packing; here that stays W's own.)
+    The result is plain LoRA of twice the rank, [A; A0] and [B, -B0], which loads on the base as it is.
+    iterations: of the randomized SVD, None for an exact one.
+
+    Source: Meng, Wang, Zhang 2024, arXiv:2404.02948; code: PEFT's pissa_init and subtract_mutated_init.
+    """
+
+    iterations: int | None
+
+    def __post_init__(self) -> None:
+        """Refuse no iteration, and a direction learnt apart, whose size would have another start."""
+        super().__post_init__()
+        if self.iterations is not None and self.iterations < 1:
+            raise ValueError(f"method.iterations must be 1 or more, or null for an exact SVD, got {self.iterations}")
+        if self.options.get("use_dora"):
+            raise ValueError("method.options.use_dora must be left out with PiSSA, got true; take method=dora")
+
+    def fused(self, model: nn.Module) -> None:
+        """Beside PEFT's A and B the frozen A0 and B0, in the type of the model."""
+        dtype = model.dtype
+        for layer in fuse(model, ADAPTER, FusedDifference):
+            rank = layer.r[ADAPTER]
+            for name, sides in zip(STARTS, ((layer.in_features, rank), (rank, layer.out_features)), strict=True):
+                frozen = nn.Linear(*sides, bias=False, device="meta", dtype=dtype)
+                layer.add_module(name, frozen.requires_grad_(False))
+
+    def initial(self, model: nn.Module, name: str, param: Tensor, read: Callable[[str], Tensor]) -> Tensor:
+        """A0 or B0, for what learns and for what stays: both rounded to the type of what stays, so that they cancel."""
+        path, kind, _ = re.split(r"\.(lora_A|lora_B|start_A|start_B)\.", name, maxsplit=1)
+        layer: Any = model.get_submodule(path)
+        if layer.principal is None:
+            weight = read(f"{path}.base_layer").float()
+            factors = principal(weight, layer.r[ADAPTER], layer.scaling[ADAPTER], self.iterations)
+            layer.principal = {side: factor.to(layer.start_A.weight.dtype) for side, factor in factors.items()}
+        value: Tensor = layer.principal[kind[-1]]
+        layer.asked += 1
+        if layer.asked == 4:  # each factor twice: nobody asks again
+            layer.principal = None
+        return value.to(param.dtype)
+
+    def kept(self, name: str) -> bool:
+        """The result needs A0 and B0."""
+        return any(f".{start}." in name for start in STARTS)
+
+    def save(self, model: nn.Module, weights: Mapping[str, Tensor], folder: Path, base: str) -> Mapping[str, Tensor]:
+        """Plain LoRA of twice the rank and the same s, as PEFT reads it."""
+        tensors: dict[str, Tensor] = {}
+        for name, value in weights.items():
+            if f".lora_A.{ADAPTER}." in name:
+                start = weights[name.replace(f"lora_A.{ADAPTER}", "start_A")]
+                tensors[peft_name(name)] = torch.cat([value, start.to(value.dtype)])
+            elif f".lora_B.{ADAPTER}." in name:
+                start = weights[name.replace(f"lora_B.{ADAPTER}", "start_B")]
+                tensors[peft_name(name)] = torch.cat([value, -start.to(value.dtype)], dim=1)
+        return write_adapter(_of_twice_the_rank(model.peft_config[ADAPTER]), tensors, folder, base)  # type: ignore[index]
+
+
+class FusedDifference(FusedLinear):
+    """A fused LoRA linear whose product is counted from its start; principal, asked: what initial left, and how often."""
+
+    start_A: nn.Linear
+    start_B: nn.Linear
+    principal: dict[str, Tensor] | None = None
+    asked = 0
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """X (..., in) -> (..., out). With dropout, and outside the blocks under ZeRO-3, one product after the other."""
+        names = self.active_adapters
+        if self.disable_adapters or self.merged:
+            return super().forward(x, *args, **kwargs)
+        apart = hasattr(self, "ds_id") or (self.training and isinstance(self.lora_dropout[names[0]], nn.Dropout))
+        if not apart:
+            return super().forward(x, *args, **kwargs)
+        y = super(FusedLinear, self).forward(x, *args, **kwargs)
+        start: Tensor = self.start_B(self.start_A(x))
+        return y - (self.scaling[names[0]] * start).to(y.dtype)
+
+    def factors(self, name: str) -> tuple[Any, Any]:
+        """[A; A0] (2r, in) and [B, -B0] (out, 2r)."""
+        down, up = super().factors(name)
+        start_down, start_up = self.start_A.weight.to(down.dtype), self.start_B.weight.to(up.dtype)
+        return torch.cat([down, start_down]), torch.cat([up, -start_up], dim=1)
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """S (B A - B0 A0), (out, in)."""
+        start = self.start_B.weight.float() @ self.start_A.weight.float()
+        whole: Tensor = super().get_delta_weight(adapter)
+        return whole - (self.scaling[adapter] * start).to(whole.dtype)
+
+
+def principal(weight: Tensor, rank: int, scale: float, iterations: int | None) -> dict[str, Tensor]:
+    """A (rank, in) and B (out, rank) with scale B A = the part of weight (out, in) of its rank largest singular values.
+
+    Signs are fixed (the largest entry of each row of A is positive), so that every machine finds the same factors.
+    Draws from torch's default generator if iterations is given (torch.svd_lowrank).
+    """
+    if iterations is None:
+        left, values, right = torch.linalg.svd(weight, full_matrices=False)
+    else:
+        left, values, columns = torch.svd_lowrank(weight, rank, niter=iterations)
+        right = columns.T
+    left, right = left[:, :rank], right[:rank]
+    root = (values[:rank] / scale).sqrt()
+    signs = right.gather(1, right.abs().argmax(1, keepdim=True)).sign()
+    return {"A": root[:, None] * signs * right, "B": left * signs.T * root}
+
+
+def _of_twice_the_rank(config: Any) -> Any:
+    """The same scale: alpha grows as the rank, or as its root with use_rslora."""
+    config = deepcopy(config)
+    factor = 2**0.5 if config.use_rslora else 2
+    config.r, config.lora_alpha = 2 * config.r, factor * config.lora_alpha
+    config.rank_pattern = {key: 2 * rank for key, rank in config.rank_pattern.items()}
+    config.alpha_pattern = {key: factor * alpha for key, alpha in config.alpha_pattern.items()}
+    return config
