@@ -27,6 +27,13 @@ METHODS = {
     **{path.stem: [f"method={path.stem}"] for path in sorted((OWN_CONF / "method").glob("*.yaml"))},
     "lora+int8": ["method=lora", "quantization=int8"],
 }
+NEEDED = {"tiny vera": ["method.rank=16"], "tiny_moe vera": ["method.rank=16"]}
+NEEDED |= {"tiny_moe ia3": ["method.feedforward_modules=[]"]}
+"""Of some cells: shared projections, whole on every rank, that are small beside the model; experts without linears."""
+
+FASTER = {"vera": 30, "ia3": 10}
+"""Methods that want a higher rate, and how much of it: their loss would hardly move."""
+
 PACKED = 1024
 """Tokens of a micro-batch that holds all examples of a rank: two, or four."""
 
@@ -69,15 +76,17 @@ def cells(
 ) -> dict[str, list[str]]:
     """Cell name -> overrides, for one column."""
     sgd = column.optim == "sgd"
+    rate = 0.05 if sgd else 1e-3
     shared = [
         "data=local", f"data.path={data}", "data.shuffle=false", "train.precision=fp32", "train.steps=10",
         "train.max_length=512", "tracker=[]",
-        f"optim.name={column.optim}", f"optim.lr={0.05 if sgd else 1e-3}", "optim.schedule=constant",
+        f"optim.name={column.optim}", "optim.schedule=constant",
         f"train.max_grad_norm={'inf' if sgd else 1.0}", f"strategy={column.strategy}", *column.extra,
     ]  # fmt: skip
     return {
         f"{model} {method} {variant}": [
-            f"model={model}", *METHODS[method], *VARIANTS[variant], *shared,
+            f"model={model}", *METHODS[method], *NEEDED.get(f"{model} {method}", []), *VARIANTS[variant], *shared,
+            f"optim.lr={rate * FASTER.get(method, 1)}",
             f"train.micro_batch_tokens={PACKED if variant == 'none' and column.size > 1 else 1}",
         ]
         for model in models for method in methods for variant in variants
@@ -200,11 +209,12 @@ def write_table(
         "# The equality matrix",
         "",
         "Largest relative difference of loss and of gradient norm to one process over 10 steps: fp32, AdamW at lr",
-        "1e-3 (the sgd column: 0.05), constant rate, dropout 0. none: nothing is computed again in backward; global",
-        "batch 8, a rank's two or four examples in one micro-batch. full: every block is; global batch 4, each",
-        "example in a micro-batch of its own, as all are in the one process that a cell is compared to. In every",
-        "cell the label counts of the ranks differ by 2 x or more and the loss moves by 1 % or more. A sharding cell",
-        "is green only if the ranks together hold at most 1.1 x the model (hsdp: 1.1 x its two copies) after step 1.",
+        "1e-3 (the sgd column: 0.05; vera 30 and ia3 10 times that), constant rate, dropout 0. none: nothing is",
+        "computed again in backward; global batch 8, a rank's two or four examples in one micro-batch. full: every",
+        "block is; global batch 4, each example in a micro-batch of its own, as all are in the one process that a cell",
+        "is compared to. In every cell the label counts of the ranks differ by 2 x or more and the loss moves by 1 %",
+        "or more. A sharding cell is green only if the ranks together hold at most 1.1 x the model (hsdp: 1.1 x its",
+        "two copies) after step 1.",
         f"Bound {BOUND:g}; largest {worst:.1e}; red cells: {red}. Made by `make matrix` in {seconds / 60:.1f} minutes",
         f"on {here()}.",
         "",

@@ -70,7 +70,7 @@ class Method(ABC):
         """Return the model (on meta) with this method in it; requires_grad says what learns."""
 
     def initial(self, model: nn.Module, name: str, param: Tensor, read: Callable[[str], Tensor]) -> Tensor:
-        """First value, in full and on CPU, of a parameter that attach added.
+        """First value, in full and on CPU, of a parameter or buffer that attach added.
 
         name: its full name in model; param: the parameter, on meta; read(module_name) gives the (dequantized) weight
         (out, in) of a base linear, for methods whose start depends on it. torch's default generator is seeded by

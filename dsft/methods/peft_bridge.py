@@ -15,7 +15,7 @@ ADAPTER = "default"
 
 
 class Bridged(Method):
-    """A method whose layers and file are PEFT's: attach calls inject, save writes what PeftModel.from_pretrained reads."""
+    """A method whose layers and file are PEFT's: attach calls inject, save writes what PeftModel reads."""
 
     @abstractmethod
     def config(self, targets: list[str]) -> Any:
@@ -33,7 +33,9 @@ def inject(model: nn.Module, config: Any) -> nn.Module:
         from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING  # seconds: after what can be refused without it
 
     model.requires_grad_(False)
-    tuner: Any = PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type](model, config, adapter_name=ADAPTER)
+    tuner: Any = PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type](
+        model, config, adapter_name=ADAPTER, low_cpu_mem_usage=True
+    )
     for module in model.modules():
         if hasattr(module, "cast_input_dtype_enabled"):
             module.cast_input_dtype_enabled = False  # type: ignore[assignment]  # autocast casts, without an fp32 copy

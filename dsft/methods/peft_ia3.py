@@ -1,4 +1,4 @@
-"""(IA)^3 on PEFT's layers, with a target map of our own: keys, values and what enters the down projection are scaled."""
+"""(IA)^3 on PEFT's layers, by a target map of our own: keys, values, and what enters the down projection."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass

@@ -42,16 +42,20 @@ class LoraLayers(Bridged):
             raise ValueError(f"method.alpha must be above 0, got {self.alpha}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"method.dropout must be in [0, 1), got {self.dropout}")
+        self._check_options()
+
+    def _check_options(self) -> None:
+        """Refuse keys and values that are not PEFT's, or not known here."""
         for key, value in self.options.items():
             if key not in OPTIONS:
                 raise ValueError(f"method.options may hold {', '.join(OPTIONS)}, got {key}{nearest(key, OPTIONS)}")
             if not isinstance(value, OPTIONS[key]):
                 kind = "true or false" if OPTIONS[key] is bool else "{name: number}"
                 raise ValueError(f"method.options.{key} must be {kind}, got {value}")
-        for name, rank in self.options.get("rank_pattern", {}).items():
+        for name, rank in self.pattern("rank_pattern").items():
             if not (type(rank) is int and rank >= 1):
                 raise ValueError(f"method.options.rank_pattern.{name} must be a whole number of 1 or more, got {rank}")
-        for name, alpha in self.options.get("alpha_pattern", {}).items():
+        for name, alpha in self.pattern("alpha_pattern").items():
             if isinstance(alpha, bool) or not (isinstance(alpha, int | float) and alpha > 0):
                 raise ValueError(f"method.options.alpha_pattern.{name} must be a number above 0, got {alpha}")
 
@@ -80,6 +84,11 @@ class LoraLayers(Bridged):
             **self.options,
         )
 
+    def pattern(self, option: str) -> dict[str, Any]:
+        """Name or regular expression -> rank or alpha of its targets; empty where none is given."""
+        found: dict[str, Any] = self.options[option] if option in self.options else {}
+        return found
+
     @abstractmethod
     def fused(self, model: nn.Module) -> None:
         """Give PEFT's layers in model the forward that they get here."""
@@ -87,7 +96,7 @@ class LoraLayers(Bridged):
     def _check_patterns(self, chosen: set[str]) -> None:
         """Each key of a pattern must be some target's name, by PEFT's own rule: a regular expression for its end."""
         for option in ("rank_pattern", "alpha_pattern"):
-            for key in self.options.get(option, {}):
+            for key in self.pattern(option):
                 if not any(_ends_with(key, name) for name in chosen):
                     leaves = sorted({name.rpartition(".")[2] for name in chosen})
                     raise ValueError(
@@ -97,7 +106,7 @@ class LoraLayers(Bridged):
 
     def _check_rank(self, name: str, linear: Any) -> None:
         """A product of more than the smaller side is no thin one."""
-        patterns = self.options.get("rank_pattern", {})
+        patterns = self.pattern("rank_pattern")
         key = next((key for key in patterns if _ends_with(key, name)), None)
         rank, word = (self.rank, "rank") if key is None else (patterns[key], f"options.rank_pattern.{key}")
         most = min(linear.in_features, linear.out_features)

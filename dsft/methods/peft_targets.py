@@ -52,7 +52,7 @@ def shortest(chosen: Iterable[str], model: nn.Module) -> list[str]:
 
 
 def nearest(word: str, choice: Iterable[str]) -> str:
-    """", nearest: ..." with the words of choice that look like word; empty if none does."""
+    """The end of a sentence: what of choice looks like word; empty if nothing does."""
     found = get_close_matches(word, list(choice), n=3)
     return f", nearest: {', '.join(found)}" if found else ""
 

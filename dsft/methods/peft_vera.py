@@ -17,7 +17,7 @@ SIDES = ("vera_A", "vera_B")
 
 @dataclass(frozen=True, kw_only=True)
 class Vera(Bridged):
-    """y = W x + b * (B (d * (A x))): b (out,) from 0 and d (rank,) from d_initial learn. Parameters: out + rank a target.
+    """y = W x + b * (B (d * (A x))): b (out,) from 0 and d (rank,) from d_initial learn. Numbers: out + rank a target.
 
     A (rank, largest in) and B (largest out, rank) are buffers, whole on every rank, drawn from projection_seed alone by
     PEFT's own function; each linear takes the part that fits. The result holds them.

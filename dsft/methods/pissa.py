@@ -13,9 +13,8 @@ from torch import Tensor, nn
 from dsft.methods.fused_lora import FusedLinear, fuse
 from dsft.methods.peft_bridge import ADAPTER, peft_name, write_adapter
 from dsft.methods.peft_lora import LoraLayers
-from dsft.protocols import Anatomy
 
-STARTS = ("start_A", "start_B")
+STARTS = ("start_a", "start_b")
 """Names of A0 and B0 in a layer."""
 
 
@@ -39,7 +38,7 @@ class Pissa(LoraLayers):
         super().__post_init__()
         if self.iterations is not None and self.iterations < 1:
             raise ValueError(f"method.iterations must be 1 or more, or null for an exact SVD, got {self.iterations}")
-        if self.options.get("use_dora"):
+        if self.options.items() >= {"use_dora": True}.items():
             raise ValueError("method.options.use_dora must be left out with PiSSA, got true; take method=dora")
 
     def fused(self, model: nn.Module) -> None:
@@ -53,13 +52,13 @@ class Pissa(LoraLayers):
 
     def initial(self, model: nn.Module, name: str, param: Tensor, read: Callable[[str], Tensor]) -> Tensor:
         """A0 or B0, for what learns and for what stays: both rounded to the type of what stays, so that they cancel."""
-        path, kind, _ = re.split(r"\.(lora_A|lora_B|start_A|start_B)\.", name, maxsplit=1)
+        path, kind, _ = re.split(r"\.(lora_A|lora_B|start_a|start_b)\.", name, maxsplit=1)
         layer: Any = model.get_submodule(path)
         if layer.principal is None:
             weight = read(f"{path}.base_layer").float()
             factors = principal(weight, layer.r[ADAPTER], layer.scaling[ADAPTER], self.iterations)
-            layer.principal = {side: factor.to(layer.start_A.weight.dtype) for side, factor in factors.items()}
-        value: Tensor = layer.principal[kind[-1]]
+            layer.principal = {side: factor.to(layer.start_a.weight.dtype) for side, factor in factors.items()}
+        value: Tensor = layer.principal[kind[-1].lower()]
         layer.asked += 1
         if layer.asked == 4:  # each factor twice: nobody asks again
             layer.principal = None
@@ -74,45 +73,45 @@ class Pissa(LoraLayers):
         tensors: dict[str, Tensor] = {}
         for name, value in weights.items():
             if f".lora_A.{ADAPTER}." in name:
-                start = weights[name.replace(f"lora_A.{ADAPTER}", "start_A")]
+                start = weights[name.replace(f"lora_A.{ADAPTER}", "start_a")]
                 tensors[peft_name(name)] = torch.cat([value, start.to(value.dtype)])
             elif f".lora_B.{ADAPTER}." in name:
-                start = weights[name.replace(f"lora_B.{ADAPTER}", "start_B")]
+                start = weights[name.replace(f"lora_B.{ADAPTER}", "start_b")]
                 tensors[peft_name(name)] = torch.cat([value, -start.to(value.dtype)], dim=1)
         return write_adapter(_of_twice_the_rank(model.peft_config[ADAPTER]), tensors, folder, base)  # type: ignore[index]
 
 
 class FusedDifference(FusedLinear):
-    """A fused LoRA linear whose product is counted from its start; principal, asked: what initial left, and how often."""
+    """A fused LoRA linear whose product is counted from its start. principal, asked: what initial left, how often."""
 
-    start_A: nn.Linear
-    start_B: nn.Linear
+    start_a: nn.Linear
+    start_b: nn.Linear
     principal: dict[str, Tensor] | None = None
     asked = 0
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """X (..., in) -> (..., out). With dropout, and outside the blocks under ZeRO-3, one product after the other."""
-        names = self.active_adapters
-        if self.disable_adapters or self.merged:
+        name = self.active_adapters[0]
+        apart = hasattr(self, "ds_id") or (self.training and isinstance(self.lora_dropout[name], nn.Dropout))
+        if not apart or self.disable_adapters or self.merged:
             return super().forward(x, *args, **kwargs)
-        apart = hasattr(self, "ds_id") or (self.training and isinstance(self.lora_dropout[names[0]], nn.Dropout))
-        if not apart:
-            return super().forward(x, *args, **kwargs)
-        y = super(FusedLinear, self).forward(x, *args, **kwargs)
-        start: Tensor = self.start_B(self.start_A(x))
-        return y - (self.scaling[names[0]] * start).to(y.dtype)
+        y: Tensor = super(FusedLinear, self).forward(x, *args, **kwargs)
+        start: Tensor = self.start_b(self.start_a(x))
+        y = y - (self.scaling[name] * start).to(y.dtype)
+        return y
 
     def factors(self, name: str) -> tuple[Any, Any]:
         """[A; A0] (2r, in) and [B, -B0] (out, 2r)."""
         down, up = super().factors(name)
-        start_down, start_up = self.start_A.weight.to(down.dtype), self.start_B.weight.to(up.dtype)
+        start_down, start_up = self.start_a.weight.to(down.dtype), self.start_b.weight.to(up.dtype)
         return torch.cat([down, start_down]), torch.cat([up, -start_up], dim=1)
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """S (B A - B0 A0), (out, in)."""
-        start = self.start_B.weight.float() @ self.start_A.weight.float()
-        whole: Tensor = super().get_delta_weight(adapter)
-        return whole - (self.scaling[adapter] * start).to(whole.dtype)
+        start = self.start_b.weight.float() @ self.start_a.weight.float()
+        delta: Tensor = super().get_delta_weight(adapter)
+        delta = delta - (self.scaling[adapter] * start).to(delta.dtype)
+        return delta
 
 
 def principal(weight: Tensor, rank: int, scale: float, iterations: int | None) -> dict[str, Tensor]:
@@ -129,7 +128,7 @@ def principal(weight: Tensor, rank: int, scale: float, iterations: int | None) -
     left, right = left[:, :rank], right[:rank]
     root = (values[:rank] / scale).sqrt()
     signs = right.gather(1, right.abs().argmax(1, keepdim=True)).sign()
-    return {"A": root[:, None] * signs * right, "B": left * signs.T * root}
+    return {"a": root[:, None] * signs * right, "b": left * signs.T * root}
 
 
 def _of_twice_the_rank(config: Any) -> Any:

@@ -38,7 +38,7 @@ def test_some_blocks_only_keep_their_full_names() -> None:
 
 
 def test_a_word_that_matches_nothing_is_refused_with_the_choice() -> None:
-    with pytest.raises(ValueError, match=r"q_prj matches no linear, nearest: q_proj.*; there are: all-linear, attention"):
+    with pytest.raises(ValueError, match=r"q_prj matches no linear, nearest: q_proj.*; there are: all-linear, atte"):
         resolve_targets("q_prj", *_bones("tiny"))
 
 
