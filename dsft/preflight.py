@@ -48,11 +48,12 @@ def preflight(composed: Composed) -> dict[str, Any] | None:
 def _check_fit(run: Run, files: "ModelFiles", data: "Dataset") -> None:
     """Refuse rows beyond the model's reach, and a metric that these data do not give."""
     shape, longest = files.config, int(data.train.lengths.max())
-    reach = getattr(shape, "max_position_embeddings", None)
-    if reach is not None and longest > reach:
+    reach, before = getattr(shape, "max_position_embeddings", None), run.method.positions
+    if reach is not None and longest + before > reach:
+        taken = f" less {before} that the method takes" if before else ""
         raise ValueError(
-            f"train.max_length must be at most {reach}, the positions that the model knows, got rows of {longest} "
-            f"tokens with train.max_length={run.train.max_length}; lower it"
+            f"train.max_length must be at most {reach - before}, the positions that the model knows{taken}, got rows "
+            f"of {longest} tokens with train.max_length={run.train.max_length}; lower it"
         )
     metric = run.train.early_stop_metric
     if metric is not None and (data.eval is None or (metric == "eval/accuracy" and not data.verifiable)):

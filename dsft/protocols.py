@@ -27,6 +27,13 @@ Shape = tuple[torch.Size, torch.dtype]
 ROLES = ("attention", "mlp", "other")
 """Roles of linears: inside a module named *attn*/*attention*, inside *mlp*/*feed_forward*/*expert*, elsewhere."""
 
+PREFIX = "dsft_prefix"
+"""Name of a child of an attention module, and of an argument that travels with a call of the model to the attentions.
+
+The child, called with the argument (None if there is none), gives keys and values (1, G, P, D) that each example sees
+before its own.
+"""
+
 
 @dataclass(frozen=True)
 class Anatomy:
@@ -107,6 +114,16 @@ class Method(ABC):
     def whole(self) -> bool:
         """True if the result is a whole model (full, freeze) and not an adapter beside it."""
         return False
+
+    @property
+    def starts_as_base(self) -> bool:
+        """True if the first values leave the base's logits as they are; a method that says False says why."""
+        return True
+
+    @property
+    def positions(self) -> int:
+        """Positions that it takes before the first token of each example."""
+        return 0
 
 
 class Objective(ABC):

@@ -9,6 +9,7 @@ from dsft.data.batch import build_batch
 from dsft.data.open import Dataset
 from dsft.data.packing import plan_step
 from dsft.engine.assemble import Session, autocast
+from dsft.models.attention import CACHED
 from dsft.models.attention import NAME as RAGGED
 
 ANSWERS_AT_ONCE = 64
@@ -68,9 +69,7 @@ def _answers(session: Session, data: Dataset) -> list[Answer]:
     turns = -(-len(rows) // ranks)
     padded = mine + rows[:1] * (turns - len(mine))
     texts: list[str] = []
-    session.model.set_attn_implementation(
-        "sdpa"
-    )  # a cache of keys needs padding, which the ragged attention has none of
+    session.model.set_attn_implementation(CACHED)  # a cache of keys needs padding, which the ragged one has none of
     try:
         for start in range(0, turns, ANSWERS_AT_ONCE):
             texts += _generate(session, data, padded[start : start + ANSWERS_AT_ONCE])

@@ -1,7 +1,8 @@
 """Ragged attention: examples laid end to end in one row, each attending to itself alone, with no mask over all of them.
 
 Registered through transformers' AttentionInterface; the model call passes segment_lengths beside input_ids (1, T) and
-position_ids (1, T) that restart at 0 per example.
+position_ids (1, T) that restart at 0 per example. Beside it cached_attention, to generate. An attention module with a
+child named PREFIX gives each example keys and values that come before its own.
 """
 
 from typing import Any
@@ -10,17 +11,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dsft.protocols import PREFIX
+
 NAME = "dsft_ragged"
+CACHED = "dsft_cached"
 REFUSED = ("softcap", "s_aux", "position_bias", "head_mask")
 """Extras that some models pass and that change the scores: computing without them would be wrong."""
 
 
 def register() -> None:
-    """Make NAME known to transformers (again is harmless)."""
+    """Make NAME and CACHED known to transformers (again is harmless)."""
     from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
 
     AttentionInterface.register(NAME, ragged_attention)
     AttentionMaskInterface.register(NAME, no_mask)
+    AttentionInterface.register(CACHED, cached_attention)
+    AttentionMaskInterface.register(CACHED, sdpa_mask)
 
 
 def no_mask(*_: Any, **__: Any) -> None:
@@ -51,9 +58,67 @@ def ragged_attention(
             raise ValueError(f"model must use plain softmax attention, got {type(module).__name__} with {name}")
     if not (getattr(module, "is_causal", True) and extras.get("is_causal", True) in (True, None)):
         raise ValueError(f"model must be causal, got {type(module).__name__} without a causal mask")
-    segments = zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True)
-    outputs = [_segment(q, k, v, dropout=dropout, scaling=scaling, window=sliding_window) for q, k, v in segments]
+    segments = list(zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True))
+    prefix, length = _prefix(module, key, extras), 0
+    if prefix is not None:
+        segments, length = [_behind(prefix, *segment) for segment in segments], prefix[0].shape[2]
+    outputs = [
+        _segment(q, k, v, dropout=dropout, scaling=scaling, window=sliding_window)[:, :, length:]
+        for q, k, v in segments
+    ]
     return torch.cat([output.transpose(1, 2) for output in outputs], dim=1).contiguous(), None  # (1, T, H, D)
+
+
+def cached_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    sliding_window: int | None = None,
+    **extras: Any,
+) -> tuple[Tensor, None]:
+    """The sdpa attention of transformers over a cache (B, G, S, D), padded where attention_mask (B, 1, T, S) is False.
+
+    A prefix is not kept in the cache: it comes before all of it at each call, under the mask of its own positions.
+    """
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    prefix = _prefix(module, key, extras)
+    if prefix is not None:
+        rows, tokens, length = query.shape[0], query.shape[2], prefix[0].shape[2]
+        if attention_mask is None:  # nothing is padded: the mask that sdpa would imply
+            whole = torch.ones(tokens, key.shape[2], dtype=torch.bool, device=query.device)
+            attention_mask = (whole.tril() if tokens > 1 else whole)[None, None]
+        seen = torch.ones(rows, 1, tokens, length, dtype=torch.bool, device=query.device)
+        if sliding_window is not None:
+            places = extras["position_ids"][:, None, :, None] - torch.arange(length, device=query.device)
+            seen = (places < sliding_window).expand_as(seen)
+        attention_mask = torch.cat([seen, attention_mask.expand(rows, -1, -1, -1)], dim=3)
+        keys, values = (part.expand(rows, -1, -1, -1) for part in prefix)
+        key, value = torch.cat([keys, key], 2), torch.cat([values, value], 2)
+    return sdpa_attention_forward(  # type: ignore[no-any-return]
+        module, query, key, value, attention_mask, sliding_window=sliding_window, **extras
+    )
+
+
+def _prefix(module: nn.Module, key: Tensor, extras: dict[str, Any]) -> tuple[Tensor, Tensor] | None:
+    """Keys and values (1, G, P, D) before those of each example, in key's type; None without such a child."""
+    child = module._modules.get(PREFIX)
+    if child is None:
+        return None
+    keys, values = child(extras.get(PREFIX))
+    return keys.to(key.dtype), values.to(key.dtype)
+
+
+def _behind(prefix: tuple[Tensor, Tensor], query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The example as if the prefix were tokens of it, whose queries are zero and whose output nobody reads.
+
+    So it stays one square causal attention: no mask, any kernel, windows included.
+    """
+    before = query.new_zeros(1, query.shape[1], prefix[0].shape[2], query.shape[3])
+    return torch.cat([before, query], 2), torch.cat([prefix[0], key], 2), torch.cat([prefix[1], value], 2)
 
 
 def _checked(
