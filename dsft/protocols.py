@@ -1,7 +1,7 @@
-"""The contracts: what the engine may ask of a method, an objective, a quantizer, a strategy and a data source."""
+"""The contracts: what the engine may ask of a method, an objective, a quantizer and a data source."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -9,19 +9,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from dsft.comm.world import World
-
 IGNORE = -100
 """Target of a position that carries no loss (torch's cross_entropy default)."""
 
 Metrics = Mapping[str, tuple[Tensor, Tensor]]
 """Name -> (sum, count), both scalars; the engine reduces and divides."""
-
-OptimizerFactory = Callable[[Sequence[dict[str, Any]]], torch.optim.Optimizer]
-"""Parameter groups -> optimizer."""
-
-Shape = tuple[torch.Size, torch.dtype]
-"""Of a saved tensor as a whole, whatever the ranks hold of it."""
 
 
 ROLES = ("attention", "mlp", "other")
@@ -174,115 +166,6 @@ class PackedLinear(nn.Linear):
     def unpack(self) -> Tensor:
         """Weight (out, in) in the compute dtype; on meta if the bytes are on meta."""
         raise NotImplementedError
-
-
-@dataclass(frozen=True)
-class Shares:
-    """Parts of a whole that one rank keeps between steps, 1 = all of it (2: it is there twice).
-
-    weights: of what is frozen, as it is stored; values, gradients, moments: of what learns, in fp32.
-    on_host: those of them that live in host memory where there is an accelerator.
-    """
-
-    weights: float
-    values: float
-    gradients: float
-    moments: float
-    on_host: tuple[str, ...] = ()
-
-
-class Strategy(ABC):
-    """Where parameters, gradients and optimizer state live. One instance per run: it holds the run's optimizer.
-
-    A dataclass whose init fields are its YAML keys.
-
-    Order of calls: shard (model on meta) -> place(module) for each module once its own parameters hold values
-    -> prepare -> per step: backward (once per micro-batch) -> step or drop.
-    """
-
-    reentrant_recompute = False
-    """True if gradient checkpointing must be reentrant under this strategy."""
-
-    @abstractmethod
-    def data_ranks(self, world: World) -> int:
-        """Number of ranks that see different examples."""
-
-    @abstractmethod
-    def shares(self, size: int) -> Shares:
-        """What one of size ranks keeps. Asked before anything is started, by the plan."""
-
-    def gathered(self, blocks: Sequence[int], rest: int) -> int:
-        """Bytes that are whole at a time in a step, beside the shares; blocks, rest: of each block and of all else."""
-        return 0
-
-    @abstractmethod
-    def shard(self, model: nn.Module, anatomy: Anatomy, world: World, precision: str) -> nn.Module:
-        """Lay the model (on meta) out over the ranks."""
-
-    def home(self, world: World) -> torch.device:
-        """Where this rank's parameters live between uses."""
-        return world.device
-
-    def place(self, module: nn.Module) -> None:
-        """The module's own parameters now hold their values, in full: keep this rank's part (ZeRO-3)."""
-
-    @abstractmethod
-    def prepare(
-        self, model: nn.Module, groups: Sequence[dict[str, Any]], make_optimizer: OptimizerFactory
-    ) -> nn.Module:
-        """Build the optimizer; return the module to call forward on."""
-
-    def release(self, lr_scale: float) -> None:
-        """The next backward is the step's last: it moves each parameter once its gradient is whole, and frees that.
-
-        step then gives the norm. What optim.in_backward asks for; rules.py says which strategies can.
-        """
-        raise NotImplementedError(f"{type(self).__name__} cannot move parameters in backward")
-
-    @abstractmethod
-    def backward(self, loss: Tensor, *, last: bool) -> None:
-        """Accumulate gradients of loss (this rank's share of the global mean loss: ranks are SUMMED, not averaged).
-
-        last: this is the step's last micro-batch; gradients must be whole afterwards.
-        """
-
-    @abstractmethod
-    def step(self, max_norm: float, lr_scale: float) -> float:
-        """Clip by the global norm, set each group's rate to its lr * lr_scale, move. Returns the norm before clipping.
-
-        If the norm is not finite (on any rank), nothing moves, gradients are dropped and the norm is returned as it is.
-        """
-
-    @abstractmethod
-    def drop(self) -> None:
-        """Forget the accumulated gradients; move nothing."""
-
-    def rest(self) -> None:
-        """Lay parameters out as between steps, whatever forward pass came last: before reading them off the model."""
-
-    @abstractmethod
-    def full(self, param: nn.Parameter) -> Tensor:
-        """The whole parameter on CPU (fp32 master value where one exists). Collective: every rank must call it."""
-
-    @abstractmethod
-    def export_state(self) -> dict[str, Tensor]:
-        """What learns and the optimizer's state, under names and shapes that hold no rank. Collective.
-
-        "param/NAME" (fp32) and "KEY/NAME" ("exp_avg/NAME", ...): DTensors, tensors that every rank has alike, or whole
-        tensors that only this rank gives. "KEY": (P,) the optimizer's numbers, one per parameter in order.
-        They may be live: use them before the next step. A state says the same under every strategy.
-        """
-
-    @abstractmethod
-    def state_template(self, shapes: Mapping[str, Shape]) -> dict[str, Tensor]:
-        """Tensors on this rank to fill with a saved state of these shapes; not filled, they change nothing."""
-
-    @abstractmethod
-    def import_state(self, state: dict[str, Tensor]) -> None:
-        """Go on from a template that has been filled. Collective."""
-
-    def close(self) -> None:
-        """Free what prepare built, so that another run can follow in this process."""
 
 
 class DataSource(Protocol):

@@ -27,7 +27,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from dsft.checkpoint.manifest import DamagedError, Written, header
-from dsft.protocols import Shape
+from dsft.strategy import Shape
 
 T = TypeVar("T")
 

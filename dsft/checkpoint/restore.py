@@ -13,7 +13,7 @@ from dsft.checkpoint.lease import Lease
 from dsft.checkpoint.manifest import DamagedError, Identity, Manifest
 from dsft.checkpoint.store import PATIENCE, Store
 from dsft.comm.world import World
-from dsft.protocols import Strategy
+from dsft.strategy import Strategy
 
 Tell = Callable[[str, int, dict[str, object]], None]
 """(event, step, details), called on every rank."""

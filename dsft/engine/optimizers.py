@@ -8,7 +8,7 @@ import torch
 
 from dsft.config import Optim
 from dsft.imports import uncompiled
-from dsft.protocols import OptimizerFactory
+from dsft.strategy import OptimizerFactory
 
 WHOLE_BELOW, BLOCK = 4096, 256
 """bitsandbytes' 8-bit optimizers keep smaller parameters' moments in fp32; of others, one fp32 scale per block."""

@@ -228,7 +228,7 @@ def _shape(model: Any, attentions: Iterable[nn.Module]) -> tuple[int, int]:
     """Key-value heads and their size, alike in all attentions."""
     config = model.config.get_text_config()
     queries: int = config.num_attention_heads
-    heads: int = getattr(config, "num_key_value_heads", None) or queries
+    heads: int = config.num_key_value_heads if hasattr(config, "num_key_value_heads") else queries
     shapes = set()
     for attention in attentions:
         size: Any = getattr(attention, "head_dim", 0)

@@ -8,8 +8,9 @@ from torch import Tensor, nn
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 from dsft.comm.world import World, group_of_one
-from dsft.protocols import Anatomy, Shares
+from dsft.protocols import Anatomy
 from dsft.strategies.update import OnTensors
+from dsft.strategy import Shares
 
 
 @dataclass(kw_only=True)

@@ -11,8 +11,9 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
 from dsft.comm.world import World, group_of_one
-from dsft.protocols import Anatomy, Shares
+from dsft.protocols import Anatomy
 from dsft.strategies.update import OnTensors
+from dsft.strategy import Shares
 
 
 @dataclass(kw_only=True)

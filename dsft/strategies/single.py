@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from dsft.comm.world import World
-from dsft.protocols import Anatomy, Shares
+from dsft.protocols import Anatomy
 from dsft.strategies.update import OnTensors
+from dsft.strategy import Shares
 
 
 @dataclass(kw_only=True)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dsft.protocols import OptimizerFactory, Shape, Strategy
+from dsft.strategy import OptimizerFactory, Shape, Strategy
 
 PARAM = "param"
 """Prefix of parameters in a state; the optimizer's tensors have their own key for prefix."""

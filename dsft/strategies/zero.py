@@ -20,8 +20,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from dsft.comm.world import World, group_of_one
-from dsft.protocols import Anatomy, OptimizerFactory, Shape, Shares, Strategy
+from dsft.protocols import Anatomy
 from dsft.strategies.zero_state import ZeroState
+from dsft.strategy import OptimizerFactory, Shape, Shares, Strategy
 
 OFFLOADS = {1: ("none", "optimizer"), 2: ("none", "optimizer"), 3: ("none", "optimizer", "parameters")}
 """Stage -> what may live in host memory; with parameters there, DeepSpeed wants the optimizer there too."""

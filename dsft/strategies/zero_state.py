@@ -14,8 +14,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dsft.comm.world import World
-from dsft.protocols import OptimizerFactory, Shape
 from dsft.strategies.update import PARAM, pack_numbers, same_parameters, unpack_numbers
+from dsft.strategy import OptimizerFactory, Shape
 
 
 @dataclass(frozen=True)

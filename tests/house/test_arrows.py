@@ -20,6 +20,7 @@ FLOORS = (
     ("config", "imports", "offline"),
     ("comm",),
     ("protocols",),
+    ("strategy",),
     LEAVES,
     ("engine",),
     ("rules", "wording", "entry"),
