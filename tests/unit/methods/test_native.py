@@ -129,6 +129,9 @@ def test_a_family_with_biases_everywhere_takes_all_of_ssf(tmp_path: Path) -> Non
     sizes = {"vocab_size": 260, "hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2}
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt_neox", intermediate_size=96, **sizes)).eval()
     method = compose(["model=tiny", "method=ssf"]).run.method
+    with torch.no_grad():
+        for param in model.parameters():
+            param.add_(0.1 * torch.randn_like(param))  # biases would be 0
     method.attach(model, dissect(model))
     with torch.no_grad():
         for param in model.parameters():
