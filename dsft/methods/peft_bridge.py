@@ -27,14 +27,14 @@ class Bridged(Method):
         return write_adapter(model.peft_config[ADAPTER], tensors, folder, base)  # type: ignore[index]
 
 
-def inject(model: nn.Module, config: Any) -> nn.Module:
-    """Freeze model and put PEFT's layers around the modules that config names, on meta. What they add learns."""
+def inject(model: nn.Module, config: Any, *, on_meta: bool = True) -> nn.Module:
+    """Freeze model and put PEFT's layers around the modules that config names, on meta or CPU. What is new learns."""
     with uncompiled():
         from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING  # seconds: after what can be refused without it
 
     model.requires_grad_(False)
     tuner: Any = PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type](
-        model, config, adapter_name=ADAPTER, low_cpu_mem_usage=True
+        model, config, adapter_name=ADAPTER, low_cpu_mem_usage=on_meta
     )
     for module in model.modules():
         if hasattr(module, "cast_input_dtype_enabled"):

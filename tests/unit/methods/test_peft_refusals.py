@@ -41,6 +41,21 @@ SMALL = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
         (["method=pissa", "method.iterations=0"], r"method\.iterations must be 1 or more, or null"),
         (["method=lora_plus", "method.lr_ratio=0"], r"method\.lr_ratio must be above 0"),
         (["method=vera", "method.d_initial=0"], r"method\.d_initial must not be 0"),
+        (["method=peft", "method.type=peft.LoraConfig"], r"method\.type must not be peft\.LoraConfig: .* method=lora"),
+        (
+            ["method=peft", "method.type=peft.LohaConfig"],
+            r"method\.type must name a configuration class, as peft\.LoHa",
+        ),
+        (["method=peft", "method.type=peft.AdaLoraConfig"], r"its ranks are allocated while it trains"),
+        (["method=peft", "method.type=peft.PromptTuningConfig"], r"must be an adapter of linears"),
+        (
+            ["method=peft", "method.type=peft.RandLoraConfig", "~method.options.alpha"],
+            r"whose layers share nothing, got peft\.RandLora",
+        ),
+        (
+            ["method=peft", "+method.options.alphaa=3"],
+            r"method\.options\.alphaa is no key of peft\.LoHaConfig here, nearest",
+        ),
         (["method=ia3", "model=tiny_moe"], r"feedforward_modules=auto needs a linear .* experts are one tensor"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
