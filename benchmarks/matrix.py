@@ -1,6 +1,6 @@
-"""The equality matrix: every method and quantizer under every strategy against one process; writes docs/matrix.md.
+"""The equality matrix: every method and quantizer under every strategy against one process.
 
-python -m benchmarks.matrix [--out docs/matrix.md]
+python -m benchmarks.matrix [--out docs/matrix.md]   writes dsft/matrix.json as well
 """
 
 import argparse
@@ -16,17 +16,18 @@ from typing import Any
 
 from dsft_launchers.local import launch
 
-from benchmarks.machine import here
+from benchmarks.matrix_text import BOUND, write
 from dsft.wording import OWN_CONF
 
-BOUND = 1e-5
-"""Largest relative difference of loss and gradient norm to `single`, fp32, 10 steps of AdamW at lr 1e-3."""
-
 MODELS = ("tiny", "tiny_moe")
-METHODS = {
-    **{path.stem: [f"method={path.stem}"] for path in sorted((OWN_CONF / "method").glob("*.yaml"))},
-    "lora+int8": ["method=lora", "quantization=int8"],
-}
+FILES = sorted((OWN_CONF / "method").glob("*.yaml"))
+METHODS = {path.stem: [f"method={path.stem}"] for path in FILES}
+METHODS |= {
+    f"{path.stem}+{packing}": [f"method={path.stem}", f"quantization={packing}"]
+    for path in FILES if "/quantization" not in path.read_text() for packing in ("nf4", "int8")
+}  # fmt: skip
+"""Every method on its own base, and on each packed one unless it brings that itself."""
+
 NEEDED = {"tiny vera": ["method.rank=16"], "tiny_moe vera": ["method.rank=16"]}
 NEEDED |= {"tiny_moe ia3": ["method.feedforward_modules=[]"]}
 """Of some cells: shared projections, whole on every rank, that are small beside the model; experts without linears."""
@@ -85,12 +86,26 @@ def cells(
     ]  # fmt: skip
     return {
         f"{model} {method} {variant}": [
-            f"model={model}", *METHODS[method], *NEEDED.get(f"{model} {method}", []), *VARIANTS[variant], *shared,
-            f"optim.lr={rate * FASTER.get(method, 1)}",
+            f"model={model}", *METHODS[method], *_needed(model, method), *VARIANTS[variant], *shared,
+            f"optim.lr={rate * FASTER.get(method.partition('+')[0], 1)}",
             f"train.micro_batch_tokens={PACKED if variant == 'none' and column.size > 1 else 1}",
         ]
-        for model in models for method in methods for variant in variants
+        for model in models for method in methods for variant in variants if wanted(model, method, variant)
     }  # fmt: skip
+
+
+def _needed(model: str, method: str) -> list[str]:
+    return NEEDED.get(f"{model} {method.partition('+')[0]}", [])
+
+
+def wanted(model: str, method: str, variant: str) -> bool:
+    """Whether the matrix has this row: a packed base once, nf4 without recomputation and int8 with it; few of them on
+    the experts, which stay as they are.
+    """
+    name, _, packing = method.partition("+")
+    if model != "tiny":
+        return (variant == "full" and not packing) or name in ("lora", "qlora")
+    return not packing or variant == {"nf4": "none", "int8": "full"}[packing]
 
 
 def run_columns(
@@ -161,6 +176,14 @@ def faults(name: str, cell: dict[str, Any], single: dict[str, Any], column: Colu
     return found
 
 
+def verdict(name: str, cell: dict[str, Any], single: dict[str, Any], column: Column) -> dict[str, Any]:
+    """What the matrix says of a cell: {"off": difference}, {"refused": reason} or {"red": what is wrong}."""
+    if "refused" in cell:
+        return {"refused": cell["refused"]}
+    wrong = faults(name, cell, single, column)
+    return {"red": "; ".join(wrong)} if wrong else {"off": difference(cell, single)}
+
+
 def main() -> int:
     """Run all columns, write the table; 1 if a cell is red."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -179,48 +202,12 @@ def main() -> int:
             print(f"{size} processes: {time.monotonic() - started:.0f} s", flush=True)
     single = {SINGLE.optim: alone[SINGLE.name], SINGLE_SGD.optim: alone[SINGLE_SGD.name]}
     table = {column: results[column.name] for column in COLUMNS}
-    red = write_table(args.out, single, table, time.monotonic() - started)
-    print(args.out.read_text())
-    return 1 if red else 0
-
-
-def write_table(
-    out: Path, single: dict[str, dict[str, Any]], table: dict[Column, dict[str, Any]], seconds: float
-) -> int:
-    """Write the table; returns the number of red cells."""
-    red, reasons, worst = 0, [], 0.0
-    lines = ["| model, method, recompute | " + " | ".join(column.name for column in table) + " |"]
-    lines += ["|---|" + "---|" * len(table)]
-    for name in single["adamw"]:
-        row = []
-        for column, results in table.items():
-            cell, alone = results[name], single[column.optim][name]
-            if "refused" in cell:
-                red += 1  # no combination of this table is meant to be refused
-                row.append("**RED** refused")
-                reasons.append(f"{name}, {column.name}: {cell['refused']}")
-                continue
-            off, wrong = difference(cell, alone), faults(name, cell, alone, column)
-            worst = max(worst, off)
-            red += bool(wrong)
-            row.append(f"**RED** {'; '.join(wrong)}" if wrong else f"{off:.0e}")
-        lines.append(f"| {name} | " + " | ".join(row) + " |")
-    head = [
-        "# The equality matrix",
-        "",
-        "Largest relative difference of loss and of gradient norm to one process over 10 steps: fp32, AdamW at lr",
-        "1e-3 (the sgd column: 0.05; vera 30 and ia3 10 times that), constant rate, dropout 0. none: nothing is",
-        "computed again in backward; global batch 8, a rank's two or four examples in one micro-batch. full: every",
-        "block is; global batch 4, each example in a micro-batch of its own, as all are in the one process that a cell",
-        "is compared to. In every cell the label counts of the ranks differ by 2 x or more and the loss moves by 1 %",
-        "or more. A sharding cell is green only if the ranks together hold at most 1.1 x the model (hsdp: 1.1 x its",
-        "two copies) after step 1.",
-        f"Bound {BOUND:g}; largest {worst:.1e}; red cells: {red}. Made by `make matrix` in {seconds / 60:.1f} minutes",
-        f"on {here()}.",
-        "",
-    ]
-    out.write_text("\n".join([*head, *lines, "", *reasons]).rstrip() + "\n")
-    return red
+    found = {
+        name: {column.name: verdict(name, results[name], single[column.optim][name], column)
+               for column, results in table.items()}
+        for name in single["adamw"]
+    }  # fmt: skip
+    return write(found, args.out, time.monotonic() - started)
 
 
 if __name__ == "__main__":
