@@ -31,8 +31,8 @@ class Part(StrEnum):
     IDLE = "no operation"
 
 
-MARK = "dsft: "
-STEP = f"{MARK}step"
+OURS = "dsft: "
+STEP = f"{OURS}step"
 
 MATMULS = set("mm addmm bmm baddbmm matmul linear mkldnn_linear _grouped_mm _scaled_mm einsum".split())
 COPIES = set("copy clone contiguous to _to_copy cat stack fill zero zeros zeros_like new_zeros ones_like empty".split())
@@ -47,7 +47,7 @@ WIRES = ("c10d::", "_c10d_functional::", "gloo:", "nccl:", "ncclDevKernel", "FSD
 
 def mark(part: Part) -> record_function:
     """A context in which all operations are part's, except collectives and what has a mark of its own."""
-    return record_function(f"{MARK}{part}")
+    return record_function(f"{OURS}{part}")
 
 
 def seconds_by_part(events: Sequence[Any]) -> dict[Part, float]:
@@ -93,8 +93,8 @@ def _owner(event: Any, owner: Part | None, made: dict[tuple[int, int], Part | No
     """Whose mark holds inside of event, None for nobody's. made: (thread, number) of a node -> the mark it is from."""
     if event.name.startswith(WIRES):
         return Part.COMMUNICATION
-    if event.name.startswith(MARK):
-        return None if event.name == STEP else Part(event.name.removeprefix(MARK))
+    if event.name.startswith(OURS):
+        return None if event.name == STEP else Part(event.name.removeprefix(OURS))
     if event.fwd_thread:  # only nodes of autograd have one
         return made.get((event.fwd_thread, event.sequence_nr), owner)
     if event.sequence_nr >= 0:  # several may carry a node's number: the last of them made it
@@ -122,7 +122,7 @@ def shared_out(start: float, end: float, spans: Iterable[tuple[float, float, Par
 
 def part_of(name: str, owner: Part | None) -> Part:
     """The part of one operation inside the mark of owner, or of the Python around operations."""
-    if name.startswith(MARK) and owner not in (Part.COMMUNICATION, Part.DATA, Part.OPTIMIZER):
+    if name.startswith(OURS) and owner not in (Part.COMMUNICATION, Part.DATA, Part.OPTIMIZER):
         return Part.IDLE
     stem = re.sub(r"(_backward(_data)?)?_?$", "", name.removeprefix("aten::"))
     if stem in COPIES and owner in (None, Part.GEMM, Part.ADAPTER):

@@ -226,9 +226,9 @@ def _attention(block: nn.Module) -> nn.Module:
 
 def _shape(model: Any, attentions: Iterable[nn.Module]) -> tuple[int, int]:
     """Key-value heads and their size, alike in all attentions."""
-    config = model.config.get_text_config()
-    queries: int = config.num_attention_heads
-    heads: int = config.num_key_value_heads if hasattr(config, "num_key_value_heads") else queries
+    numbers = model.config.get_text_config()
+    queries: int = numbers.num_attention_heads
+    heads: int = getattr(numbers, "num_key_value_heads", None) or queries
     shapes = set()
     for attention in attentions:
         size: Any = getattr(attention, "head_dim", 0)

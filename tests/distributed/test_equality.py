@@ -13,7 +13,7 @@ from benchmarks.matrix_text import BOUND
 from dsft.compose import compose
 from dsft.engine.assemble import skeleton
 
-CORNER: dict[str, Any] = {"only": ("tiny full full", "tiny qlora none")}
+CORNER: dict[str, Any] = {"only": ("tiny full full", "tiny qlora none", "tiny prefix full")}
 PLANTED = ("local-counts", "lost-gradients")
 SIZES = sorted({column.size for column in COLUMNS})
 

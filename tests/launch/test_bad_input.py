@@ -79,6 +79,14 @@ CASES: dict[str, tuple[Prepare, str]] = {
     "misspelt value": (lambda folder: [*_good(folder), "train.precision=bf61"], "train.precision must be"),
     "rank 0": (lambda folder: [*_good(folder), "method.rank=0"], "method.rank must be 1 or more, got 0"),
     "negative rank": (lambda folder: [*_good(folder), "method.rank=-8"], "method.rank must be 1 or more, got -8"),
+    "prefix of no tokens": (
+        lambda folder: [*_good(folder), "method=prefix", "method.num_virtual_tokens=0"],
+        "method.num_virtual_tokens must be 1 or more, got 0",
+    ),
+    "prefix beyond the model's reach": (
+        lambda folder: [*_good(folder), "method=prefix", "method.num_virtual_tokens=2040"],
+        "the positions that the model knows less 2040 that the method takes",
+    ),
     "batch below ranks": (
         lambda folder: [*_good(folder), "train.global_batch_size=1", "launcher.devices=2"],
         "train.global_batch_size must be at least the number of data ranks, 2",

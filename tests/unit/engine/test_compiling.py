@@ -69,7 +69,8 @@ def test_traced_blocks_compute_what_plain_ones_do(rows: Path, monkeypatch: pytes
 
 @pytest.mark.slow
 @pytest.mark.parametrize("words", [("method=lora",), ("method=full", "train.gradient_checkpointing=full"),
-                                   ("method=dora",), ("method=qlora",), ("method=lora", "model=tiny_moe")])  # fmt: skip
+                                   ("method=dora",), ("method=qlora",), ("method=lora", "model=tiny_moe"),
+                                   ("method=prefix", "train.gradient_checkpointing=full")])  # fmt: skip
 def test_compiled_blocks_compute_what_plain_ones_do(words: tuple[str, ...], rows: Path) -> None:
     compare(rows, *words)
 
