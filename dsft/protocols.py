@@ -9,6 +9,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from dsft.course import Course
+
 IGNORE = -100
 """Target of a position that carries no loss (torch's cross_entropy default)."""
 
@@ -84,6 +86,16 @@ class Method(ABC):
     def kept(self, name: str) -> bool:
         """True for a frozen parameter that attach added and save needs."""
         return False
+
+    def check(self, total: int) -> None:
+        """Raise ValueError, one line, if this method cannot do with a run of total steps. Asked before weights load."""
+
+    def course(self, model: nn.Module, total: int, device: torch.device) -> Course | None:
+        """What it does around each step of a run of total steps, its state on device; None: nothing.
+
+        model: with this method in it, on meta and not sharded yet.
+        """
+        return None
 
     def save(self, model: nn.Module, weights: Mapping[str, Tensor], folder: Path, base: str) -> Mapping[str, Tensor]:
         """Write the result into folder: weights = trainable or kept name -> full CPU tensor; base = where the base is.

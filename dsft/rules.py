@@ -38,6 +38,9 @@ SHARD_WISE = ("adamw", "sgd")
 MOVE_IN_BACKWARD = ("single", "fsdp", "hsdp")
 """Strategies whose gradients are whole, over all ranks, when the hook of a parameter is called."""
 
+WHOLE_GRADIENTS = ("adalora",)
+"""Methods that ask for whole gradients, or add to them, between backward and the move."""
+
 PER_CORE = 8
 """Processes that a core may carry where there is no accelerator."""
 
@@ -87,6 +90,20 @@ REFUSED = (
         lambda run, names, at: run.optim.in_backward and names["strategy"] not in MOVE_IN_BACKWARD,
         "optim.in_backward=true needs a gradient that is whole when backward has made it, and strategy="
         "{names[strategy]} adds the ranks' up afterwards; take strategy=fsdp or optim.in_backward=false",
+    ),
+    Rule(
+        "whole-gradients-in-backward",
+        lambda run, names, at: run.optim.in_backward and names["method"] in WHOLE_GRADIENTS,
+        "optim.in_backward=true frees each gradient when it has moved its parameter, and method={names[method]} looks "
+        "at all of them before the step; take optim.in_backward=false",
+    ),
+    Rule(
+        "whole-gradients-offloaded",
+        lambda run, names, at: (
+            names["method"] in WHOLE_GRADIENTS and getattr(run.strategy, "offload", "none") != "none"
+        ),
+        "strategy.offload={run.strategy.offload} takes gradients out of the ranks' reach, and method={names[method]} "
+        "gathers them at each step; take strategy.offload=none",
     ),
     Rule(
         "no-compiler",

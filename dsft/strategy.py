@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dsft.comm.world import World
+from dsft.course import KEPT
 from dsft.protocols import Anatomy
 
 OptimizerFactory = Callable[[Sequence[dict[str, Any]]], torch.optim.Optimizer]
@@ -39,11 +40,15 @@ class Strategy(ABC):
     A dataclass whose init fields are its YAML keys.
 
     Order of calls: shard (model on meta) -> place(module) for each module once its own parameters hold values
-    -> prepare -> per step: backward (once per micro-batch) -> step or drop.
+    -> prepare -> per step: backward (once per micro-batch) -> step or drop. For a method's course (every rank alike):
+    values, gradients, add_gradients after the last backward and before step; values, write between steps.
     """
 
     reentrant_recompute = False
     """True if gradient checkpointing must be reentrant under this strategy."""
+
+    kept: Mapping[str, Tensor] = {}
+    """Tensors of a method's course that are saved with the run; see keep."""
 
     @abstractmethod
     def data_ranks(self, world: World) -> int:
@@ -106,12 +111,40 @@ class Strategy(ABC):
     def full(self, param: nn.Parameter) -> Tensor:
         """The whole parameter on CPU (fp32 master value where one exists). Collective: every rank must call it."""
 
+    def keep(self, state: Mapping[str, Tensor]) -> None:
+        """Save these tensors (the same on every rank) with the run, and read them back in place."""
+        object.__setattr__(self, "kept", {f"{KEPT}{name}": value for name, value in state.items()})
+
+    @abstractmethod
+    def values(self, params: Sequence[nn.Parameter]) -> list[Tensor]:
+        """Whole fp32 values, not to be changed: they may be the parameters themselves."""
+
+    @abstractmethod
+    def gradients(self, params: Sequence[nn.Parameter]) -> list[Tensor]:
+        """Copies of whole gradients, summed over the ranks, before clipping."""
+
+    @abstractmethod
+    def add_gradients(self, params: Sequence[nn.Parameter], more: Sequence[Tensor]) -> None:
+        """Add whole tensors, the same on every rank, to gradients that have been summed over the ranks."""
+
+    @abstractmethod
+    def write(self, params: Sequence[nn.Parameter], new: Sequence[Tensor]) -> None:
+        """Replace values, the optimizer's fp32 ones too; its moments stay."""
+
+    def keepsakes(self, saved: Mapping[str, object]) -> dict[str, Tensor]:
+        """The kept tensors, to be filled from what was saved; raises RuntimeError if that is something else."""
+        there = {name for name in saved if name.startswith(KEPT)}
+        if there != self.kept.keys():
+            raise RuntimeError(f"the checkpoint and this run differ in {sorted(there ^ self.kept.keys())[0]}")
+        return dict(self.kept)
+
     @abstractmethod
     def export_state(self) -> dict[str, Tensor]:
         """What learns and the optimizer's state, under names and shapes that hold no rank. Collective.
 
-        "param/NAME" (fp32) and "KEY/NAME" ("exp_avg/NAME", ...): DTensors, tensors that every rank has alike, or whole
-        tensors that only this rank gives. "KEY": (P,) the optimizer's numbers, one per parameter in order.
+        "param/NAME" (fp32), "method/NAME" (what is kept) and "KEY/NAME" ("exp_avg/NAME", ...): DTensors, tensors that
+        every rank has alike, or whole tensors that only this rank gives. "KEY": (P,) the optimizer's numbers, one per
+        parameter in order.
         They may be live: use them before the next step. A state says the same under every strategy.
         """
 

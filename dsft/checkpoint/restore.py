@@ -15,6 +15,9 @@ from dsft.checkpoint.store import PATIENCE, Store
 from dsft.comm.world import World
 from dsft.strategy import Strategy
 
+OURS = ("param/", "method/")
+"""Beginnings of the names of what is not the optimizer's."""
+
 Tell = Callable[[str, int, dict[str, object]], None]
 """(event, step, details), called on every rank."""
 
@@ -74,7 +77,7 @@ def _verified(
         manifest.verify(folder, content, [files.INDEX])
         index = files.index(folder)
         whole = content.progress.get("optimizer") == search.optimizer
-        held = {name: shape for name, shape in files.shapes(index).items() if whole or name.startswith("param/")}
+        held = {name: shape for name, shape in files.shapes(index).items() if whole or name.startswith(OURS)}
         state = strategy.state_template(held)
         reads = files.needed(state, index)
         manifest.verify(folder, content, reads)

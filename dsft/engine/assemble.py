@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from dsft.comm.world import World
 from dsft.config import Run
 from dsft.engine.compiling import Compiler, compiler_for
+from dsft.engine.guided import Guided, guided
 from dsft.engine.optimizers import factory
 from dsft.engine.recompute import recompute
 from dsft.models import scoring
@@ -46,6 +47,7 @@ class Session:
     module: nn.Module
     anatomy: Anatomy
     compiler: Compiler | None
+    guided: Guided | None
 
 
 def skeleton(run: Run, files: ModelFiles) -> Skeleton:
@@ -68,6 +70,7 @@ def assemble(run: Run, files: ModelFiles, world: World, total: int = 0) -> Sessi
     bones = skeleton(run, files)
     model, anatomy = bones.model, bones.anatomy
     compiler = compiler_for(run.train, total, model, anatomy)
+    course = run.method.course(model, total or run.train.steps or 0, world.device)
     reentrant = run.strategy.reentrant_recompute
     recompute(model, anatomy, run.train.gradient_checkpointing, reentrant=reentrant, run=compiler)
     first = _first_packed(model)
@@ -97,6 +100,7 @@ def assemble(run: Run, files: ModelFiles, world: World, total: int = 0) -> Sessi
         module=module,
         anatomy=anatomy,
         compiler=compiler,
+        guided=guided(course, run.strategy, model),
     )
 
 

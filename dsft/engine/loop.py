@@ -61,6 +61,8 @@ def _steps(
             watch.step(at.step, _values(session, result, scale), [data.train.id(row) for row in rows])
         if session.compiler and (news := session.compiler.news()):
             watch.event("compiled", at.step, news)
+        if session.guided and (told := session.guided.course.news()):
+            watch.event(told[0], at.step, told[1])
         if not result.moved:
             _survive(session, at, result, watch)
         _look(session, data, at, watch, last=at.step == at.total)
@@ -80,8 +82,10 @@ def step_batches(session: Session, data: Dataset, step: int) -> tuple[list[int],
 
 
 def _values(session: Session, result: StepResult, scale: float) -> dict[str, float]:
+    penalty = {} if math.isnan(result.penalty) else {"penalty": result.penalty}
     return {
         "loss": result.loss,
+        **penalty,
         "grad_norm": result.grad_norm,
         "lr": session.run.optim.lr * scale,
         "tokens": result.tokens,

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from dsft.engine.assemble import Session, autocast, stream
+from dsft.engine.guided import move
 from dsft.engine.offload import offloaded
 from dsft.engine.parts import Part, mark
 from dsft.protocols import Batch
@@ -17,7 +18,7 @@ class StepResult:
     """loss: before the update, per unit of the objective; grad_norm: before clipping; tokens: over all ranks.
 
     moved is False where a NaN or Inf in loss or gradient, on any rank, kept the update from happening, or would have
-    (optim.in_backward).
+    (optim.in_backward). penalty: what the method adds to the loss that is trained on; NaN if it adds nothing.
     """
 
     loss: float
@@ -25,6 +26,7 @@ class StepResult:
     tokens: int
     supervised: int
     moved: bool
+    penalty: float
 
 
 def train_step(
@@ -53,11 +55,11 @@ def train_step(
         run.strategy.backward(share, last=last)
         sums += terms.detach().double().cpu()
     loss = float((world.sum(sums) / counts).sum())
-    grad_norm = math.nan
+    grad_norm = penalty = math.nan
     if math.isfinite(loss):
         settle()
         with mark(Part.OPTIMIZER):
-            grad_norm = run.strategy.step(run.train.max_grad_norm, lr_scale)
+            grad_norm, penalty = move(session.guided, run, step, lr_scale)
     else:
         run.strategy.drop()
     return StepResult(
@@ -66,4 +68,5 @@ def train_step(
         tokens=int(totals[-1]),
         supervised=int(totals[0]),
         moved=math.isfinite(loss) and math.isfinite(grad_norm),
+        penalty=penalty,
     )

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dsft.course import not_kept
+from dsft.strategies.whole import part_of, whole
 from dsft.strategy import OptimizerFactory, Shape, Strategy
 
 PARAM = "param"
@@ -190,14 +192,42 @@ class OnTensors(Strategy):
         """The whole parameter on CPU; gathers a DTensor (collective)."""
         return gathered(param.detach()).cpu()
 
+    def values(self, params: Sequence[nn.Parameter]) -> list[Tensor]:
+        """All in one collective."""
+        return whole([param.detach() for param in params])
+
+    def gradients(self, params: Sequence[nn.Parameter]) -> list[Tensor]:
+        """All in one collective."""
+        grads = [_gradient(param) for param in params]
+        return [found.clone() if found is grad else found for found, grad in zip(whole(grads), grads, strict=True)]
+
+    def add_gradients(self, params: Sequence[nn.Parameter], more: Sequence[Tensor]) -> None:
+        """Each rank's part of them."""
+        for param, value in zip(params, more, strict=True):
+            mine, part = part_of(value, _gradient(param))
+            mine.add_(part)
+
+    def write(self, params: Sequence[nn.Parameter], new: Sequence[Tensor]) -> None:
+        """Each rank's part of them."""
+        for param, value in zip(params, new, strict=True):
+            mine, part = part_of(value, param)
+            mine.copy_(part)
+
     def export_state(self) -> dict[str, Tensor]:
         """The live state."""
-        return self.update.state()
+        return {**self.update.state(), **self.kept}
 
     def state_template(self, shapes: Mapping[str, Shape]) -> dict[str, Tensor]:
         """The live parameters and fresh tensors beside them."""
-        return self.update.template(shapes)
+        return self.update.template(not_kept(shapes)) | self.keepsakes(shapes)
 
     def import_state(self, state: dict[str, Tensor]) -> None:
         """Go on from it."""
-        self.update.restore(state)
+        self.update.restore(not_kept(state))
+
+
+def _gradient(param: nn.Parameter) -> Tensor:
+    """Of a parameter that no backward reached, zeros."""
+    if param.grad is None:
+        param.grad = torch.zeros_like(param)
+    return param.grad

@@ -20,7 +20,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from dsft.comm.world import World, group_of_one
+from dsft.course import not_kept
 from dsft.protocols import Anatomy
+from dsft.strategies import zero_whole
 from dsft.strategies.zero_state import ZeroState
 from dsft.strategy import OptimizerFactory, Shape, Shares, Strategy
 
@@ -153,15 +155,20 @@ class Zero(Strategy):
 
     def export_state(self) -> dict[str, Tensor]:
         """Tensors are gathered one by one; each is kept, whole, by one rank."""
-        return self._state().export()
+        return {**self._state().export(), **self.kept}
 
     def state_template(self, shapes: Mapping[str, Shape]) -> dict[str, Tensor]:
         """Tensors on CPU for what this rank is to read for all."""
-        return self._state().template(shapes)
+        return self._state().template(not_kept(shapes)) | self.keepsakes(shapes)
 
     def import_state(self, state: dict[str, Tensor]) -> None:
         """Each tensor goes from the rank that read it to all, and each keeps its part."""
-        self._state().restore(state)
+        self._state().restore(not_kept(state))
+
+    values = staticmethod(zero_whole.values)
+    gradients = staticmethod(zero_whole.gradients)
+    add_gradients = staticmethod(zero_whole.add_gradients)
+    write = staticmethod(zero_whole.write)
 
     def _state(self) -> ZeroState:
         run = self._run
