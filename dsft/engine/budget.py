@@ -3,6 +3,7 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from dsft.config import Run
@@ -15,6 +16,12 @@ from dsft.telemetry.meter import resident_bytes
 
 CONTEXT = 2**29
 """What a CUDA context and its libraries take of a GPU, about."""
+
+EVER = 10**6
+"""Steps of a run whose number is not known yet."""
+
+LOOKS = 4
+"""Whole copies that live while a course looks at a step: values, gradients, their products one by one and together."""
 
 SLACK = 3 * 2**28
 """What glibc's heap leaves unused between a step's tensors: 0.1 to 1.4 GB, benchmarks/results/memory.md."""
@@ -60,6 +67,8 @@ def estimate(run: Run, bones: Skeleton, ranks: int, *, accelerator: bool) -> Bud
         "gradients": shares.gradients * values,
         "moments": shares.moments * sum(state_bytes(run.optim, param.shape) for param in learning),
     }
+    course = run.method.course(bones.model, run.train.steps or EVER, torch.device("meta"))
+    kept["moments"] += sum(tensor.nbytes for tensor in course.state.values()) if course else 0
     saved = _saved(run, bones)
     activations, working = _kept(saved, run) if saved else (None, 0)
     working = max(working, _head(bones, run.train.micro_batch_tokens))
@@ -69,6 +78,7 @@ def estimate(run: Run, bones: Skeleton, ranks: int, *, accelerator: bool) -> Bud
         most = kept["gradients"] if not run.optim.in_backward else min(kept["gradients"], largest)
         kept["gradients"] = max(0, most - (activations or 0))  # they come as activations go
     update = round(kept["values"]) if accelerator else 2 * largest  # on GPUs torch moves all parameters at once
+    update += LOOKS * values if course else 0
     return Budget(
         **{name: 0 if accelerator and name in shares.on_host else round(value) for name, value in kept.items()},
         gathered=_gathered(run, bones),

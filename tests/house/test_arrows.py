@@ -19,6 +19,7 @@ VERBS = (
 FLOORS = (
     ("config", "imports", "offline"),
     ("comm",),
+    ("course",),
     ("protocols",),
     ("strategy",),
     LEAVES,
