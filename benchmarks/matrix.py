@@ -30,7 +30,7 @@ METHODS |= {
 
 NEEDED = {"tiny vera": ["method.rank=16"], "tiny_moe vera": ["method.rank=16"]}
 NEEDED |= {"tiny_moe ia3": ["method.feedforward_modules=[]"]}
-NEEDED |= {f"{model} adalora": ["method.alpha=512", "method.interval=2"] for model in MODELS}
+NEEDED |= {f"{model} adalora": ["method.alpha=1024", "method.interval=2"] for model in MODELS}
 """Of some cells: shared projections, whole on every rank, that are small beside the model; experts without linears; a
 start slow by design that 10 steps move.
 """

@@ -100,7 +100,7 @@ REFUSED = (
     Rule(
         "whole-gradients-offloaded",
         lambda run, names, at: (
-            names["method"] in WHOLE_GRADIENTS and getattr(run.strategy, "offload", "none") != "none"
+            names["method"] in WHOLE_GRADIENTS and names["strategy"] in SHARDED and run.strategy.offload != "none"
         ),
         "strategy.offload={run.strategy.offload} takes gradients out of the ranks' reach, and method={names[method]} "
         "gathers them at each step; take strategy.offload=none",
