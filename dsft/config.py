@@ -117,6 +117,10 @@ class Launcher:
         _at_least("launcher.max_parallel", self.max_parallel, 1)
 
 
+OURS = {"array", "output", "error", "open-mode", "signal", "requeue", "no-requeue"}
+"""Options of sbatch that a job's supervisor, or its sweep, relies on."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Slurm(Launcher):
     """The processes of a SLURM job; None: as the cluster has it. notice_s: from SLURM's signal to the time limit.
@@ -151,8 +155,13 @@ class Slurm(Launcher):
                 f"launcher.elastic=true goes on with the nodes that are left, got launcher.nodes={self.nodes}; raise "
                 "it or leave launcher.elastic at false: SLURM then queues the job again"
             )
-        if "array" in self.extra:
-            raise ValueError("launcher.extra must be without array, got it; -m makes an array of a sweep's points")
+        if ours := sorted(
+            {"array", "output", "error", "open-mode", "signal", "requeue", "no-requeue"} & set(self.extra)
+        ):
+            raise ValueError(
+                f"launcher.extra must be without {ours[0]}, which dsft sets itself, got {self.extra[ours[0]]}; -m makes "
+                "arrays, the logs lie in RUN/slurm, launcher.notice_s sets the signal"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -46,7 +46,8 @@ def dispatch(composed: Composed, create: Callable[[], None]) -> int:
         cluster.ask("scontrol", "release", job_id)
     except cluster.ClusterError as error:
         raise ValueError(
-            f"job {job_id} is held and could not be released: {error}; scontrol release {job_id}"
+            f"job {job_id} is held and could not be released: {error}; scontrol release {job_id} starts it, scancel "
+            f"{job_id} ends it"
         ) from error
     except BaseException:
         cluster.ask("scancel", job_id)

@@ -52,7 +52,6 @@ def export(run_dir: Path, what: str, out: Path) -> None:
         return
     from dsft.models.progress import no_progress_bars
 
-    _refuse_unmergeable(run, run_dir / "adapter")
     collect_again()
     with no_progress_bars(), warnings.catch_warnings():
         # PEFT 0.21 asks transformers 5.23 by a name that it gives up in version 6
@@ -62,10 +61,17 @@ def export(run_dir: Path, what: str, out: Path) -> None:
 
 
 def _refuse_unmergeable(run: Run, adapter: Path) -> None:
-    """Merge on meta: what cannot be merged is refused before a weight is read. PEFT's adapters refuse by themselves."""
-    if not native.holds(adapter):
-        return
+    """What cannot be merged is refused before a weight is read: our own formats by merging on meta, and prefixes, for
+    which PEFT has no merge.
+    """
     import torch
+
+    if not native.holds(adapter):
+        with uncompiled():
+            from peft import PeftConfig
+        if PeftConfig.from_pretrained(str(adapter)).is_prompt_learning:
+            run.method.merge(torch.nn.Module())  # its own refusal
+        return
 
     from dsft.models.anatomy import dissect
     from dsft.models.build import build_meta
@@ -80,6 +86,7 @@ def merged(run: Run, adapter: Path) -> Any:
 
     The weights are computed in fp32 and kept in the dtype of train.precision, which rounds them once.
     """
+    _refuse_unmergeable(run, adapter)
     import torch
 
     from dsft.models.anatomy import dissect

@@ -18,6 +18,10 @@ TERMINATING = "Terminating StepId"
 """What it says before it ends the others."""
 SIGNALS = re.compile(r"Killed|Segmentation fault|Bus error|Illegal instruction|Aborted|Floating point exception")
 """How a rank ends that raised no error. Out of memory is not among them: that follows the job to any node."""
+DEVICE = re.compile(
+    r"ECC|unspecified launch failure|fallen off the bus|GPU is lost|CUDA-capable device|Input/output error"
+)
+"""What an error says of a broken accelerator or disk, whatever the program."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +51,7 @@ def attempt(run_dir: Path, nodes: int, devices: int, python: list[str], *, fewer
     sizes = [file.stat().st_size if file.exists() else 0 for file in files]
     said = _run(command, _rank_env(devices))
     texts = [_tail(file, start) for file, start in zip(files, sizes, strict=True)]
-    node = failed_on(said, texts)
+    node = failed_on(said, texts, alone=nodes == 1)
     if raised := [rank for rank, text in enumerate(texts) if verdict.raised(text)]:
         return Attempt(f"rank {raised[0]}: " + _last(texts[raised[0]]), node=node)
     if why := verdict.cannot_begin(texts):
@@ -74,21 +78,25 @@ def _run(command: Sequence[str], env: Mapping[str, str]) -> str:
     return "".join(said)
 
 
-def failed_on(said: str, texts: Sequence[str]) -> str | None:
+def failed_on(said: str, texts: Sequence[str], *, alone: bool) -> str | None:
     """The one node whose ranks raised an error of their own, or hung, or died; None if they were on several or none.
 
-    said: what srun wrote; texts: what each rank did.
+    said: what srun wrote; texts: what each rank did. alone: there was no other node, so that an error that a rank
+    raised speaks against the node only if its words are a device's.
     """
     places = {rank: node for node, ranks, _ in ENDED.findall(said) for rank in cluster.numbers(ranks)}
     first = ENDED.findall(said.partition(TERMINATING)[0])
     died = [rank for _, ranks, how in first if SIGNALS.match(how) for rank in cluster.numbers(ranks)]
     raised = [rank for rank, text in enumerate(texts) if verdict.raised(text)]
+    if raised and alone and not any(DEVICE.search(texts[rank]) for rank in raised):
+        return None
     found = {places.get(rank) for rank in raised or verdict.hung(texts) or verdict.missing(texts) or died}
     return found.pop() if len(found) == 1 else None
 
 
 def _last(text: str) -> str:
-    return "\n".join(verdict.error_lines(text))
+    """The error; what the interpreter writes after the rank's own last word, if its end goes wrong too, is not."""
+    return "\n".join(verdict.error_lines(text.partition(verdict.CRASH)[0]))
 
 
 def _tail(file: Path, start: int) -> str:

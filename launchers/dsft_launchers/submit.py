@@ -18,6 +18,7 @@ LOCAL_FILE_SYSTEMS = ("tmpfs", "ramfs", "overlayfs", "devtmpfs")
 """What lies in one machine's memory or image: other nodes see another one."""
 KEPT_S = 30
 """Least time between the start of a job and the notice of its end, which SLURM may give up to a minute early."""
+IMPOSSIBLE = "Requested node configuration is not available"
 SHADOWS = {
     "partition": "PARTITION", "account": "ACCOUNT", "qos": "QOS", "time": "TIMELIMIT", "constraint": "CONSTRAINT",
     "exclude": "EXCLUDE", "reservation": "RESERVATION", "memory": "MEM_PER_NODE", "gpus": "GPUS_PER_NODE",
@@ -69,6 +70,7 @@ def check(request: Request, run_dir: Path) -> None:
     try:
         _check_partition(request, limit)
         _check_account(request.account)
+        _check_possible(request, run_dir)
     except cluster.ClusterError as error:
         raise ValueError(f"launcher=slurm needs SLURM's answer, and it says: {error}; try again later") from error
     kind = _file_system(run_dir)
@@ -99,6 +101,15 @@ def _check_partition(request: Request, limit: float | None) -> None:
             f"launcher.time must be at most {longest:g} minutes, the limit of partition {','.join(names)}, got "
             f"{request.time}"
         )
+
+
+def _check_possible(request: Request, run_dir: Path) -> None:
+    """Ask SLURM, which would let a job wait for ever whose nodes do not exist."""
+    try:
+        cluster.ask("sbatch", "--test-only", given=script(request, ["true"], run_dir / "slurm"))
+    except cluster.ClusterError as error:
+        if IMPOSSIBLE in str(error):  # whatever else it says of a script, it says when that is submitted
+            raise ValueError(f"SLURM could never start this job: it has no such nodes{_wishes(request)}") from error
 
 
 def _check_account(account: str | None) -> None:
@@ -144,8 +155,20 @@ def submit(request: Request, command: Sequence[str], folder: Path) -> str:
             leftover.unlink()
         for path in made:
             path.rmdir()
-        said = [line for line in str(error).splitlines() if line.strip()]
-        raise ValueError(f"SLURM refused the job: {said[-1].removeprefix('sbatch: error: ')}") from error
+        said = [line for line in str(error).splitlines() if line.strip() and not line.startswith("Try ")]
+        raise ValueError(f"SLURM refused the job: {_plain(said[-1])}{_wishes(request)}") from error
+
+
+def _plain(said: str) -> str:
+    return said.removeprefix("sbatch: ").removeprefix("error: ")
+
+
+def _wishes(request: Request) -> str:
+    """The end of a sentence: what was asked of SLURM by name, which may be what it does not like."""
+    keys = ("partition", "account", "qos", "time", "memory", "cpus", "constraint", "exclude", "reservation")
+    asked = [f"launcher.{key}={value}" for key in keys if (value := getattr(request, key)) is not None]
+    asked += [f"launcher.extra.{key}={value}" for key, value in request.extra.items()]
+    return f"; asked for {', '.join(asked)}" if asked else ""
 
 
 def _line(command: Sequence[str]) -> str:

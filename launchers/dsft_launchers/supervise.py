@@ -95,6 +95,7 @@ def _once(run_dir: Path, nodes: int, devices: int, python: list[str], *, fewer: 
     if error and (tally := _count(run_dir, status, "crashes")).crashes >= ATTEMPTS:
         if fewer:
             return _put_back(run_dir, f"not on {nodes} nodes: {error.splitlines()[-1]}")
+        tell(f"giving up after {ATTEMPTS} attempts without a new checkpoint; the error is in status.json and above")
         _amend(run_dir, state="failed", reason=f"{ATTEMPTS} attempts without a new checkpoint; {error}")
         return HOPELESS
     if not _ours():

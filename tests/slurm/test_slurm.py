@@ -114,6 +114,14 @@ def test_a_job_that_slurm_puts_back_goes_on_to_the_same_adapter_in_the_same_wand
         ("launcher.time=soon", "a time limit reads like 90, 1:30:00 or 2-12:30:00, got soon"),
         ("run_dir=/dev/shm/dsft-test-run", "run_dir must lie where every node sees it"),
         ("launcher.constraint=quantum", "SLURM refused the job: Batch job submission failed: Invalid feature"),
+        (
+            "launcher.memory=900G",
+            "SLURM could never start this job: it has no such nodes; asked for launcher.memory",
+        ),
+        ("launcher.cpus=64", "SLURM could never start this job: it has no such nodes; asked for launcher.cpus=64"),
+        ('launcher.exclude="n[1-4]"', "SLURM could never start this job: it has no such nodes"),
+        ("+launcher.extra.output=/tmp/x", "launcher.extra must be without output, which dsft sets itself"),
+        ("+launcher.extra.bogus=1", "SLURM refused the job: unrecognized option '--bogus=1'"),
     ],
 )
 def test_what_the_cluster_has_not_is_refused(word: str, said: str, rows: Path, tmp_path: Path) -> None:

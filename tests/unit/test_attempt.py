@@ -40,8 +40,18 @@ OWN, PEER = f"{CRASH}RuntimeError: CUDA error\n", f"{CRASH}RuntimeError: Connect
         (LEFT, [CANNOT_BEGIN] * 4, None),
         (LEFT, ["", "", "", ""], None),
         ("srun: error: Node failure on n2\n", [WAITED, ""], None),
-        ("", [OWN], None),
+        ("", [OWN, ""], None),
     ],
 )
 def test_the_node_that_an_attempt_failed_on(said: str, texts: list[str], node: str | None) -> None:
-    assert failed_on(said, texts) == node
+    assert failed_on(said, texts, alone=False) == node
+
+
+@pytest.mark.parametrize(("text", "node"), [
+    (f"{CRASH}ZeroDivisionError: division by zero\n", None),
+    (f"{CRASH}RuntimeError: CUDA error: uncorrectable ECC error encountered\n", "n1"),
+    ("", "n1"),
+])  # fmt: skip
+def test_on_a_node_alone_a_programs_error_is_not_the_nodes(text: str, node: str | None) -> None:
+    how = "Exited with exit code 76" if text else "Killed"
+    assert failed_on(f"srun: error: n1: task 0: {how}\n", [text], alone=True) == node
