@@ -31,6 +31,7 @@ class ZeroState:
         """What this rank is to write. Collective."""
         utils = importlib.import_module("deepspeed").utils
         keys, numbers = self._kinds()
+        self._link()
         owner = self._owners()
         mine: dict[str, Tensor] = {}
         for name, param in self.named.items():
@@ -68,7 +69,8 @@ class ZeroState:
         for key, packed in numbers.items():
             value = next(iter(unpack_numbers(packed, list(self.named)).values()))
             for part in self._parts():
-                self.optimizer.optimizer.state[part][key] = value
+                own = value.clone() if isinstance(value, Tensor) else value  # else one count rises once per group
+                self.optimizer.optimizer.state[part][key] = own
 
     def _broadcast(self, param: nn.Parameter, source: int, value: Tensor | None) -> Tensor:
         """The whole tensor on every rank, on the device; value on source alone."""
@@ -113,7 +115,14 @@ class ZeroState:
         for part, grad in zip(parts, before, strict=True):
             inner.state[part] = scratch.state[part]
             part.grad = grad
-        if hasattr(self.optimizer, "_lazy_init_hp_params_optimizer_state"):  # stages 1 and 2 link them to parameters
+        self._link()
+
+    def _link(self) -> None:
+        """Stages 1 and 2 link the optimizer's tensors to parameters: again, since DeepSpeed does so for all groups
+        after the first one's first step, when the others have none (their accessors then say "not found").
+        """
+        if hasattr(self.optimizer, "_lazy_init_hp_params_optimizer_state"):
+            self.optimizer._hp_optimizer_states_linked = False
             self.optimizer._lazy_init_hp_params_optimizer_state()
 
     def _kinds(self) -> tuple[list[str], list[tuple[str, Any]]]:

@@ -1,0 +1,107 @@
+"""LoRA+ on two gloo processes: two groups of parameters, whose saved state goes on in the same bits when it is read."""
+
+import gc
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from dsft_launchers.local import launch
+from torch import Tensor
+from torch.distributed.tensor import distribute_tensor
+
+from dsft.comm.world import World, join, leave
+from dsft.compose import compose
+from dsft.data.open import open_data
+from dsft.engine.assemble import Session, assemble
+from dsft.engine.loop import step_batches
+from dsft.engine.step import train_step
+
+STRATEGIES = ("ddp", "zero2", "zero3")
+Steps = list[tuple[float, float]]
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Steps, Steps]]:
+    """Strategy -> (losses and norms of steps 3 and 4 of an unbroken run, the same of one that was restored)."""
+    folder = tmp_path_factory.mktemp("ran")
+    out = folder / "out.json"
+    code = launch([sys.executable, __file__, str(out)], num_processes=2, log_dir=folder / "logs", env={})
+    assert code == 0, "\n".join(path.read_text()[-1500:] for path in (folder / "logs").iterdir())
+    found: dict[str, tuple[Steps, Steps]] = json.loads(out.read_text())
+    return found
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_restored_state_goes_on_as_the_unbroken_one(strategy: str, ran: dict[str, tuple[Steps, Steps]]) -> None:
+    unbroken, restored = ran[strategy]
+    assert unbroken == restored
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES[1:])
+def test_both_rates_are_the_same_under_every_strategy(strategy: str, ran: dict[str, tuple[Steps, Steps]]) -> None:
+    for mine, theirs in zip(ran[strategy][0], ran["ddp"][0], strict=True):
+        assert mine == pytest.approx(theirs, rel=1e-5)  # the house's bound: fp32, AdamW
+
+
+def _session(strategy: str, world: World) -> Session:
+    run = compose([
+        "model=tiny", "data=reasoning_gym", "data.size=32", "data.eval_size=0", "train.precision=fp32", "train.steps=4",
+        "train.global_batch_size=4", "optim.lr=1e-3", "optim.schedule=constant", "method=lora_plus",
+        f"strategy={strategy}", "launcher.devices=2",
+    ]).run  # fmt: skip
+    return assemble(run, run.model.resolve(), world)
+
+
+def _steps(session: Session, *numbers: int) -> Steps:
+    data = open_data(session.run.data, session.files.tokenizer(), max_length=512, seed=0)
+    results = [train_step(session, step_batches(session, data, n)[1], n, 1.0) for n in numbers]
+    return [(result.loss, result.grad_norm) for result in results]
+
+
+def _unbroken_and_restored(strategy: str, world: World) -> tuple[Steps, Steps]:
+    session = _session(strategy, world)
+    _steps(session, 1, 2)
+    state: dict[str, Tensor] = {}
+    for part in world.gather({key: _whole(value) for key, value in session.run.strategy.export_state().items()}):
+        state |= part
+    unbroken = _steps(session, 3, 4)
+    session.run.strategy.close()
+    session = _session(strategy, world)
+    template = session.run.strategy.state_template({key: (v.shape, v.dtype) for key, v in state.items()})
+    for key, value in template.items():
+        _fill(value, state[key])
+    session.run.strategy.import_state(template)
+    restored = _steps(session, 3, 4)
+    session.run.strategy.close()
+    return unbroken, restored
+
+
+def _whole(value: Any) -> Tensor:
+    whole: Tensor = value.full_tensor() if hasattr(value, "full_tensor") else value
+    return whole.detach().to("cpu", copy=True)
+
+
+def _fill(value: Any, whole: Tensor) -> None:
+    mesh = getattr(value, "device_mesh", None)
+    with torch.no_grad():
+        value.copy_(whole if mesh is None else distribute_tensor(whole, mesh, value.placements))
+
+
+def main() -> None:
+    """One rank: every strategy, one after the other, in one group."""
+    torch.set_num_threads(1)
+    world = join()
+    found = {}
+    for strategy in STRATEGIES:
+        found[strategy] = _unbroken_and_restored(strategy, world)
+        gc.collect()
+    if world.rank == 0:
+        Path(sys.argv[1]).write_text(json.dumps(found))
+    leave()
+
+
+if __name__ == "__main__":
+    main()
