@@ -19,7 +19,7 @@ from dsft.engine.result import write_result
 from dsft.methods.peft_bridge import ADAPTER, peft_name
 from dsft.methods.pissa import principal
 
-ANY = ["method=peft", "~method.options.r", "~method.options.alpha", "method.target_modules=[q_proj,down_proj]"]
+ANY = ["method=peft", "method.target_modules=[q_proj,down_proj]"]
 CASES = {
     "lora": ["method=lora", "method.alpha=24"],
     "patterns": [
