@@ -15,7 +15,7 @@ HEAD = """\
 # The equality matrix
 
 Largest relative difference of loss and of gradient norm to one process over 10 steps: fp32, AdamW at lr
-1e-3 (the sgd column: 0.05; vera 30 and ia3 10 times that), constant rate, dropout 0. none: nothing is
+1e-3 (the sgd column: 0.05; vera 30, ia3 10, p_tuning_v2 5 times that), constant rate, dropout 0. none: nothing is
 computed again in backward; global batch 8, a rank's two or four examples in one micro-batch. full: every
 block is; global batch 4, each example in a micro-batch of its own, as all are in the one process that a cell
 is compared to. In every cell the label counts of the ranks differ by 2 x or more and the loss moves by 1 %

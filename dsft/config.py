@@ -155,12 +155,10 @@ class Slurm(Launcher):
                 f"launcher.elastic=true goes on with the nodes that are left, got launcher.nodes={self.nodes}; raise "
                 "it or leave launcher.elastic at false: SLURM then queues the job again"
             )
-        if ours := sorted(
-            {"array", "output", "error", "open-mode", "signal", "requeue", "no-requeue"} & set(self.extra)
-        ):
+        if ours := sorted(OURS & set(self.extra)):
             raise ValueError(
-                f"launcher.extra must be without {ours[0]}, which dsft sets itself, got {self.extra[ours[0]]}; -m makes "
-                "arrays, the logs lie in RUN/slurm, launcher.notice_s sets the signal"
+                f"launcher.extra must be without {ours[0]}, which dsft sets itself, got {self.extra[ours[0]]}; -m "
+                "makes arrays, the logs lie in RUN/slurm, launcher.notice_s sets the signal"
             )
 
 
