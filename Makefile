@@ -13,13 +13,14 @@ PEERS_PIP := .venv/bin/python -m pip --disable-pip-version-check --python .venv-
 # DeepSpeed builds an operator at first use and looks for ninja on PATH.
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: help demo test check slow slurm-test matrix faults bench bench-peers clean
+.PHONY: help demo test check slow slurm-test matrix pages faults bench bench-peers clean
 
 help:
 	@echo 'make demo     fine-tune a small real model on this machine, and see it before and after'
 	@echo 'make test     every test that is not slow'
 	@echo 'make check    lint, types, and the house, unit and contract tests'
 	@echo 'make matrix   every method x quantization x strategy: equal to the single process, or refused'
+	@echo 'make pages    docs/methods: a page per method, from its YAML, its class and counts'
 	@echo 'make faults   runs killed at random moments, against one that never was; minutes'
 	@echo 'make slurm-test  runs on a real SLURM of four nodes, started here; root, installs SLURM'
 	@echo 'make slow     the tests that take minutes each'
@@ -41,6 +42,9 @@ check: $(READY)
 
 matrix: $(READY)
 	@.venv/bin/python -m benchmarks.matrix $(ARGS)
+
+pages: $(READY)
+	@.venv/bin/python -m benchmarks.method_pages
 
 slow: $(READY)
 	@.venv/bin/python -m pytest -m slow $(ARGS)

@@ -1,6 +1,6 @@
 """docs/methods/NAME.md for each method, from the text at the top of its YAML, its class and counts on meta.
 
-python -m benchmarks.method_pages
+python -m benchmarks.method_pages   (make pages)
 """
 
 import inspect
@@ -27,7 +27,7 @@ def methods() -> list[str]:
 def page(name: str) -> str:
     """The page up to its counts."""
     text = (OWN_CONF / "method" / f"{name}.yaml").read_text()
-    top, body = re.match(r"((?:#.*\n)*)(.*)", text, re.S).groups()  # type: ignore[union-attr]  # it always matches
+    top, body = re.match(r"((?:#[^\n]*\n)*)(.*)", text, re.S).groups()  # type: ignore[union-attr]  # it always matches
     prose = [line.removeprefix("#").strip() for line in top.splitlines() if "@package" not in line]
     kind = type(_run(name, "smollm2_135m").method)
     file = Path(inspect.getfile(kind)).relative_to(ROOT)

@@ -13,4 +13,6 @@ def test_every_method_has_a_page_and_no_page_is_of_another() -> None:
 def test_a_page_is_what_make_pages_writes(name: str) -> None:
     text = (PAGES / f"{name}.md").read_text()
     assert text.partition(COUNTS)[0] + COUNTS == page(name)
-    assert len(text.partition("[conf/method")[0].splitlines()) > 3, "it says what it is and when to choose it"
+    prose, _, rest = text.partition("[conf/method")
+    assert "Choose it" in prose
+    assert "```yaml\n```" not in rest
