@@ -118,7 +118,7 @@ def work(run_dir: Path, attempt: Attempt) -> int:
     from dsft.checkpoint import lease as leases
     from dsft.comm.hello import greet
     from dsft.comm.world import join, leave
-    from dsft.data.order import steps_for
+    from dsft.data.order import total_steps
     from dsft.engine.assemble import assemble
     from dsft.engine.loop import fit
     from dsft.engine.progress import STOPPED as ASKED
@@ -134,8 +134,7 @@ def work(run_dir: Path, attempt: Attempt) -> int:
     lease, holder = leases.acquire(run_dir / "checkpoints") if world.rank == 0 else (None, None)
     attempt.lease = lease
     files, data = find(run, world, hello)
-    rows, batch = len(data.train), run.train.global_batch_size
-    total = run.train.steps or steps_for(run.train.epochs or 1.0, num_rows=rows, batch_size=batch)
+    total = total_steps(run.train, len(data.train))
     with Recorder(run, run_dir, world, total, lease, hello) as recorder:
         attempt.number = recorder.attempt
         if holder is not None and recorder.overtakes:

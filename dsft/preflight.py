@@ -31,10 +31,11 @@ def preflight(composed: Composed) -> dict[str, Any] | None:
     run.data.check()
     files = run.model.resolve()
     from dsft.data.open import open_data
+    from dsft.data.order import total_steps
 
     data = open_data(run.data, files.tokenizer(), max_length=run.train.max_length, seed=run.train.seed)
     _check_fit(run, files, data)
-    run.method.check(_total(run, data))
+    run.method.check(total_steps(run.train, len(data.train)))
     digests = {"base_digest": files.digest(), "data_digest": data.digest}
     folder.check_digests(run_dir, digests, composed.resolved)
     if done:
@@ -61,14 +62,6 @@ def _check_fit(run: Run, files: "ModelFiles", data: "Dataset") -> None:
         raise ValueError(
             f"train.early_stop_metric={metric} needs held-out rows that give it; hold some out or unset it"
         )
-
-
-def _total(run: Run, data: "Dataset") -> int:
-    """Steps of the run."""
-    from dsft.data.order import steps_for
-
-    rows, batch = len(data.train), run.train.global_batch_size
-    return run.train.steps or steps_for(run.train.epochs or 1.0, num_rows=rows, batch_size=batch)
 
 
 def announce(composed: Composed, prepared: Mapping[str, Any]) -> None:

@@ -13,9 +13,10 @@ from dsft.checkpoint.lease import Lease
 from dsft.checkpoint.manifest import DamagedError, Identity, Manifest
 from dsft.checkpoint.store import PATIENCE, Store
 from dsft.comm.world import World
+from dsft.course import KEPT
 from dsft.strategy import Strategy
 
-OURS = ("param/", "method/")
+OURS = ("param/", KEPT)
 """Beginnings of the names of what is not the optimizer's."""
 
 Tell = Callable[[str, int, dict[str, object]], None]

@@ -6,6 +6,8 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
+from dsft.config import Train
+
 
 def batch_rows(step: int, *, seed: int, num_rows: int, batch_size: int, shuffle: bool) -> list[int]:
     """The rows of optimizer step `step` (counted from 1), batch_size of them, in global order.
@@ -25,6 +27,11 @@ def batch_rows(step: int, *, seed: int, num_rows: int, batch_size: int, shuffle:
         else:
             rows += range(first, last)
     return rows
+
+
+def total_steps(train: Train, num_rows: int) -> int:
+    """Optimizer steps of a run."""
+    return train.steps or steps_for(train.epochs or 1.0, num_rows=num_rows, batch_size=train.global_batch_size)
 
 
 def steps_for(epochs: float, *, num_rows: int, batch_size: int) -> int:

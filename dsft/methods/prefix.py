@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dsft.methods.peft_bridge import write_adapter
 from dsft.protocols import PREFIX, Anatomy, Method
 
 
@@ -73,7 +74,6 @@ class Prefix(Method):
         prompt_embeddings (l, L 2 d_kv): per layer, keys then values.
         """
         from peft import PrefixTuningConfig
-        from safetensors.torch import save_file
 
         layers = [(name, module) for name, module in model.named_modules() if isinstance(module, _Pairs)]
         heads, size = layers[0][1].heads, layers[0][1].size
@@ -95,13 +95,8 @@ class Prefix(Method):
             token_dim=heads * size,
             num_transformer_submodules=1,
             prefix_projection=False,
-            inference_mode=True,
-            base_model_name_or_path=base,
         )
-        config.save_pretrained(str(folder))
-        tensors = {"prompt_embeddings": torch.cat(parts, dim=1).contiguous()}
-        save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-        return tensors
+        return write_adapter(config, {"prompt_embeddings": torch.cat(parts, dim=1)}, folder, base)
 
     @property
     def starts_as_base(self) -> bool:

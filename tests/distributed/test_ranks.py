@@ -9,18 +9,10 @@ from typing import Any
 import pytest
 
 from benchmarks import faults
-from benchmarks.cells import write_rows
 
 STEPS = 24
 RUN = ["method=adalora", "method.interval=3", "method.alpha=512", "method.final=0.4", "optim.schedule=constant"]
 LAYERS, TARGET = 21, 8 * 21
-
-
-@pytest.fixture(scope="module")
-def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
-    write_rows(path, 20)
-    return path
 
 
 @pytest.fixture(scope="module")

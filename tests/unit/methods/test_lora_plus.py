@@ -1,30 +1,18 @@
 """LoRA+: B moves lr_ratio times as fast as A, and one process's numbers are those of any update."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 
-from dsft.comm.world import World
-from dsft.compose import compose
 from dsft.data.open import open_data
-from dsft.engine.assemble import Session, assemble
+from dsft.engine.assemble import Session
 from dsft.engine.loop import step_batches
 from dsft.engine.step import train_step
-
-ALONE = World(0, 1, 0, torch.device("cpu"))
+from tests.contract.sessions import session_of
 
 
 def trained(*words: str, steps: int = 1) -> tuple[Session, dict[str, torch.Tensor], list[float]]:
     """A session after so many steps, what it started from, and its losses."""
-    run = compose([
-        "model=tiny", "data=reasoning_gym", "data.size=32", "data.eval_size=0", "train.precision=fp32", "train.steps=4",
-        "train.global_batch_size=4", "launcher=local", "optim.lr=1e-3", "optim.schedule=constant", "method=lora_plus",
-        "train.max_grad_norm=inf", *words,
-    ]).run  # fmt: skip
-    files = run.model.resolve()
-    data = open_data(run.data, files.tokenizer(), max_length=512, seed=0)
-    session = assemble(run, files, ALONE)
+    session, data = session_of("lora_plus", "train.steps=4", "train.max_grad_norm=inf", *words)
     start = {name: p.detach().clone() for name, p in session.model.named_parameters() if p.requires_grad}
     losses = [train_step(session, step_batches(session, data, s)[1], s, 1.0).loss for s in range(1, steps + 1)]
     return session, start, losses
@@ -65,5 +53,4 @@ def test_a_state_goes_on_where_it_was_left() -> None:
 
 def _next(session: Session) -> list[float]:
     data = open_data(session.run.data, session.files.tokenizer(), max_length=512, seed=0)
-    session = replace(session)
     return [train_step(session, step_batches(session, data, s)[1], s, 1.0).loss for s in (3, 4)]
