@@ -2,7 +2,7 @@
 
 python -m benchmarks.numerics [--layers 30] [--characters 1000] [--steps 10] [--seeds 3]
 writes benchmarks/results/numerics.md. LoRA on SmolLM2-135M, 8 examples of GSM8K a step; a seed is another stretch of
-the rows. Products of bf16 as benchmarks.rounded makes them, so that a processor without them can do it too.
+the rows. A processor without products of bf16 makes them as benchmarks.rounded does.
 """
 
 import argparse
@@ -18,9 +18,15 @@ from benchmarks.job import BATCH, Job
 from benchmarks.machine import here
 from benchmarks.measure import ALIKE, GSM8K, measure
 from benchmarks.speed import PEERS
+from dsft.rules import computes_bf16
 
 RESULT = Path("benchmarks/results/numerics.md")
-NAMES = ("plain", "dsft-1024")
+NAMES = {"plain": "plain", "dsft-1024": "dsft-1024", "dsft-compiled": "dsft-1024"}
+"""Loop -> the loop whose losses in fp32 are its reference."""
+PRODUCTS = {
+    True: "Products of bf16 are the hardware's own.",
+    False: "Products of bf16 are summed in fp32 and rounded once, as hardware does (benchmarks/rounded.py).",
+}
 
 
 def write_model(folder: Path, layers: int) -> int:
@@ -38,13 +44,23 @@ def write_model(folder: Path, layers: int) -> int:
     return len(model.model.layers)
 
 
-def distances(job: Job, name: str) -> list[float]:
-    """|loss in bf16 - loss in fp32| at each step."""
-    found = {}
-    peer = replace(PEERS[name], module=f"benchmarks.rounded {PEERS[name].module}")
-    for precision in ("fp32", "bf16"):
-        found[precision] = measure(peer, Job(**{**vars(job), "precision": precision}))["losses"]
-    return [abs(one - other) for one, other in zip(found["fp32"], found["bf16"], strict=True)]
+def losses(job: Job, name: str, precision: str) -> list[float]:
+    """Of each step, in nats."""
+    peer = PEERS[name]
+    if not computes_bf16(0):
+        peer = replace(peer, module=f"benchmarks.rounded {peer.module}")
+    setting = Job(**{**vars(job), "precision": precision, "setting": peer.setting})
+    found: list[float] = measure(peer, setting)["losses"]
+    return found
+
+
+def distances(job: Job) -> dict[str, float]:
+    """Largest |loss in bf16 - its reference's in fp32| of each of NAMES."""
+    exact = {name: losses(job, name, "fp32") for name in sorted(set(NAMES.values()))}
+    return {
+        name: max(abs(one - other) for one, other in zip(exact[reference], losses(job, name, "bf16"), strict=True))
+        for name, reference in NAMES.items()
+    }
 
 
 def main() -> int:
@@ -70,9 +86,9 @@ def main() -> int:
             first = seed * args.steps * BATCH
             rows.write_text("\n".join(lines[first : first + args.steps * BATCH]) + "\n")
             job = Job("lora", str(model), str(rows), args.steps, "fp32", "single")
-            for name in NAMES:
-                found[name].append(max(distances(job, name)))
-                print(f"seed {seed} {name}: {found[name][-1]:.5f}", flush=True)
+            for name, distance in distances(job).items():
+                found[name].append(distance)
+                print(f"seed {seed} {name}: {distance:.5f}", flush=True)
     worst = {name: max(values) for name, values in found.items()}
     heads = ["", *(f"seed {seed}" for seed in range(args.seeds)), "largest", "x plain"]
     table = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
@@ -83,7 +99,7 @@ def main() -> int:
         "# How far bf16 takes the loss from fp32\n\n"
         f"Largest |loss in bf16 - loss in fp32| over {args.steps} steps of LoRA, each loop beside itself in fp32. "
         f"SmolLM2-135M, {layers} of its 30 blocks, {BATCH} examples of GSM8K a step, rows of at most {args.characters} "
-        "characters. Products of bf16 are summed in fp32 and rounded once, as hardware does (benchmarks/rounded.py).\n"
+        f"characters. {PRODUCTS[computes_bf16(0)]}\n"
         f"`{shlex.join(['python', '-m', 'benchmarks.numerics', *sys.argv[1:]])}` on {here()}.\n\n"
         + "\n".join(table)
         + "\n"

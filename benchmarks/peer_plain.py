@@ -15,30 +15,42 @@ from benchmarks.plain import DTYPES, encode, load, padded
 
 
 def run(job: Job) -> list[Step]:
-    """Each rank pads every world-th example of a step, as torch's DistributedSampler deals them out."""
+    """The job on all ranks."""
     if job.setting != "single":
         dist.init_process_group("gloo")
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    model, adapter, tokenizer = load(job)
-    model = model if adapter is None else get_peft_model(model, adapter)
-    model.train()
-    model.config.use_cache = False
-    forward, backward, update = {"single": _single, "fsdp": _fsdp, "zero3": _zero3}[job.setting](model, job)
-    encoded = [encode(tokenizer, row) for row in job.read()[: job.steps * BATCH]]
-    clock = Clock()
+    loop, clock = Loop(job), Clock()
     for step in range(job.steps):
-        examples = encoded[step * BATCH : (step + 1) * BATCH]
-        supervised = [sum(label != -100 for label in labels[1:]) for _, labels in examples]
-        batch = padded(examples[rank::world])
-        # ranks average their gradients: each divides by its share of the step's supervised tokens, not by its own
-        loss = forward(**batch, num_items_in_batch=sum(supervised) / world).loss
-        backward(loss)
-        update()
-        tokens = sum(len(tokens) for tokens, _ in examples[rank::world])
-        clock.end(tokens, sum(supervised[rank::world]), batch["labels"].numel(), float(loss.detach()))
+        clock.end(*loop.step(step))
     if dist.is_initialized():
         dist.destroy_process_group()
     return clock.steps
+
+
+class Loop:
+    """Each rank pads every world-th example of a step, as torch's DistributedSampler deals them out."""
+
+    def __init__(self, job: Job) -> None:
+        self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        model, adapter, tokenizer = load(job)
+        self.model = model if adapter is None else get_peft_model(model, adapter)
+        self.model.train()
+        self.model.config.use_cache = False
+        prepare = {"single": _single, "fsdp": _fsdp, "zero3": _zero3}[job.setting]
+        self.forward, self.backward, self.update = prepare(self.model, job)
+        self.encoded = [encode(tokenizer, row) for row in job.read()[: job.steps * BATCH]]
+
+    def step(self, index: int) -> tuple[int, int, int, float]:
+        """This rank's real tokens, supervised tokens, positions and loss in step index, counted from 0."""
+        rank, world = self.rank, self.world
+        examples = self.encoded[index * BATCH : (index + 1) * BATCH]
+        supervised = [sum(label != -100 for label in labels[1:]) for _, labels in examples]
+        batch = padded(examples[rank::world])
+        # ranks average their gradients: each divides by its share of the step's supervised tokens, not by its own
+        loss = self.forward(**batch, num_items_in_batch=sum(supervised) / world).loss
+        self.backward(loss)
+        self.update()
+        tokens = sum(len(tokens) for tokens, _ in examples[rank::world])
+        return tokens, sum(supervised[rank::world]), batch["labels"].numel(), float(loss.detach())
 
 
 Parts = tuple[Callable[..., Any], Callable[[torch.Tensor], Any], Callable[[], Any]]
