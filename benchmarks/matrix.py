@@ -107,7 +107,7 @@ def wanted(model: str, method: str, variant: str) -> bool:
     """
     name, _, packing = method.partition("+")
     if model != "tiny":
-        return (variant == "full" and not packing) or name in ("lora", "qlora")
+        return (variant == "full" and not packing) or name in ("lora", "qlora", "int8_lora")
     return not packing or variant == {"nf4": "none", "int8": "full"}[packing]
 
 

@@ -50,13 +50,16 @@ def export(run_dir: Path, what: str, out: Path) -> None:
     if what == "adapter" or run.method.whole:
         shutil.copytree(run_dir / "adapter", out)
         return
+    from dsft.engine.result import write_beside
     from dsft.models.progress import no_progress_bars
 
     collect_again()
     with no_progress_bars(), warnings.catch_warnings():
         # PEFT 0.21 asks transformers 5.23 by a name that it gives up in version 6
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
-        merged(run, run_dir / "adapter").save_pretrained(out)
+        model, beside = merged_and_beside(run, run_dir / "adapter")
+        model.save_pretrained(out)
+        write_beside(run.method, beside, out, 1)
         run.model.resolve().tokenizer().save_pretrained(out)
 
 
@@ -86,21 +89,31 @@ def merged(run: Run, adapter: Path) -> Any:
 
     The weights are computed in fp32 and kept in the dtype of train.precision, which rounds them once.
     """
+    return merged_and_beside(run, adapter)[0]
+
+
+def merged_and_beside(run: Run, adapter: Path) -> tuple[Any, dict[str, Any]]:
+    """As merged, and what the method keeps beside such a model."""
     _refuse_unmergeable(run, adapter)
     import torch
 
     from dsft.models.anatomy import dissect
 
     base = unpacked_base(run)
-    dtype = base.dtype
+    dtype, anatomy = base.dtype, dissect(base)
+    base.to(torch.float32)
     if native.holds(adapter):
         method = native.read(adapter)
-        whole: Any = method.merge(method.restore(base.to(torch.float32), dissect(base), adapter))
-        return whole.to(dtype)
-    with uncompiled():
-        from peft import PeftModel
-    whole = PeftModel.from_pretrained(base.to(torch.float32), adapter).merge_and_unload()
-    return whole.to(dtype)
+        whole: Any = method.merge(method.restore(base, anatomy, adapter))
+    else:
+        with uncompiled():
+            from peft import PeftModel
+        whole = run.method.merge(PeftModel.from_pretrained(base, adapter))
+    beside: dict[str, Any] = {}
+    for name, param in whole.named_parameters():
+        param.data, more = run.method.finished(whole, anatomy, name, param.data, dtype)
+        beside |= more
+    return whole.to(dtype), beside
 
 
 def unpacked_base(run: Run) -> Any:

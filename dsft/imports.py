@@ -1,10 +1,36 @@
-"""Imports that fetch no compiler."""
+"""Imports that fetch no compiler, and that keep their remarks to themselves."""
 
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 DISABLE = "TORCHDYNAMO_DISABLE"
+
+REMARKS = {"torchao": ("Failed to load ", ".so"), "torch.utils._pytree": ("register_constant", "Enum")}
+"""Logger -> what is in each remark that importing torchao, which transformers does by itself, leaves on every terminal:
+on kernels of other machines, and on how it registers its enumerations. Nothing here uses either.
+"""
+
+
+def keep_remarks() -> None:
+    """Leave those out; whatever else these loggers have to say is said."""
+    for name, words in REMARKS.items():
+        logger = logging.getLogger(name)
+        if not any(isinstance(known, _Remark) for known in logger.filters):
+            logger.addFilter(_Remark(words))
+
+
+class _Remark(logging.Filter):
+    """False for what has all words in it."""
+
+    def __init__(self, words: tuple[str, ...]) -> None:
+        super().__init__()
+        self.words = words
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        message = record.getMessage()
+        return not all(word in message for word in self.words)
 
 
 @contextmanager

@@ -114,6 +114,28 @@ class Method(ABC):
             "take --to adapter"
         )
 
+    def finished(
+        self, model: nn.Module, anatomy: Anatomy, name: str, value: Tensor, dtype: torch.dtype
+    ) -> tuple[Tensor, Mapping[str, Tensor]]:
+        """What a whole model holds of the parameter called name, and tensors to keep beside the model's files, by name.
+
+        model: as trained, or merged; value: the parameter in fp32 or as it was loaded, whole, on CPU; dtype: that of
+        train.precision, to which it will be rounded. Asked for each parameter of a whole result or a merged one.
+        """
+        return value, {}
+
+    @property
+    def beside(self) -> tuple[str, Mapping[str, str]]:
+        """The beginning of the names of the files with what finished keeps beside the model, and what they say."""
+        return "", {}
+
+    def restored(self, model: nn.Module, anatomy: Anatomy, folder: Path) -> nn.Module:
+        """The model that was trained, from model as the loader of the result's format gives it from folder.
+
+        anatomy: of the base. For what such a loader does not know: another method has nothing to do here.
+        """
+        return model
+
     @property
     def whole(self) -> bool:
         """True if the result is a whole model (full, freeze) and not an adapter beside it."""

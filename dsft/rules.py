@@ -118,14 +118,25 @@ REFUSED = (
     ),
     Rule(
         "whole-model-on-packed-base",
-        lambda run, names, at: names["method"] in ("full", "freeze") and names["quantization"] != "none",
+        lambda run, names, at: names["method"] in ("full", "freeze", "qat") and names["quantization"] != "none",
         "method={names[method]} trains the base's own weights and quantization={names[quantization]} freezes them as "
         "bytes; take quantization=none or method=qlora",
+    ),
+    Rule(
+        "rounded-on-packed-base",
+        lambda run, names, at: names["method"] == "qat_lora" and names["quantization"] != "none",
+        "method=qat_lora rounds base + delta to the grid of method.scheme={run.method.scheme}, and quantization="
+        "{names[quantization]} has rounded the base to another; take quantization=none or method=lora",
     ),
     Rule(
         "qlora-without-4-bit",
         lambda run, names, at: names["method"] == "qlora" and names["quantization"] != "nf4",
         "method=qlora means a 4-bit base, got quantization={names[quantization]}; take method=lora for it",
+    ),
+    Rule(
+        "int8-lora-without-8-bit",
+        lambda run, names, at: names["method"] == "int8_lora" and names["quantization"] != "int8",
+        "method=int8_lora means an 8-bit base, got quantization={names[quantization]}; take method=lora for it",
     ),
     Rule(
         "hsdp-shape",

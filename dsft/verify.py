@@ -143,11 +143,13 @@ def load(run: Run, result: Path) -> Any:
         if run.method.whole:
             trusted = run.model.resolve().trust_remote_code
             dtype = DTYPES[run.train.precision]
-            return AutoModelForCausalLM.from_pretrained(result, dtype=dtype, trust_remote_code=trusted).eval()
+            model: Any = AutoModelForCausalLM.from_pretrained(result, dtype=dtype, trust_remote_code=trusted)
+            return run.method.restored(model, dissect(model), result).eval()
         base = unpacked_base(run)
+        anatomy = dissect(base)
         if native.holds(result):
-            return native.load(base, dissect(base), result).eval()
-        return PeftModel.from_pretrained(base, result).eval()
+            return native.load(base, anatomy, result).eval()
+        return run.method.restored(PeftModel.from_pretrained(base, result), anatomy, result).eval()
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 import copy
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dsft.checkpoint.digests import of_all, of_tensor
 from dsft.engine.assemble import DTYPES, Session, autocast
+from dsft.protocols import Method
 
 PROBED = 64
 """Tokens of an example, at most, whose logits prove a result."""
@@ -74,11 +75,12 @@ def _write_model(session: Session, folder: Path) -> dict[str, str]:
     where: dict[str, str] = {}
     digests: dict[str, str] = {}
     total = 0
-    for index, part in enumerate(_parts(session, dtype), start=1):
+    for index, (part, more) in enumerate(_parts(session, dtype), start=1):
         file = f"model-{index:05d}.safetensors"
         save_file(part, folder / file, metadata={"format": "pt"})
+        write_beside(session.run.method, more, folder, index)
         where |= dict.fromkeys(part, file)
-        digests |= {name: of_tensor(value) for name, value in part.items()}
+        digests |= {name: of_tensor(value) for name, value in (part | more).items()}
         total += sum(tensor.nbytes for tensor in part.values())
     if session.world.rank == 0:
         index_file = {"metadata": {"total_size": total}, "weight_map": where}
@@ -90,16 +92,31 @@ def _write_model(session: Session, folder: Path) -> dict[str, str]:
     return digests
 
 
-def _parts(session: Session, dtype: torch.dtype) -> Iterator[dict[str, Tensor]]:
+def write_beside(method: Method, more: Mapping[str, Tensor], folder: Path, index: int) -> None:
+    """Write what a method keeps beside the files of a model (see Method.finished), if it keeps anything."""
+    if more:
+        stem, said = method.beside
+        save_file(dict(more), folder / f"{stem}-{index:05d}.safetensors", metadata={"format": "pt", **said})
+
+
+def _parts(session: Session, dtype: torch.dtype) -> Iterator[tuple[dict[str, Tensor], dict[str, Tensor]]]:
+    """What goes into each file of the model, and what goes beside it."""
     from transformers.core_model_loading import revert_weight_conversion
 
     part: dict[str, Tensor] = {}
+    beside: dict[str, Tensor] = {}
     size = 0
     for name, value in _gathered(session, everything=True):
-        part |= revert_weight_conversion(session.model, {name: value.to(dtype)})
+        final, more = session.run.method.finished(session.model, session.anatomy, name, value, dtype)
+        part |= revert_weight_conversion(session.model, {name: final.to(dtype)})
+        beside |= more
         size += value.numel() * dtype.itemsize
         if size >= SHARD_BYTES:
-            yield {key: tensor.contiguous() for key, tensor in part.items()}
-            part, size = {}, 0
+            yield _contiguous(part), _contiguous(beside)
+            part, beside, size = {}, {}, 0
     if part:
-        yield {key: tensor.contiguous() for key, tensor in part.items()}
+        yield _contiguous(part), _contiguous(beside)
+
+
+def _contiguous(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.contiguous() for name, tensor in tensors.items()}

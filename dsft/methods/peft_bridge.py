@@ -26,6 +26,11 @@ class Bridged(Method):
         tensors = {peft_name(name): value for name, value in weights.items()}
         return write_adapter(model.peft_config[ADAPTER], tensors, folder, base)  # type: ignore[index]
 
+    def merge(self, model: nn.Module) -> nn.Module:
+        """As PEFT merges; model: PEFT's own around the base, or what attach made of it."""
+        merged: nn.Module = model.merge_and_unload()  # type: ignore[operator]
+        return merged
+
 
 def inject(model: nn.Module, config: Any, *, on_meta: bool = True) -> nn.Module:
     """Freeze model and put PEFT's layers around the modules that config names, on meta or CPU. What is new learns."""

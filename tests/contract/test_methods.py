@@ -24,7 +24,7 @@ def _loss(session: Session, data: Dataset) -> float:
 @pytest.mark.parametrize("method", METHODS)
 def test_starts_as_the_base_or_says_that_it_does_not(method: str) -> None:
     session, data = session_of(method)
-    quantization = "nf4" if method == "qlora" else "none"
+    quantization = {"qlora": "nf4", "int8_lora": "int8"}.get(method, "none")
     base, _ = session_of("lora", f"quantization={quantization}", "method.target_modules=q_proj", "method.rank=1")
     same = _loss(session, data) == pytest.approx(_loss(base, data), rel=1e-6)  # B = 0 in the base's own adapter
     assert same == session.run.method.starts_as_base

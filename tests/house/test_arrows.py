@@ -42,6 +42,7 @@ IMPORTERS = {
     "deepspeed": ("dsft/strategies/zero",),
     "wandb": ("dsft/telemetry/",),
     "tensorboard": ("dsft/telemetry/",),
+    "torchao": ("dsft/methods/grid.py",),
     "peft": ("dsft/methods/", "dsft/export.py", "dsft/verify.py"),
     "submitit": ("launchers/dsft_launchers/submit.py",),
 }
