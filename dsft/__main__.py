@@ -6,7 +6,7 @@ from typing import NoReturn
 
 from dsft.entry import enter
 
-VERBS = ("run", "plan", "stage", "export", "sweep")
+VERBS = ("run", "plan", "stage", "export", "chat", "sweep")
 
 
 def main() -> NoReturn:

@@ -79,6 +79,14 @@ class Method(ABC):
         """
         raise NotImplementedError(f"{type(self).__name__} adds no parameter of its own, got {name}")
 
+    def stored(self, model: nn.Module) -> Mapping[str, Tensor]:
+        """What an earlier adapter gives this run to start from, by names in model: whole, on CPU, read when asked for.
+
+        model: with this method in it, on meta. What is named goes before initial, and before the base's own value of a
+        parameter that learns. Raises ValueError, one line, if the adapter does not fit. Empty: nothing of the kind.
+        """
+        return {}
+
     def lr_scale(self, name: str) -> float:
         """Rate of this parameter as a multiple of optim.lr."""
         return 1.0

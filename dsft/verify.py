@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from dsft.compose import read
 from dsft.config import Run
 from dsft.imports import uncompiled
+from dsft.protocols import Method
 from dsft.wording import refuse
 
 if TYPE_CHECKING:
@@ -129,13 +130,10 @@ def _base(model: Any) -> Any:
 
 def load(run: Run, result: Path) -> Any:
     """The result on its base (as training saw it), by the loader of its format (PEFT, transformers, ours), on CPU."""
-    with uncompiled():
-        from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
     from dsft.engine.assemble import DTYPES
     from dsft.export import unpacked_base
-    from dsft.methods import native
     from dsft.models.anatomy import dissect
 
     with warnings.catch_warnings():
@@ -145,11 +143,25 @@ def load(run: Run, result: Path) -> Any:
             dtype = DTYPES[run.train.precision]
             model: Any = AutoModelForCausalLM.from_pretrained(result, dtype=dtype, trust_remote_code=trusted)
             return run.method.restored(model, dissect(model), result).eval()
-        base = unpacked_base(run)
-        anatomy = dissect(base)
-        if native.holds(result):
-            return native.load(base, anatomy, result).eval()
-        return run.method.restored(PeftModel.from_pretrained(base, result), anatomy, result).eval()
+        return put(unpacked_base(run), result, run.method).eval()
+
+
+def put(base: Any, result: Path, method: Method | None) -> Any:
+    """The adapter in result on base, which is changed, by the loader of its format: PEFT's or ours.
+
+    method: that trained it, None where nobody knows, which is then all that the format says.
+    """
+    with uncompiled():
+        from peft import PeftModel
+
+    from dsft.methods import native
+    from dsft.models.anatomy import dissect
+
+    anatomy = dissect(base)
+    if native.holds(result):
+        return native.load(base, anatomy, result)
+    model = PeftModel.from_pretrained(base, result)
+    return model if method is None else method.restored(model, anatomy, result)
 
 
 if __name__ == "__main__":

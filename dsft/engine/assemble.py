@@ -1,6 +1,7 @@
 """The order of construction: meta model -> quantize -> method -> recompute -> shard -> read weights -> optimizer."""
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -28,11 +29,15 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 @dataclass(frozen=True)
 class Skeleton:
-    """A model on meta with its method in it. origins: tensor name -> its name in the base; see Lineage."""
+    """A model on meta with its method in it.
+
+    origins: tensor name -> its name in the base, see Lineage; stored: what an earlier adapter gives, and the base not.
+    """
 
     model: nn.Module
     anatomy: Anatomy
     origins: dict[str, str]
+    stored: Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -51,18 +56,19 @@ class Session:
 
 
 def skeleton(run: Run, files: ModelFiles) -> Skeleton:
-    """Build the model on meta, pack its frozen linears, attach the method; what learns is fp32. No I/O."""
+    """Build the model on meta, pack its frozen linears, attach the method; what learns is fp32. Reads no weights."""
     model = build_meta(files, DTYPES[run.train.precision])
     anatomy = dissect(model)
     model = run.quantization.convert(model, anatomy)
     lineage = Lineage(model)
     model = run.method.attach(model, anatomy)
-    origins = lineage.origins(model)
+    stored = run.method.stored(model)
+    origins = {name: origin for name, origin in lineage.origins(model).items() if name not in stored}
     scoring.install(model, model.get_submodule(anatomy.head))
     for param in model.parameters():
         if param.requires_grad:
             param.data = param.data.float()
-    return Skeleton(model, anatomy, origins)
+    return Skeleton(model, anatomy, origins, stored)
 
 
 def assemble(run: Run, files: ModelFiles, world: World, total: int = 0) -> Session:
@@ -78,6 +84,8 @@ def assemble(run: Run, files: ModelFiles, world: World, total: int = 0) -> Sessi
     values = open_values(files, DTYPES[run.train.precision], run.train.seed)
 
     def initial(name: str, param: Tensor) -> Tensor:
+        if name in bones.stored:
+            return bones.stored[name]
         with seeded(run.train.seed, name):
             read = partial(_trained_weight, bones, values)
             value: Tensor = run.method.initial(model, name, param, read)

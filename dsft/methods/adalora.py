@@ -1,15 +1,16 @@
 """AdaLoRA: triplets of P Lambda Q compete for a shrinking budget; PEFT's layer and files, our allocator."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Size, Tensor, nn
 
 from dsft.course import Course
 from dsft.methods.allocator import Allocator, Schedule, Triplets
 from dsft.methods.peft_bridge import ADAPTER, Bridged, inject
+from dsft.methods.peft_folder import Folder
 from dsft.methods.peft_targets import resolve_targets
 from dsft.protocols import Anatomy
 
@@ -23,7 +24,8 @@ class AdaLora(Bridged):
 
     warmup, final: steps before the budget falls and after it has fallen, or shares of the run's steps below 1.
     Every interval steps in between, and at the end of them, the lambdas of all but the best triplets become 0. The
-    result holds all triplets, those with lambda 0 too (PEFT 0.21 warns about the rank_pattern of its own files).
+    result holds all triplets, those with lambda 0 too (PEFT 0.21 warns about the rank_pattern of its own files). A run
+    that starts from an adapter begins with all its triplets and lets the budget fall anew.
     Source: Zhang et al. 2023, arXiv:2303.10512 (equations 4 to 13); code: QingruZhang/AdaLoRA, PEFT's tuners/adalora.
     """
 
@@ -87,6 +89,19 @@ class AdaLora(Bridged):
             lora_dropout=self.dropout, target_modules=targets, bias="none", task_type="CAUSAL_LM", beta1=self.beta1,
             beta2=self.beta2, deltaT=self.interval, orth_reg_weight=self.penalty, total_step=1,
         )  # fmt: skip
+
+    def agree(self) -> Mapping[str, str]:
+        """The number of triplets and the scale."""
+        return {"init_r": "initial_rank", "lora_alpha": "alpha"}
+
+    def check_stored(self, folder: Folder, model: nn.Module, expected: Mapping[str, Size]) -> None:
+        """Without triplets that PEFT has cut out of its file: each target has its own number of them then."""
+        if folder.config().get("rank_pattern"):
+            raise ValueError(
+                "method.init_from must hold every triplet, got an adapter that PEFT has cut to its rank_pattern; merge "
+                "it with PEFT's merge_and_unload and train on that model"
+            )
+        super().check_stored(folder, model, expected)
 
     def _check_layer(self, name: str, layer: Any, anatomy: Anatomy) -> None:
         if name == anatomy.head:

@@ -8,16 +8,19 @@ import importlib
 import json
 from abc import abstractmethod
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
 from dsft import __version__
+from dsft.methods.stored import NATIVE as CONFIG
+from dsft.methods.stored import TENSORS, Stored, as_it_is, place, shapes
 from dsft.protocols import Anatomy, Method
 
-CONFIG, TENSORS = "dsft_adapter.json", "adapter_model.safetensors"
+FREE = ("dropout", "start", "init_from")
+"""Fields of methods that change nothing in what an adapter's numbers mean."""
 
 README = """# A {name} adapter by dsft {version}
 
@@ -29,7 +32,12 @@ What learned is fp32: run a base in bf16 under torch.autocast, as in training.
 
 @dataclass(frozen=True, kw_only=True)
 class Native(Method):
-    """A method that freezes the base, then adds or frees parameters under names of their own."""
+    """A method that freezes the base, then adds or frees parameters under names of their own.
+
+    init_from: the folder of a run or of its result, whose adapter this run starts from.
+    """
+
+    init_from: str | None
 
     @abstractmethod
     def add(self, model: nn.Module, anatomy: Anatomy) -> None:
@@ -45,12 +53,38 @@ class Native(Method):
                 param.data.copy_(self.initial(model, name, param, lambda linear: _weight(model, linear)))
         return model
 
+    def stored(self, model: nn.Module) -> Mapping[str, Tensor]:
+        """All that init_from holds; its method must be this one, and its tensors those that learn here."""
+        if self.init_from is None:
+            return {}
+        folder = place(self.init_from, CONFIG)
+        try:
+            before = read(folder)
+        except (ValueError, TypeError, ImportError, AttributeError, KeyError) as error:
+            raise ValueError(f"method.init_from must hold a method of ours, got {folder / CONFIG}: {error}") from None
+        if type(before) is not type(self):
+            raise ValueError(
+                f"method.init_from must hold an adapter of {type(self).__name__}, got one of {type(before).__name__}; "
+                "take the method that it was trained with"
+            )
+        for field in fields(self):
+            mine, other = getattr(self, field.name), getattr(before, field.name)
+            if field.name not in FREE and mine != other:
+                raise ValueError(
+                    f"method.init_from must agree in {field.name}, {mine}, got {other}; set method.{field.name} to it"
+                )
+        learning = _learning(model)
+        if said := _misfit(learning, folder):
+            raise ValueError(f"method.init_from must hold what learns in this model, {said}; take its own base")
+        return Stored(folder / TENSORS, {name: (name, as_it_is) for name in learning})
+
     def save(self, model: nn.Module, weights: Mapping[str, Tensor], folder: Path, base: str) -> Mapping[str, Tensor]:
         """Write the three files."""
         from safetensors.torch import save_file
 
         kind = type(self)
         method = {"_target_": f"{kind.__module__}.{kind.__qualname__}", **asdict(self)}
+        del method["init_from"]  # the folder stands for itself
         said = {"method": method, "base_model": base, "dsft": __version__}
         (folder / CONFIG).write_text(json.dumps(said, indent=1) + "\n")
         (folder / "README.md").write_text(README.format(name=kind.__name__, version=__version__, base=base))
@@ -66,17 +100,13 @@ class Native(Method):
         from safetensors.torch import load_file
 
         model = self.attach(model, anatomy)
-        learning = {name: param for name, param in model.named_parameters() if param.requires_grad}
-        stored = load_file(folder / TENSORS)
-        wanted = {name: tuple(param.shape) for name, param in learning.items()}
-        found = {name: tuple(value.shape) for name, value in stored.items()}
-        off = sorted(name for name in {*wanted, *found} if wanted.get(name) != found.get(name))
-        if off:
+        learning = _learning(model)
+        if said := _misfit(learning, folder):
             raise ValueError(
-                f"{folder} must hold what {type(self).__name__} learns of this base, got {len(off)} other tensor(s), "
-                f"first {off[0]}: {found.get(off[0], 'none')} in place of {wanted.get(off[0], 'none')}; load it on its "
-                f"own base, see {CONFIG}"
+                f"{folder} must hold what {type(self).__name__} learns of this base, {said}; load it on its own base, "
+                f"see {CONFIG}"
             )
+        stored = load_file(folder / TENSORS)
         for name, param in learning.items():
             param.data = stored[name].to(param.device)
         return model
@@ -89,12 +119,12 @@ def holds(folder: Path) -> bool:
 
 def read(folder: Path) -> Native:
     """The method of the adapter in folder, as it was trained."""
-    fields = dict(json.loads((folder / CONFIG).read_text())["method"])
-    module, _, name = fields.pop("_target_").rpartition(".")
+    values = dict(json.loads((folder / CONFIG).read_text())["method"])
+    module, _, name = values.pop("_target_").rpartition(".")
     kind = getattr(importlib.import_module(module), name)
     if not (isinstance(kind, type) and issubclass(kind, Native)):
         raise ValueError(f"{folder / CONFIG} must name a method of dsft's own format, got {module}.{name}")
-    method: Native = kind(**{key: _frozen(value) for key, value in fields.items()})
+    method: Native = kind(**{key: _frozen(value) for key, value in values.items()}, init_from=None)
     return method
 
 
@@ -105,6 +135,21 @@ def load(base: nn.Module, anatomy: Anatomy, folder: Path | str) -> nn.Module:
     """
     folder = Path(folder)
     return read(folder).restore(base, anatomy, folder)
+
+
+def _learning(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: param for name, param in model.named_parameters() if param.requires_grad}
+
+
+def _misfit(learning: Mapping[str, nn.Parameter], folder: Path) -> str | None:
+    """What of folder's tensors is not what learns, in name or shape: how many, and the first of them; None if none."""
+    wanted = {name: tuple(param.shape) for name, param in learning.items()}
+    found = shapes(folder / TENSORS)
+    off = sorted(name for name in {*wanted, *found} if wanted.get(name) != found.get(name))
+    if not off:
+        return None
+    there, here = found.get(off[0], "none"), wanted.get(off[0], "none")
+    return f"got {len(off)} other tensor(s), first {off[0]}: {there} in place of {here}"
 
 
 def _frozen(value: Any) -> Any:

@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Size, Tensor, nn
 
 from dsft.imports import uncompiled
-from dsft.methods.peft_bridge import ADAPTER, Bridged, inject
+from dsft.methods.peft_bridge import ADAPTER, Bridged, inject, peft_name
+from dsft.methods.peft_folder import Folder
 from dsft.methods.peft_targets import nearest, resolve_targets
+from dsft.methods.stored import Stored, as_it_is, shapes
 from dsft.protocols import Anatomy
 
 ELSEWHERE = {"LORA": "method=lora", "VERA": "method=vera", "IA3": "method=ia3"}
@@ -28,6 +30,10 @@ CALLED = {
 
 OURS = ("target_modules", "task_type", "peft_type", "inference_mode", "modules_to_save", "base_model_name_or_path")
 """Keys of PEFT's classes that are not the user's here."""
+
+FREE = (*OURS, "revision", "auto_mapping", "peft_version", "exclude_modules", "layers_to_transform", "layers_pattern")
+"""Keys that do not change what an adapter's numbers mean; so do those of dropout and, where they are no word, of first
+values."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +74,26 @@ class Peft(Bridged):
             return cls(target_modules=targets, task_type="CAUSAL_LM", **self.options)
         except (TypeError, ValueError) as error:
             raise ValueError(f"method.options: {' '.join(str(error).split())}") from error
+
+    def agree(self) -> Mapping[str, str]:
+        """All keys that the class has, but FREE."""
+        names = [field.name for field in fields(self._class())]
+        return {name: f"options.{name}" for name in names if name not in FREE and "dropout" not in name}
+
+    def stored(self, model: nn.Module) -> Mapping[str, Tensor]:
+        """What learns, and what of the layers' buffers the file has."""
+        stored = super().stored(model)
+        if not isinstance(stored, Stored):
+            return stored
+        there = shapes(stored.file)
+        held = {name: (peft_name(name), as_it_is) for name in _buffers(model) if peft_name(name) in there}
+        return Stored(stored.file, {**stored.parts, **held})
+
+    def check_stored(self, folder: Folder, model: nn.Module, expected: Mapping[str, Size]) -> None:
+        """With the buffers, as far as the file has them."""
+        there = shapes(folder.tensors)
+        held = {peft_name(name): buffer.shape for name, buffer in _buffers(model).items()}
+        super().check_stored(folder, model, {**expected, **{key: held[key] for key in held if key in there}})
 
     def initial(self, model: nn.Module, name: str, param: Tensor, read: Callable[[str], Tensor]) -> Tensor:
         """PEFT's own first value; all of one layer are made at the first question and forgotten with the last."""
@@ -149,18 +175,27 @@ class Peft(Bridged):
 
     def save(self, model: nn.Module, weights: Mapping[str, Tensor], folder: Path, base: str) -> Mapping[str, Tensor]:
         """With what the layers keep in buffers (chosen indices, norms of the base), which are whole on every rank."""
-        held = {
-            f"{path}.{key}": buffer.cpu()
-            for path, module in model.named_modules()
-            for key, buffer in module._buffers.items()
-            if buffer is not None and key not in module._non_persistent_buffers_set
-        }
-        kept = {name: value for name, value in held.items() if self.kept(name)}
+        kept = {name: value.cpu() for name, value in _buffers(model).items()}
         return super().save(model, {**weights, **kept}, folder, base)
 
     def kept(self, name: str) -> bool:
         """What an adapter holds beside what learns is in its file too."""
-        return ADAPTER in name.split(".")
+        return _is_adapters(name)
+
+
+def _is_adapters(name: str) -> bool:
+    return ADAPTER in name.split(".")
+
+
+def _buffers(model: nn.Module) -> dict[str, Tensor]:
+    """Buffers of the adapter's layers that a file holds."""
+    held = {
+        f"{path}.{key}": buffer
+        for path, module in model.named_modules()
+        for key, buffer in module._buffers.items()
+        if buffer is not None and key not in module._non_persistent_buffers_set
+    }
+    return {name: buffer for name, buffer in held.items() if _is_adapters(name)}
 
 
 def _layer_of(model: nn.Module, name: str) -> tuple[str, Any]:

@@ -2,24 +2,50 @@
 
 from abc import abstractmethod
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Size, Tensor, nn
 
 from dsft.imports import uncompiled
+from dsft.methods.peft_folder import Folder
+from dsft.methods.stored import Stored, as_it_is
 from dsft.protocols import Method
 
 ADAPTER = "default"
 """PEFT's name for the one adapter that learns."""
 
 
+@dataclass(frozen=True, kw_only=True)
 class Bridged(Method):
-    """A method whose layers and file are PEFT's: attach calls inject, save writes what PeftModel reads."""
+    """A method whose layers and file are PEFT's: attach calls inject, save writes what PeftModel reads.
+
+    init_from: the folder of a run, of its result or of PEFT's, whose adapter this run starts from.
+    """
+
+    init_from: str | None
 
     @abstractmethod
     def config(self, targets: list[str]) -> Any:
         """PEFT's own configuration object, for modules of these names."""
+
+    def agree(self) -> Mapping[str, str]:
+        """Keys of PEFT's configuration that decide what an adapter's numbers mean -> ours, under method."""
+        return {}
+
+    def stored(self, model: nn.Module) -> Mapping[str, Tensor]:
+        """What init_from holds of all that learns."""
+        if self.init_from is None:
+            return {}
+        learning = {name: param for name, param in model.named_parameters() if param.requires_grad}
+        folder = Folder(self.init_from)
+        self.check_stored(folder, model, {peft_name(name): param.shape for name, param in learning.items()})
+        return Stored(folder.tensors, {name: (peft_name(name), as_it_is) for name in learning})
+
+    def check_stored(self, folder: Folder, model: nn.Module, expected: Mapping[str, Size]) -> None:
+        """Refuse a folder that does not fit. expected: name in PEFT's file -> shape."""
+        folder.check(model.peft_config[ADAPTER], self.agree(), expected)  # type: ignore[index]
 
     def save(self, model: nn.Module, weights: Mapping[str, Tensor], folder: Path, base: str) -> Mapping[str, Tensor]:
         """Write adapter_config.json and adapter_model.safetensors as PEFT reads them."""

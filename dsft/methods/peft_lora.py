@@ -3,20 +3,22 @@
 import math
 import re
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dsft.methods.peft_bridge import ADAPTER, Bridged, inject, peft_name
-from dsft.methods.peft_folder import Folder
+from dsft.methods.peft_bridge import ADAPTER, Bridged, inject
 from dsft.methods.peft_targets import chosen_linears, nearest, shortest
 from dsft.protocols import Anatomy
 
 OPTIONS: dict[str, type] = {"use_dora": bool, "use_rslora": bool, "rank_pattern": dict, "alpha_pattern": dict}
 """Keys of peft.LoraConfig that options may hold."""
+
+AGREE = {"r": "rank", "lora_alpha": "alpha", **{key: f"options.{key}" for key in OPTIONS}}
+"""Keys of peft.LoraConfig that decide what an adapter's numbers mean -> ours."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +91,10 @@ class LoraLayers(Bridged):
         found: dict[str, Any] = self.options[option] if option in self.options else {}
         return found
 
+    def agree(self) -> Mapping[str, str]:
+        """Ranks, scales and what is computed of them."""
+        return AGREE
+
     @abstractmethod
     def fused(self, model: nn.Module) -> None:
         """Give PEFT's layers in model the forward that they get here."""
@@ -119,17 +125,7 @@ class LoraLayers(Bridged):
 
 @dataclass(frozen=True, kw_only=True)
 class Lora(LoraLayers):
-    """B starts at zero, or both factors where an earlier run, or PEFT itself, left them. init_from: that folder."""
-
-    init_from: str | None
-
-    def attach(self, model: nn.Module, anatomy: Anatomy) -> nn.Module:
-        """Put the layers in; an adapter to start from must fit them."""
-        model = super().attach(model, anatomy)
-        if self.init_from is not None:
-            learning = {peft_name(name): param.shape for name, param in model.named_parameters() if param.requires_grad}
-            Folder(self.init_from).check(model.peft_config[ADAPTER], learning)  # type: ignore[index]
-        return model
+    """B starts at zero, or both factors where an earlier run, or PEFT itself, left them."""
 
     def fused(self, model: nn.Module) -> None:
         """The sum in place, but for DoRA."""
@@ -139,8 +135,6 @@ class Lora(LoraLayers):
 
     def initial(self, model: nn.Module, name: str, param: Tensor, read: Callable[[str], Tensor]) -> Tensor:
         """PEFT's defaults: A ~ U(-1/sqrt(in), 1/sqrt(in)) (Kaiming, a = sqrt 5), B = 0, magnitude = row norms of W."""
-        if self.init_from is not None:
-            return Folder(self.init_from).tensor(peft_name(name))
         layer, kind, _ = re.split(r"\.(lora_A|lora_B|lora_magnitude_vector)\.", name, maxsplit=1)
         value = torch.zeros(param.shape, dtype=torch.float32)
         if kind == "lora_A":

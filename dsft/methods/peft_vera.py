@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Size, Tensor, nn
 
 from dsft.methods.peft_bridge import ADAPTER, Bridged, inject, peft_name, write_adapter
+from dsft.methods.peft_folder import Folder
 from dsft.methods.peft_targets import resolve_targets
+from dsft.methods.stored import Stored, as_it_is, shapes
 from dsft.protocols import Anatomy
 
 SIDES = ("vera_A", "vera_B")
@@ -64,6 +66,29 @@ class Vera(Bridged):
             bias="none",
             task_type="CAUSAL_LM",
         )
+
+    def agree(self) -> Mapping[str, str]:
+        """The rank, and the seed of projections that a file may leave out."""
+        return {"r": "rank", "projection_prng_key": "projection_seed"}
+
+    def stored(self, model: nn.Module) -> Mapping[str, Tensor]:
+        """The vectors, and the projections where the file has them; else they are drawn as PEFT does."""
+        stored = super().stored(model)
+        if not isinstance(stored, Stored):
+            return stored
+        there = shapes(stored.file)
+        sides = {
+            name: f"base_model.{side}" for name, _ in model.named_buffers() for side in SIDES if f".{side}." in name
+        }
+        held = {name: (key, as_it_is) for name, key in sides.items() if key in there}
+        return Stored(stored.file, {**stored.parts, **held})
+
+    def check_stored(self, folder: Folder, model: nn.Module, expected: Mapping[str, Size]) -> None:
+        """With the projections, as far as the file has them."""
+        there = shapes(folder.tensors)
+        sides = {f"base_model.{side}": _shared(model, side)[ADAPTER].shape for side in SIDES}
+        held = {name: shape for name, shape in sides.items() if name in there}
+        super().check_stored(folder, model, {**expected, **held})
 
     def initial(self, model: nn.Module, name: str, param: Tensor, read: Callable[[str], Tensor]) -> Tensor:
         """B = 0, d = d_initial; A and B as PEFT draws them: uniform in +-sqrt(6 / columns), A before B."""

@@ -4,18 +4,26 @@ import re
 from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Size, Tensor, nn
 
 from dsft.methods.fused_lora import FusedLinear, fuse
 from dsft.methods.peft_bridge import ADAPTER, peft_name, write_adapter
+from dsft.methods.peft_folder import Folder
 from dsft.methods.peft_lora import LoraLayers
+from dsft.methods.stored import Stored
 
 STARTS = ("start_a", "start_b")
 """Names of A0 and B0 in a layer."""
+
+SIDE_A, SIDE_B = (
+    (f".{side}.{ADAPTER}.", f".{start}.") for side, start in zip(("lora_A", "lora_B"), STARTS, strict=True)
+)
+"""In the name of what learns, and in that of what stays."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +71,31 @@ class Pissa(LoraLayers):
         if layer.asked == 4:  # each factor twice: nobody asks again
             layer.principal = None
         return value.to(param.dtype)
+
+    def stored(self, model: nn.Module) -> Mapping[str, Tensor]:
+        """A and A0, B and B0 are the halves of what an earlier run has left."""
+        stored = super().stored(model)
+        if not isinstance(stored, Stored):
+            return stored
+        parts = {}
+        for name, (there, _) in stored.parts.items():
+            (old, new), dim, sign = (SIDE_A, 0, 1) if ".lora_A." in name else (SIDE_B, 1, -1)
+            parts[name] = (there, partial(_half, dim=dim, second=False, sign=1))
+            parts[name.replace(old, new)] = (there, partial(_half, dim=dim, second=True, sign=sign))
+        return Stored(stored.file, parts)
+
+    def check_stored(self, folder: Folder, model: nn.Module, expected: Mapping[str, Size]) -> None:
+        """A run's result is plain LoRA of twice the rank."""
+        if (found := folder.config().get("r")) != 2 * self.rank:
+            raise ValueError(
+                f"method.init_from must hold what PiSSA leaves, LoRA of twice method.rank={self.rank}, got r={found}; "
+                "set method.rank to half of it, or take method=lora"
+            )
+        twice = {
+            name: Size((2 * shape[0], shape[1]) if ".lora_A." in name else (shape[0], 2 * shape[1]))
+            for name, shape in expected.items()
+        }
+        folder.check(_of_twice_the_rank(model.peft_config[ADAPTER]), self.agree(), twice)  # type: ignore[index]
 
     def kept(self, name: str) -> bool:
         """The result needs A0 and B0."""
@@ -129,6 +162,11 @@ def principal(weight: Tensor, rank: int, scale: float, iterations: int | None) -
     root = (values[:rank] / scale).sqrt()
     signs = right.gather(1, right.abs().argmax(1, keepdim=True)).sign()
     return {"a": root[:, None] * signs * right, "b": left * signs.T * root}
+
+
+def _half(factor: Tensor, *, dim: int, second: bool, sign: int) -> Tensor:
+    """What an earlier result has of one factor along dim: of what learned, or of what stayed."""
+    return sign * factor.chunk(2, dim)[second]
 
 
 def _of_twice_the_rank(config: Any) -> Any:

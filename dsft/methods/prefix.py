@@ -7,6 +7,7 @@ generation see no difference to other parameters.
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dsft.methods.peft_bridge import write_adapter
+from dsft.methods.peft_folder import Folder
+from dsft.methods.stored import Stored, shapes
 from dsft.protocols import PREFIX, Anatomy, Method
+
+EMBEDDINGS = "prompt_embeddings"
+"""The one tensor (l, L 2 d_kv) of PEFT's file: per layer, keys then values."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +36,7 @@ class Prefix(Method):
 
     num_virtual_tokens: int
     projection: int | None
+    init_from: str | None
 
     def __post_init__(self) -> None:
         """Refuse values outside their range."""
@@ -38,6 +45,11 @@ class Prefix(Method):
         if self.projection is not None and self.projection < 1:
             raise ValueError(
                 f"method.projection must be 1 or more, got {self.projection}; null learns keys and values themselves"
+            )
+        if self.init_from is not None and self.projection is not None:
+            raise ValueError(
+                f"method.projection must be null with method.init_from, got {self.projection}: a result holds keys and "
+                "values, and not the network that made them; set method.projection=null"
             )
 
     def attach(self, model: nn.Module, anatomy: Anatomy) -> nn.Module:
@@ -59,6 +71,28 @@ class Prefix(Method):
         embedding.register_forward_hook(call.embedded)
         return model
 
+    def stored(self, model: nn.Module) -> Mapping[str, Tensor]:
+        """Keys and values of all layers, from a folder of a run or of PEFT's."""
+        if self.init_from is None:
+            return {}
+        folder, layers = Folder(self.init_from), _layers(model)
+        folder.check_type("PREFIX_TUNING", folder.config())
+        length, width = layers[0][1].pairs.shape
+        found = shapes(folder.tensors).get(EMBEDDINGS, ())
+        if found != (length, width * len(layers)):
+            if len(found) == 2 and found[1] == width * len(layers):
+                raise ValueError(
+                    f"method.init_from must agree in num_virtual_tokens, {length}, got {found[0]}; set "
+                    "method.num_virtual_tokens to it"
+                )
+            raise ValueError(
+                f"method.init_from must be an adapter of this model, {EMBEDDINGS} is {list(found)} there and "
+                f"{[length, width * len(layers)]} here; take the model that it was trained on"
+            )
+        cuts = [partial(_columns, first=index * width, count=width) for index in range(len(layers))]
+        names = [f"{name}.pairs" for name, _ in layers]
+        return Stored(folder.tensors, {name: (EMBEDDINGS, cut) for name, cut in zip(names, cuts, strict=True)})
+
     def initial(self, model: nn.Module, name: str, param: Tensor, read: Callable[[str], Tensor]) -> Tensor:
         """PEFT's and torch's defaults: N(0, 1) for E or the keys and values; U(+-1/sqrt(in)) for the network."""
         kind = name.rpartition(".")[2]
@@ -69,13 +103,10 @@ class Prefix(Method):
         return torch.empty(param.shape).uniform_(-bound, bound)
 
     def save(self, model: nn.Module, weights: Mapping[str, Tensor], folder: Path, base: str) -> Mapping[str, Tensor]:
-        """Write adapter_config.json and adapter_model.safetensors as PEFT reads them; the projection is folded in.
-
-        prompt_embeddings (l, L 2 d_kv): per layer, keys then values.
-        """
+        """Write adapter_config.json and adapter_model.safetensors as PEFT reads them; the projection is folded in."""
         from peft import PrefixTuningConfig
 
-        layers = [(name, module) for name, module in model.named_modules() if isinstance(module, _Pairs)]
+        layers = _layers(model)
         heads, size = layers[0][1].heads, layers[0][1].size
         hidden = None
         if self.projection is not None:
@@ -96,7 +127,7 @@ class Prefix(Method):
             num_transformer_submodules=1,
             prefix_projection=False,
         )
-        return write_adapter(config, {"prompt_embeddings": torch.cat(parts, dim=1)}, folder, base)
+        return write_adapter(config, {EMBEDDINGS: torch.cat(parts, dim=1)}, folder, base)
 
     @property
     def starts_as_base(self) -> bool:
@@ -144,6 +175,15 @@ class _Shared(nn.Module):
     def forward(self) -> Tensor:
         with torch.autocast(self.embedding.device.type, enabled=False):
             return _hidden(self.embedding, self.weight, self.bias)
+
+
+def _layers(model: nn.Module) -> list[tuple[str, _Pairs]]:
+    """Every attention's keys and values, by name, in the order of the layers."""
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, _Pairs)]
+
+
+def _columns(table: Tensor, *, first: int, count: int) -> Tensor:
+    return table[:, first : first + count]
 
 
 def _hidden(embedding: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

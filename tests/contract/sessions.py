@@ -1,23 +1,50 @@
-"""A session of any method of conf/method on the tiny model, in this process."""
+"""A session of any method of conf/method on the tiny model, in this process; and a run's folder without the run."""
+
+from pathlib import Path
 
 import torch
 
+from dsft import folder
 from dsft.comm.world import World
-from dsft.compose import OWN_CONF, compose
+from dsft.compose import OWN_CONF, Composed, compose
 from dsft.data.open import Dataset, open_data
 from dsft.engine.assemble import Session, assemble
+from dsft.engine.loop import step_batches
+from dsft.engine.result import write_result
+from dsft.engine.step import train_step
 
 METHODS = sorted(path.stem for path in (OWN_CONF / "method").glob("*.yaml"))
 ALONE = World(0, 1, 0, torch.device("cpu"))
 
 
-def session_of(method: str, *words: str) -> tuple[Session, Dataset]:
-    """Three steps of four generated examples in fp32, ready to be made."""
-    composed = compose([
+def composed_of(method: str, *words: str) -> Composed:
+    """Three steps of four generated examples in fp32."""
+    return compose([
         "model=tiny", "data=reasoning_gym", "data.size=32", "data.eval_size=0", "train.precision=fp32", "train.steps=3",
         "train.global_batch_size=4", "launcher=local", "optim.lr=1e-3", "optim.schedule=constant", f"method={method}",
         *words,
     ])  # fmt: skip
-    files = composed.run.model.resolve()
-    data = open_data(composed.run.data, files.tokenizer(), max_length=512, seed=0)
-    return assemble(composed.run, files, ALONE), data
+
+
+def session_of(method: str, *words: str) -> tuple[Session, Dataset]:
+    """Such a run, ready to be made."""
+    run = composed_of(method, *words).run
+    files = run.model.resolve()
+    data = open_data(run.data, files.tokenizer(), max_length=512, seed=0)
+    return assemble(run, files, ALONE), data
+
+
+def train(session: Session, data: Dataset, *steps: int) -> None:
+    for step in steps:
+        assert train_step(session, step_batches(session, data, step)[1], step, 1.0).moved
+
+
+def left_by(run_dir: Path, method: str, *words: str) -> tuple[Session, Dataset]:
+    """Two steps of such a run, and what is left of it in run_dir: its configuration and its result."""
+    session, data = session_of(method, "optim.lr=1e-2", *words)
+    train(session, data, 1, 2)
+    files = session.files
+    digests = {"base_digest": files.digest(), "data_digest": data.digest}
+    folder.create(run_dir, composed_of(method, *words), {"model": files.name_or_path}, digests)
+    write_result(session, run_dir / "adapter")
+    return session, data

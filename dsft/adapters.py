@@ -1,0 +1,212 @@
+"""Several results over one base that is loaded once: listed, switched, compared.
+
+    from dsft.adapters import load
+    results = load("runs/a", "runs/b", "a_folder_of_pefts")
+    results.names()               # ("a", "b", "a_folder_of_pefts")
+    results.compare("2 + 2 = ?")  # {"base": "...", "a": "...", "b": "...", ...}
+    model = results.switch("b")   # to call, or to generate with; None: the base alone
+
+Each result has a module tree of its own over the base's tensors, so any method can sit beside any other and none knows
+of it; nothing writes into the base, and to switch is to take another tree.
+"""
+
+import copy
+import re
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dsft.comm.world import World
+from dsft.compose import read
+from dsft.data.dialogue import ends_of, prompt_of
+from dsft.engine.assemble import DTYPES
+from dsft.models.anatomy import dissect
+from dsft.models.build import build_meta
+from dsft.models.lineage import Lineage
+from dsft.models.materialize import materialize
+from dsft.models.progress import no_progress_bars
+from dsft.models.source import Pretrained
+from dsft.models.values import open_values
+from dsft.quantizers.none import Unquantized
+from dsft.results import BASE, Result, find
+from dsft.rules import computes_bf16
+from dsft.verify import load as load_whole
+from dsft.verify import put
+from dsft.wording import suggest
+
+
+def load(*paths: Path | str, names: Sequence[str] | None = None, device: torch.device | None = None) -> "Adapters":
+    """Results of one base: folders of runs, or of adapters, PEFT's or ours; names: instead of their folders' own.
+
+    Raises ValueError, one line, for what is no result, for another base model, and for one that training saw otherwise.
+    """
+    groups = by_base(find(paths, names=names))
+    if len(groups) != 1:
+        first = " and ".join(group[0].name for group in groups) or "none"
+        raise ValueError(f"results must be of one base, packed and computed alike, got {first}; load them apart")
+    return Adapters(groups[0], device)
+
+
+def by_base(results: Sequence[Result]) -> list[list[Result]]:
+    """Results of one base model, told apart by how training saw it; an adapter's folder alone goes with the first."""
+    groups: dict[str, list[Result]] = {}
+    for result in sorted(results, key=lambda result: result.seen == ""):
+        groups.setdefault(result.seen or next(iter(groups), ""), []).append(result)
+    return list(groups.values())
+
+
+class Adapters:
+    """results: over one base, as by_base groups them. Whole models (full, freeze) have tensors of their own."""
+
+    def __init__(self, results: Sequence[Result], device: torch.device | None = None) -> None:
+        self.device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        run = next((read(result.run_dir) for result in results if result.run_dir is not None), None)
+        if run is None:
+            path, gpus = results[0].base, torch.cuda.device_count()
+            model: Any = Pretrained(
+                path=path, init="pretrained", revision=None, trust_remote_code=False, config_of=None, config=None
+            )
+            quantization: Any = Unquantized()
+            self.precision, seed = "bf16" if computes_bf16(gpus) else "fp32", 0
+        else:
+            model, quantization, self.precision, seed = run.model, run.quantization, run.train.precision, run.train.seed
+        files = model.resolve()
+        self.tokenizer: Any = files.tokenizer()
+        self.base = _base(files, quantization, DTYPES[self.precision], seed, self.device)
+        self._settings = _settings(files.folder, self.base, self.tokenizer)
+        self.base.generation_config = self._settings
+        self._results: dict[str | None, Result] = {None: results[0]}
+        self._models: dict[str | None, Any] = {None: self.base}
+        self.current: str | None = None
+        for result in results:
+            self.add(result)
+
+    def add(self, result: Result) -> None:
+        """Load one more. Raises ValueError, one line, if it does not fit the base."""
+        with no_progress_bars(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+            warnings.filterwarnings("error", "Found missing adapter keys")
+            if result.whole:
+                assert result.run_dir is not None
+                model = load_whole(read(result.run_dir), result.folder).to(self.device)
+                model.generation_config = copy.deepcopy(self._settings)
+            else:
+                method = read(result.run_dir).method if result.run_dir else None
+                try:
+                    model = put(_twin(self.base, _held(result.folder)), result.folder, method)
+                except (RuntimeError, ValueError, KeyError, UserWarning) as error:
+                    said = " ".join(str(error).split())[:300]
+                    raise ValueError(f"{result.folder} must fit the base {result.base}, got: {said}") from error
+        model.eval().requires_grad_(False)
+        self._models[result.name], self._results[result.name] = model, result
+
+    def names(self) -> tuple[str, ...]:
+        """Names of the results, in the order in which they were given."""
+        return tuple(name for name in self._models if name is not None)
+
+    def switch(self, name: str | None) -> Any:
+        """Let name answer from here on, None: the base alone. Returns its model."""
+        if name not in self._models:
+            raise ValueError(f"there is no result {name}{suggest(str(name), self.names())}")
+        self.current = name
+        return self._models[name]
+
+    def compare(self, prompt: str, *, max_new_tokens: int = 256, temperature: float = 0.0) -> dict[str, str]:
+        """The answers of the base and of every result to one prompt, by name."""
+        before, answers = self.current, {}
+        try:
+            for name in self._models:
+                self.switch(name)
+                asked = [{"role": "user", "content": prompt}]
+                answers[name or BASE] = self.answer(asked, max_new_tokens=max_new_tokens, temperature=temperature)
+        finally:
+            self.switch(before)
+        return answers
+
+    @torch.no_grad()
+    def answer(
+        self,
+        messages: Sequence[Mapping[str, str]],
+        *,
+        max_new_tokens: int = 256,
+        temperature: float = 0.0,
+        streamer: Any = None,
+    ) -> str:
+        """What the current one says to messages ({"role", "content"}, ...); temperature 0: always the likeliest.
+
+        The system message of its training stands before them. streamer: transformers' own, to be told every token.
+        Raises ValueError for a conversation that is longer than the model's reach.
+        """
+        result = self._results[self.current]
+        system = [{"role": "system", "content": result.system}] if result.system else []
+        tokens = prompt_of(self.tokenizer, [*system, *map(dict, messages)], result.joint)
+        known = getattr(self.base.config.get_text_config(), "max_position_embeddings", None)
+        reach = known or len(tokens) + max_new_tokens
+        room = min(max_new_tokens, reach - len(tokens))
+        if room < 1 or not tokens:
+            raise ValueError(
+                f"the conversation must have 1 to {reach - 1} tokens, the model's reach, got {len(tokens)}; begin anew"
+            )
+        ids = torch.tensor([tokens], device=self.device)
+        drawn: dict[str, Any] = {"do_sample": temperature > 0}
+        if temperature > 0:
+            drawn |= {"temperature": temperature, "top_k": 0}  # of all tokens
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+            out = self._models[self.current].generate(
+                input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=room, streamer=streamer, **drawn
+            )
+        text: str = self.tokenizer.decode(out[0, len(tokens) :], skip_special_tokens=True)
+        return text.strip()
+
+
+def _base(files: Any, quantization: Any, dtype: torch.dtype, seed: int, device: torch.device) -> Any:
+    """The base as training saw it, packed linears packed, on device; layer by layer, so that it never exists twice."""
+    model: Any = build_meta(files, dtype, "sdpa")
+    model = quantization.convert(model, dissect(model))
+    origins = Lineage(model).origins(model)
+    values, world = open_values(files, dtype, seed), World(0, 1, 0, device)
+    materialize(model, values, world, origins=origins, initial=_nothing_is_new, place=lambda module: None)
+    model.to(device).eval().requires_grad_(False)
+    model.config.use_cache = True
+    return model
+
+
+def _nothing_is_new(name: str, param: Tensor) -> Tensor:
+    raise AssertionError(f"{name} is not the base's")
+
+
+def _settings(folder: Path | None, base: Any, tokenizer: Any) -> Any:
+    """How all of them generate: without the sampling that a model's folder asks for, until one of all known ends."""
+    from transformers import GenerationConfig
+
+    own = base.generation_config.eos_token_id
+    if folder is not None and (folder / "generation_config.json").is_file():
+        own = GenerationConfig.from_pretrained(folder).eos_token_id
+    ends = ends_of(tokenizer) | {end for end in (own if isinstance(own, list) else [own]) if end is not None}
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(ends, default=0)
+    return GenerationConfig(eos_token_id=sorted(ends) or None, pad_token_id=pad, use_cache=True)
+
+
+def _twin(base: nn.Module, held: set[str]) -> Any:
+    """Another module tree over base's tensors: parameters of its own over the same memory, but for those held."""
+    memo: dict[int, Any] = {id(buffer): buffer for buffer in base.buffers()}
+    for name, param in base.named_parameters():
+        own = param.detach().clone() if name in held else param.detach()
+        memo[id(param)] = nn.Parameter(own, requires_grad=False)
+    return copy.deepcopy(base, memo)
+
+
+def _held(folder: Path) -> set[str]:
+    """What the adapter in folder holds under names of the base's own tensors, and may write there."""
+    from safetensors import safe_open
+
+    file = folder / "adapter_model.safetensors"
+    if not file.is_file():
+        raise ValueError(f"{folder} must hold {file.name}, got none; let PEFT save it again with safe_serialization")
+    with safe_open(file, "pt") as opened:
+        names = list(opened.keys())
+    return {re.sub(r"^base_model\.model\.|\.base_layer(?=\.)", "", name) for name in names}

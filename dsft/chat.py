@@ -1,0 +1,158 @@
+"""python -m dsft.chat RUN [RUN2 ...]: talk to what was trained, the base and every result side by side."""
+
+import argparse
+import math
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from dsft.entry import collect_again, enter
+from dsft.results import BASE, Result, find
+from dsft.wording import refuse, suggest
+
+if TYPE_CHECKING:
+    from dsft.adapters import Adapters
+
+USAGE = "dsft chat RUN [RUN2 ...] [--prompt TEXT] [--max-new-tokens N] [--temperature T]"
+COMMANDS = "/list  /use NAME|all|base  /reset  /quit"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Answer one prompt, or all that is typed; 2 if there is nothing to talk to."""
+    parser = argparse.ArgumentParser(prog="dsft chat", usage=USAGE, description=__doc__)
+    parser.add_argument("runs", nargs="+", help="folders of runs, or of adapters (PEFT's or dsft's), of one base model")
+    parser.add_argument("--prompt", help="answer this and end")
+    parser.add_argument("--max-new-tokens", type=int, default=256, help="of an answer, at most")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0: always the likeliest token")
+    parser.error = _raise  # type: ignore[method-assign]
+    try:
+        args = parser.parse_args(argv)
+        if args.max_new_tokens < 1:
+            raise ValueError(f"--max-new-tokens must be 1 or more, got {args.max_new_tokens}")
+        if not 0 <= args.temperature < math.inf:
+            raise ValueError(f"--temperature must be 0 or more, got {args.temperature}")
+        if args.prompt is not None and not args.prompt.strip():
+            raise ValueError("--prompt must hold some text, got none; leave it out to type")
+        chat = Chat(find(args.runs), args.max_new_tokens, args.temperature)
+        if args.prompt is not None:
+            chat.ask(args.prompt)
+            return 0
+    except ValueError as error:
+        return refuse(error)
+    except KeyboardInterrupt:
+        return 130
+    chat.talk()
+    return 0
+
+
+def _raise(message: str) -> NoReturn:
+    raise ValueError(f"{message}; usage: {USAGE}")
+
+
+@dataclass
+class Speaker:
+    """One who answers. name: None for the base; said: the conversation so far."""
+
+    shown: str
+    adapters: "Adapters"
+    name: str | None
+    said: list[dict[str, str]] = field(default_factory=list)
+
+
+class Chat:
+    """The base and the results, each with a conversation of its own; listening: those who answer."""
+
+    def __init__(self, results: Sequence[Result], max_new_tokens: int, temperature: float) -> None:
+        from dsft.adapters import Adapters, by_base
+
+        collect_again()
+        self.how: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature}
+        self.speakers: list[Speaker] = []
+        groups = by_base(results)
+        for group in groups:
+            adapters = Adapters(group)
+            # results that saw the base packed or computed in another way have a base of their own
+            base = BASE if len(groups) == 1 else f"{BASE} of {', '.join(adapters.names())}"
+            self.speakers.append(Speaker(base, adapters, None))
+            self.speakers += [Speaker(name, adapters, name) for name in adapters.names()]
+        self.listening = list(self.speakers)
+
+    def talk(self) -> None:
+        """Answer what is typed, until /quit or the end of the input."""
+        typed = sys.stdin.isatty()
+        if typed:
+            print(f"{', '.join(speaker.shown for speaker in self.listening)} listen. {COMMANDS}")
+        for line in _lines(typed):
+            if line == "/quit":
+                return
+            try:
+                if line.startswith("/"):
+                    self._obey(*line[1:].partition(" ")[::2])
+                else:
+                    self.ask(line)
+            except KeyboardInterrupt:  # this answer is enough
+                print()
+            except ValueError as error:
+                print(f"dsft: {error}", file=sys.stderr)
+
+    def ask(self, prompt: str) -> None:
+        """Print each answer under the name of who gave it."""
+        streamed = sys.stdout.isatty()
+        for speaker in self.listening:
+            print(f"{speaker.shown}:", flush=True)
+            speaker.adapters.switch(speaker.name)
+            asked = [*speaker.said, {"role": "user", "content": prompt}]
+            streamer = _streamer(speaker.adapters.tokenizer) if streamed else None
+            answer = speaker.adapters.answer(asked, streamer=streamer, **self.how)
+            speaker.said = [*asked, {"role": "assistant", "content": answer}]
+            print("" if streamed else f"{answer}\n", flush=True)
+
+    def _obey(self, command: str, word: str) -> None:
+        word = word.strip()
+        if command == "list":
+            for speaker in self.speakers:
+                print(f"{'*' if speaker in self.listening else ' '} {speaker.shown}")
+        elif command == "use":
+            self.listening = self._named(word)
+        elif command == "reset":
+            for speaker in self.speakers:
+                speaker.said = []
+        else:
+            raise ValueError(f"/{command} is no command; there are: {COMMANDS}")
+
+    def _named(self, word: str) -> list[Speaker]:
+        """Whom word means: all, the bases, or one by name."""
+        if word == "all":
+            return list(self.speakers)
+        found = [speaker for speaker in self.speakers if (BASE if speaker.name is None else speaker.shown) == word]
+        if not found:
+            names = [speaker.shown for speaker in self.speakers if speaker.name is not None]
+            raise ValueError(f"/use {word or '(nothing)'}: nobody is called so{suggest(word, [*names, BASE, 'all'])}")
+        return found
+
+
+def _lines(typed: bool) -> Iterator[str]:
+    """What is typed, line by line, blank ones left out; Ctrl-D ends it, Ctrl-C forgets a line."""
+    while True:
+        try:
+            line = input("> " if typed else "").strip()
+        except EOFError:
+            if typed:
+                print()
+            return
+        except KeyboardInterrupt:
+            print()
+            continue
+        if line:
+            yield line
+
+
+def _streamer(tokenizer: Any) -> Any:
+    from transformers import TextStreamer
+
+    return TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+
+
+if __name__ == "__main__":
+    enter(main)

@@ -1,0 +1,170 @@
+"""Results on disk, of runs and of others: whose base they sit on and how they are called. Reads small files alone."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dsft.compose import load_yaml
+from dsft.folder import provenance, state
+from dsft.models.files import check_folder
+from dsft.models.source import local_folder
+
+BASE = "base"
+"""Name of the base without a result on it."""
+
+TAKEN = (BASE, "all")
+"""Names that mean something else."""
+
+PEFT, NATIVE, WHOLE = "adapter_config.json", "dsft_adapter.json", "config.json"
+"""What tells the format of a result: PEFT's, dsft's own, or a whole model."""
+
+CHANGED = ("pissa", "olora", "corda", "loftq")
+"""Beginnings of PEFT's init_lora_weights that change the base beside the adapter."""
+
+JOINED = ("prompt_completion", "text")
+"""Formats of data whose prompt goes on without a line break where there is no chat template."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """One result. folder: its files; run_dir: of the run that left it, None for an adapter's folder alone.
+
+    base: where its base is; digest: of the base, None if not known; seen: how the base was packed and computed in
+    training, "" if not known; system, joint: what its conversations began with, and what stood between a question and
+    its answer where there is no chat template; whole: it is a model and no adapter.
+    """
+
+    name: str
+    folder: Path
+    run_dir: Path | None
+    base: str
+    digest: str | None
+    seen: str
+    system: str | None
+    joint: str
+    whole: bool
+
+    def on_the_base_of(self, other: "Result") -> bool:
+        """True if both sit on one base model, by its content where that is known of both."""
+        if None not in (self.digest, other.digest):
+            return self.digest == other.digest
+        return self.base == other.base
+
+
+def find(paths: Sequence[Path | str], *, names: Sequence[str] | None = None) -> list[Result]:
+    """What each path holds: a run's folder, its adapter/, or an adapter's folder, PEFT's or ours.
+
+    names: instead of the ends of the paths that tell them apart. Raises ValueError, one line, for what is no result and
+    for results of several base models; torch is not imported.
+    """
+    folders = [_folder(Path(path).expanduser()) for path in paths]
+    if len({folder.resolve() for folder, _ in folders}) < len(folders):
+        raise ValueError(f"RUN must be given once, got one of {', '.join(map(str, paths))} twice; leave it out")
+    called = _short([run_dir or folder for folder, run_dir in folders]) if names is None else list(names)
+    for name in called:
+        if name in TAKEN:
+            raise ValueError(f"a result must not be called {name}, which means something else here; rename its folder")
+    found = [_read(name, folder, run_dir) for name, (folder, run_dir) in zip(called, folders, strict=True)]
+    for other in found[1:]:
+        if not other.on_the_base_of(found[0]):
+            raise ValueError(
+                f"RUN must be of the base of {found[0].name}, {_told(found[0])}, got {other.name} of {_told(other)}; "
+                "give results of one base model at a time"
+            )
+    for result in found:
+        _check_base(result)
+    return found
+
+
+def _folder(path: Path) -> tuple[Path, Path | None]:
+    """The folder of a result, and of its run."""
+    if (path.parent / "config.yaml").is_file() and path.name == "adapter":
+        path = path.parent
+    if (path / "config.yaml").is_file():
+        if not _format(path / "adapter"):
+            raise ValueError(
+                f"RUN must have a result, {path} is {state(path).get('state', 'not started')} and has none; start it "
+                "again to finish it"
+            )
+        return path / "adapter", path
+    if not path.is_dir():
+        raise ValueError(f"RUN must be a run's folder, got {path}, which does not exist; give the run_dir of a run")
+    if _format(path) not in (PEFT, NATIVE):
+        raise ValueError(
+            f"RUN must be a run's or an adapter's folder, got {path} without config.yaml, {PEFT} or {NATIVE}; give the "
+            "run_dir of a run, of one point of a sweep"
+        )
+    return path, None
+
+
+def _format(folder: Path) -> str | None:
+    return next((name for name in (PEFT, NATIVE, WHOLE) if (folder / name).is_file()), None)
+
+
+def _read(name: str, folder: Path, run_dir: Path | None) -> Result:
+    kind = _format(folder)
+    assert kind is not None
+    described = _json(folder / kind)
+    start = described.get("init_lora_weights")
+    if isinstance(start, str) and start.startswith(CHANGED):
+        raise ValueError(
+            f"RUN must hold a plain adapter, got {folder} with init_lora_weights={start}, whose base was changed too; "
+            "convert it with PEFT's path_initial_model_for_weight_conversion"
+        )
+    whole = kind == WHOLE
+    if run_dir is None:
+        base = described.get("base_model_name_or_path" if kind == PEFT else "base_model")
+        if not isinstance(base, str):
+            raise ValueError(f"RUN must name its base, got {folder / kind} without; put it in")
+        return Result(name, folder, None, base, None, "", None, "\n", whole)
+    tree = _tree(run_dir / "config.yaml")
+    seen = json.dumps([tree["quantization"], tree["train"]["precision"]], sort_keys=True)
+    data = tree["data"]
+    joint = "" if data.get("format") in JOINED else "\n"
+    digest = provenance(run_dir).get("base_digest")
+    base = str(_json(run_dir / "plan.json").get("model"))
+    return Result(name, folder, run_dir, base, digest, seen, data.get("system"), joint, whole)
+
+
+def _check_base(result: Result) -> None:
+    """Refuse a base that is no longer where it was."""
+    path, pretrained = result.base, True
+    if result.run_dir is not None:
+        model = _tree(result.run_dir / "config.yaml")["model"]
+        path, pretrained = model.get("path"), model.get("init") != "random"
+    folder = None if path is None else local_folder(path)
+    if folder is not None:
+        check_folder(folder, weights=pretrained)
+
+
+def _told(result: Result) -> str:
+    return result.base if result.digest is None else f"{result.base} ({result.digest[:12]} by its content)"
+
+
+def _short(paths: Sequence[Path]) -> list[str]:
+    """Ends of paths, as short as tells them apart."""
+    parts = [path.resolve().parts for path in paths]
+    count = 1
+    while len({part[-count:] for part in parts}) < len(parts):
+        count += 1
+    return ["/".join(part[-count:]) for part in parts]
+
+
+def _tree(path: Path) -> Mapping[str, Any]:
+    try:
+        tree: Mapping[str, Any] = load_yaml(path)
+        tree["quantization"], tree["train"]["precision"], tree["data"].get("format")
+    except Exception as error:  # YAML's, OmegaConf's, or a file with something else in it
+        raise ValueError(f"RUN must be whole, got {path} damaged; restore it") from error
+    return tree
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        content: dict[str, Any] = json.loads(path.read_text())
+        content.keys()
+    except (OSError, ValueError, AttributeError) as error:
+        raise ValueError(f"RUN must be whole, got {path} missing or damaged; restore it") from error
+    return content

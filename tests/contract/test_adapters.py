@@ -1,0 +1,121 @@
+"""Several results over one base: each is what it is alone, whoever spoke before, and the base stays itself."""
+
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from dsft.adapters import Adapters, by_base, load
+from dsft.checkpoint.digests import of_all, of_tensor
+from dsft.compose import read
+from dsft.export import unpacked_base
+from dsft.results import find
+from dsft.verify import load as alone
+from tests.contract.sessions import METHODS, composed_of, left_by
+
+TOKENS = torch.arange(40)[None] + 60
+
+
+def _logits(model: Any) -> Tensor:
+    with torch.no_grad():
+        logits: Tensor = model(input_ids=TOKENS).logits
+    return logits
+
+
+def _digest(adapters: Adapters) -> str:
+    return of_all({name: of_tensor(value) for name, value in adapters.base.state_dict().items()})
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A run of every method on the tiny model."""
+    root = tmp_path_factory.mktemp("runs")
+    for method in METHODS:
+        left_by(root / method, method)
+    return {method: root / method for method in METHODS}
+
+
+def test_every_method_beside_every_other_is_what_it_is_alone(runs: dict[str, Path]) -> None:
+    first, second = by_base(find(list(runs.values())))
+    assert [result.name for result in second] == ["qlora"]  # on the only base that is packed
+    adapters = Adapters(first)
+    assert adapters.names() == tuple(method for method in METHODS if method != "qlora")
+    before, base = _digest(adapters), _logits(adapters.switch(None))
+    assert torch.equal(base, _logits(unpacked_base(read(runs["lora"]))))
+    logits = {name: _logits(adapters.switch(name)) for name in adapters.names()}
+    for name in reversed(adapters.names()):
+        assert torch.equal(_logits(adapters.switch(name)), logits[name]), name
+        expected = _logits(alone(read(runs[name]), runs[name] / "adapter"))
+        assert torch.equal(logits[name], expected), name
+        assert not torch.equal(logits[name], base), name
+    assert torch.equal(_logits(adapters.switch(None)), base)
+    assert _digest(adapters) == before
+
+
+@pytest.mark.parametrize("packing", ["nf4", "int8"])
+def test_packed_bases_stay_packed_and_shared(packing: str, tmp_path: Path) -> None:
+    methods = ("lora", "houlsby", "bitfit", "ssf", "prefix", "vera")
+    runs = {method: tmp_path / method for method in methods}
+    for method, run_dir in runs.items():
+        left_by(run_dir, method, f"quantization={packing}")
+    adapters = load(*runs.values())
+    packed = {value.data_ptr() for value in adapters.base.parameters() if value.dtype is torch.uint8}
+    before = _digest(adapters)
+    for method, run_dir in runs.items():
+        model = adapters.switch(method)
+        assert packed <= {value.data_ptr() for value in model.parameters()}
+        assert torch.equal(_logits(model), _logits(alone(read(run_dir), run_dir / "adapter"))), method
+    assert packed
+    assert _digest(adapters) == before
+
+
+def test_no_tensor_of_the_base_exists_twice(runs: dict[str, Path]) -> None:
+    adapters = load(runs["lora"], runs["pfeiffer"], runs["prefix"])
+    base = {value.data_ptr() for value in adapters.base.parameters()}
+    for name in adapters.names():
+        assert base <= {value.data_ptr() for value in adapters.switch(name).parameters()}, name
+
+
+def test_a_folder_of_pefts_that_trains_biases_leaves_the_bases_alone(runs: dict[str, Path], tmp_path: Path) -> None:
+    """PEFT copies biases and saved modules into the model that it is given."""
+    files = composed_of("lora").run.model.resolve()
+    base = AutoModelForCausalLM.from_pretrained(files.folder, dtype=torch.float32)
+    config = peft.LoraConfig(
+        r=4, target_modules=["q_proj"], init_lora_weights=False, modules_to_save=["lm_head", "norm"]
+    )
+    model = peft.get_peft_model(base, config)
+    with torch.no_grad():
+        for name, param in model.named_parameters():
+            if "modules_to_save" in name:
+                param.add_(0.1)
+    model.eval().save_pretrained(tmp_path / "theirs")
+    adapters = load(runs["lora"], tmp_path / "theirs")
+    before = _logits(adapters.switch(None))
+    assert torch.equal(_logits(adapters.switch("theirs")), _logits(model))
+    assert torch.equal(_logits(adapters.switch(None)), before)
+    only = load(tmp_path / "theirs")  # its own configuration names the base
+    assert only.names() == ("theirs",)
+
+
+def test_prompts_are_answered_one_after_the_other_as_alone(runs: dict[str, Path]) -> None:
+    adapters = load(*(runs[method] for method in ("lora", "prefix", "houlsby")))
+    together = adapters.compare("What is 2 + 2?", max_new_tokens=8)
+    assert list(together) == ["base", "lora", "prefix", "houlsby"]
+    assert adapters.current is None
+    assert adapters.compare("What is 2 + 2?", max_new_tokens=8) == together
+    assert load(runs["prefix"]).compare("What is 2 + 2?", max_new_tokens=8)["prefix"] == together["prefix"]
+
+
+def test_an_unknown_name_and_other_bases_are_refused(runs: dict[str, Path], tmp_path: Path) -> None:
+    adapters = load(runs["lora"])
+    with pytest.raises(ValueError, match="there is no result lroa; did you mean lora"):
+        adapters.switch("lroa")
+    with pytest.raises(ValueError, match=r"packed and computed alike, got .*qlora.*; load them apart"):
+        load(runs["lora"], runs["qlora"])
+    left_by(tmp_path / "other", "lora", "model.seed=1")
+    with pytest.raises(ValueError, match=r"must be of the base of lora, .* got other of"):
+        load(runs["lora"], tmp_path / "other")

@@ -1,0 +1,113 @@
+"""dsft chat through its real command line: on what real runs have left."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.launch.processes import dsft
+
+SMALL = [
+    "model=tiny", "data=reasoning_gym", "data.size=64", "data.eval_size=0", "train.steps=3", "train.precision=bf16",
+    "train.global_batch_size=4", "tracker=[none]", "launcher=local", "checkpoint=none", "optim.lr=1e-2",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("runs")
+    made = {"qlora": [], "houlsby": [], "freeze": []}
+    for method in made:
+        done = dsft(*SMALL, f"method={method}", f"run_dir={root / method}")
+        assert done.returncode == 0, done.stderr
+    return {method: root / method for method in made}
+
+
+def _chat(*words: str | Path, typed: str = "") -> "subprocess.CompletedProcess[str]":
+    command = [sys.executable, "-m", "dsft.chat", *map(str, words), "--max-new-tokens", "6"]
+    return subprocess.run(command, input=typed, capture_output=True, text=True, check=False)
+
+
+def test_one_prompt_is_answered_by_the_base_and_by_each_run_under_its_name(runs: dict[str, Path]) -> None:
+    done = _chat(runs["houlsby"], runs["freeze"] / "adapter", "--prompt", "What is 2 + 2?")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    assert [line for line in done.stdout.splitlines() if line.endswith(":")][:3] == ["base:", "houlsby:", "freeze:"]
+    again = _chat(runs["houlsby"], runs["freeze"], "--prompt", "What is 2 + 2?")
+    assert again.stdout == done.stdout, "greedy by default"
+
+
+def test_a_packed_base_and_a_plain_one_have_a_base_each(runs: dict[str, Path]) -> None:
+    done = _chat(runs["qlora"], runs["houlsby"], "--prompt", "hello", "--temperature", "0.5")
+    assert done.returncode == 0, done.stderr
+    names = [line for line in done.stdout.splitlines() if line.endswith(":")]
+    assert {"base of qlora:", "qlora:", "base of houlsby:", "houlsby:"} <= set(names)
+
+
+def test_commands_say_who_answers_and_forget(runs: dict[str, Path]) -> None:
+    typed = "/list\n/use houlsby\nhello\nhello\n/list\n/reset\nhello\n/use nobody\n/frobnicate\n\n/quit\nnever read\n"
+    done = _chat(runs["houlsby"], typed=typed)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("* base\n* houlsby\nhoulsby:\n")
+    assert done.stdout.count("houlsby:\n") == 3
+    assert "base:" not in done.stdout
+    assert "  base\n* houlsby\n" in done.stdout
+    answers = [part.partition("  base\n")[0].strip() for part in done.stdout.split("houlsby:\n")[1:]]
+    assert answers[2] == answers[0], "after /reset the conversation begins anew"
+    assert done.stderr.splitlines() == [
+        "dsft: /use nobody: nobody is called so; there are: all, base, houlsby",
+        "dsft: /frobnicate is no command; there are: /list  /use NAME|all|base  /reset  /quit",
+    ]
+
+
+def _damaged(folder: Path) -> Path:
+    (folder / "adapter").mkdir(parents=True)
+    (folder / "adapter" / "adapter_config.json").write_text("{")
+    (folder / "config.yaml").write_text("run_dir: x\n")
+    return folder
+
+
+def _unfinished(folder: Path) -> Path:
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text("run_dir: x\n")
+    (folder / "status.json").write_text('{"state": "stopped"}')
+    return folder
+
+
+def _of_another_base(folder: Path) -> Path:
+    folder.mkdir(parents=True)
+    (folder / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "/another/base"}')
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        ([], "the following arguments are required: runs; usage: dsft chat RUN"),
+        (["/no/such/run"], "RUN must be a run's folder, got /no/such/run, which does not exist"),
+        ([Path.cwd()], "without config.yaml, adapter_config.json or dsft_adapter.json; give the run_dir of a run"),
+        ([_unfinished], "has none; start it again to finish it"),
+        ([_damaged], "missing or damaged; restore it"),
+        (["houlsby", _of_another_base], "RUN must be of the base of houlsby, "),
+        ([_of_another_base], "model.path must be a model folder or a hub id, got /another/base, which does not exist"),
+        (["houlsby", "houlsby"], "RUN must be given once"),
+        (["houlsby", "--temperature=-1"], "--temperature must be 0 or more, got -1.0"),
+        (["houlsby", "--max-new-tokens=0"], "--max-new-tokens must be 1 or more, got 0"),
+        (["houlsby", "--prompt="], "--prompt must hold some text"),
+    ],
+    ids=lambda value: value[:30] if isinstance(value, str) else "",
+)
+def test_bad_input_is_one_line_and_soon(runs: dict[str, Path], tmp_path: Path, words: list[object], line: str) -> None:
+    given = [word(tmp_path / "bad") if callable(word) else runs.get(str(word), word) for word in words]
+    began = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-m", "dsft.chat", *map(str, given)], capture_output=True, text=True, check=False
+    )
+    took = time.monotonic() - began
+    assert done.returncode == 2
+    assert line in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert done.stdout == ""
+    assert took < 1.5 * 3  # measured at 0.5 s; a machine that does other things too may need three times the limit
