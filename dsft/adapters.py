@@ -74,10 +74,11 @@ class Adapters:
             self.precision, seed = "bf16" if computes_bf16(gpus) else "fp32", 0
         else:
             model, quantization, self.precision, seed = run.model, run.quantization, run.train.precision, run.train.seed
-        files = model.resolve()
-        self.tokenizer: Any = files.tokenizer()
-        self.base = _base(files, quantization, DTYPES[self.precision], seed, self.device)
-        self._settings = _settings(files.folder, self.base, self.tokenizer)
+        with no_progress_bars():
+            files = model.resolve()
+            self.tokenizer: Any = files.tokenizer()
+            self.base = _base(files, quantization, DTYPES[self.precision], seed, self.device)
+            self._settings = _settings(files.folder, self.base, self.tokenizer)
         self.base.generation_config = self._settings
         self._results: dict[str | None, Result] = {None: results[0]}
         self._models: dict[str | None, Any] = {None: self.base}

@@ -1,26 +1,31 @@
-"""What libraries say of themselves, kept out of the terminal while dsft writes a model."""
+"""What libraries say of themselves, kept out of the terminal while dsft reads or writes a model."""
 
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+TALKATIVE = ("DeepSpeed", "torchao", "torch.utils._pytree", "bitsandbytes.backends.cpu.ops")
+"""Loggers of what accelerate and PEFT import by the way: of the accelerator that was found, of kernels that were not."""
 
 
 @contextmanager
 def no_progress_bars() -> Iterator[None]:
     """Within this block transformers draws no bars; afterwards it does as it did before.
 
-    Saving a model makes accelerate import DeepSpeed, whose notice of the accelerator that it found goes too.
+    What TALKATIVE say short of an error goes too.
     """
     from transformers.utils import logging as bars
 
-    notices = logging.getLogger("DeepSpeed")
-    notices.addFilter(_is_error)
+    notices = [logging.getLogger(name) for name in TALKATIVE]
+    for notice in notices:
+        notice.addFilter(_is_error)
     shown = bars.is_progress_bar_enabled()
     bars.disable_progress_bar()
     try:
         yield
     finally:
-        notices.removeFilter(_is_error)
+        for notice in notices:
+            notice.removeFilter(_is_error)
         if shown:
             bars.enable_progress_bar()
 

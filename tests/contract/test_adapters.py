@@ -1,11 +1,13 @@
 """Several results over one base: each is what it is alone, whoever spoke before, and the base stays itself."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import peft
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -119,3 +121,20 @@ def test_an_unknown_name_and_other_bases_are_refused(runs: dict[str, Path], tmp_
     left_by(tmp_path / "other", "lora", "model.seed=1")
     with pytest.raises(ValueError, match=r"must be of the base of lora, .* got other of"):
         load(runs["lora"], tmp_path / "other")
+
+
+def test_an_adapter_that_does_not_fit_its_base_is_refused_in_one_line(runs: dict[str, Path], tmp_path: Path) -> None:
+    adapters = load(runs["lora"])
+    for method, word in (("lora", "size mismatch"), ("rslora", "missing adapter keys"), ("houlsby", "other tensor")):
+        folder = tmp_path / method
+        shutil.copytree(runs[method] / "adapter", folder)
+        tensors = load_file(folder / "adapter_model.safetensors")
+        first = min(tensors)
+        odd = tensors.pop(first)
+        if method != "rslora":
+            tensors[first] = odd[:-1].contiguous()
+        save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(ValueError, match=rf"must fit the base .*{word}") as caught:
+            adapters.add(find([folder])[0])
+        assert "\n" not in str(caught.value)
+    assert adapters.names() == ("lora",)
