@@ -14,7 +14,8 @@ from dsft_launchers.cluster import gpus_of
 from dsft_launchers.join import count_devices, resolve
 
 from dsft import config, rules
-from dsft.wording import OWN_CONF, one_line, suggest
+from dsft.options import Choice, choices, keys
+from dsft.wording import OWN_CONF, one_line, own_keys, suggest
 
 CLASSES = ("model", "method", "quantization", "strategy", "objective", "data")
 """Groups whose option is a class that its YAML names."""
@@ -26,15 +27,6 @@ _PLAIN = {
     "resume": config.Resume,
     "launcher": config.Launcher,
 }
-
-
-@dataclass(frozen=True)
-class Choice:
-    """One group's chosen option and who provided its YAML (dsft, --config-dir, ./conf or a plugin)."""
-
-    group: str
-    option: str
-    provider: str
 
 
 @dataclass(frozen=True)
@@ -67,19 +59,21 @@ class Composed:
 
 def compose(overrides: Sequence[str]) -> Composed:
     """Compose what was typed. Raises ValueError with one line for every mistake of the user's."""
-    tree, choices = _compose_tree(list(overrides))
+    if typed := [word for word in overrides if word.lstrip("+").startswith("method.lr=")]:
+        raise ValueError(f"method.lr must stay the YAML's, got {typed[0]}; set optim.lr, whose default it is")
+    tree, chosen = _compose_tree(list(overrides))
     start = _start(tree["launcher"])
     size = start.size
     repairs = [f"launcher={tree['launcher']['name']}: {start.kind}, {start.why}"]
     if tree["strategy"]["_target_"] == "auto":
         option = "single" if size == 1 else "fsdp"
-        tree, choices = _compose_tree([o for o in overrides if o != "strategy=auto"] + [f"strategy={option}"])
+        tree, chosen = _compose_tree([o for o in overrides if o != "strategy=auto"] + [f"strategy={option}"])
         repairs.append(f"strategy=auto: {option}, for {size} process{'es' if size > 1 else ''}")
     tree, more = rules.repair(tree, start.place)
     run = build(tree)
-    names = {choice.group: choice.option for choice in choices}
+    names = {choice.group: choice.option for choice in chosen}
     rules.refuse(run, names, start.place)
-    return Composed(run, start, tree, tuple(overrides), tuple(choices), tuple(repairs) + more)
+    return Composed(run, start, tree, tuple(overrides), tuple(chosen), tuple(repairs) + more)
 
 
 def build(tree: Mapping[str, Any]) -> config.Run:
@@ -110,7 +104,13 @@ def load_yaml(path: Path) -> Any:
     """A YAML file as plain dicts and lists."""
     from omegaconf import OmegaConf
 
-    return OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+    return _raw(OmegaConf.load(path))
+
+
+def _raw(node: Any) -> Any:
+    from omegaconf import OmegaConf
+
+    return OmegaConf.to_container(node, resolve=False)
 
 
 def dump_yaml(tree: Any) -> str:
@@ -132,10 +132,9 @@ def _compose_tree(overrides: list[str]) -> tuple[dict[str, Any], list[Choice]]:
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(str(OWN_CONF), job_name="dsft", version_base="1.3"):
-            cfg = hydra_compose("config", overrides=overrides, return_hydra_config=True)
-            chosen = dict(cfg.hydra.runtime.choices)
             sources = GlobalHydra.instance().config_loader().get_sources()  # type: ignore[attr-defined]
-            choices = _choices(chosen, sources)
+            cfg = hydra_compose("config", overrides=overrides, return_hydra_config=True)
+            found = choices(dict(cfg.hydra.runtime.choices), sources)
         with open_dict(cfg):
             del cfg["hydra"]
         missing = sorted(OmegaConf.missing_keys(cfg))
@@ -143,11 +142,12 @@ def _compose_tree(overrides: list[str]) -> tuple[dict[str, Any], list[Choice]]:
             raise ValueError(f"{missing[0]} must be given; add {missing[0]}=VALUE")
         tree: dict[str, Any] = {"tracker": {}, **plain(cfg)}
     except (HydraException, OmegaConfBaseException, YAMLError) as error:
-        raise ValueError(one_line(error)) from error
+        said = one_line(error, lambda group: {name: _raw(tree) for name, tree in keys(group, sources).items()})
+        raise ValueError(said) from error
     for group in CLASSES:
         if not isinstance(tree.get(group), dict) or "_target_" not in tree[group]:
             raise ValueError(f"{group} must be an option whose YAML names its class with _target_; choose one")
-    return tree, choices
+    return tree, found
 
 
 def _start(tree: Mapping[str, Any]) -> Started:
@@ -162,24 +162,6 @@ def _start(tree: Mapping[str, Any]) -> Started:
 
 def _plain_class(group: str, tree: Mapping[str, Any]) -> type:
     return config.Slurm if group == "launcher" and "partition" in tree else _PLAIN[group]
-
-
-def _choices(chosen: Mapping[str, Any], sources: Sequence[Any]) -> list[Choice]:
-    choices = []
-    for group, options in sorted(chosen.items()):
-        if group.startswith("hydra/") or options is None or "@" in group:
-            continue
-        for option in _options(options):
-            source = next((s for s in sources if s.is_config(f"{group}/{option}")), None)
-            provider = "dsft" if source is None or source.provider == "main" else str(source.provider)
-            choices.append(Choice(group, option, provider))
-    return choices
-
-
-def _options(options: Any) -> list[str]:
-    """A group's choice as a list: Hydra gives several options of one group as the text of a list."""
-    text = str(options)
-    return [part.strip(" '\"") for part in text.strip("[]").split(",")]
 
 
 def _build(value: Any, path: str) -> Any:
@@ -199,7 +181,10 @@ def _locate(target: str, path: str) -> type:
     try:
         found = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"{path}._target_ must name an importable class, got {target} ({error})") from error
+        raise ValueError(
+            f"{path}._target_ must name an importable class, got {target} ({error}); install the package that has it, "
+            "or put it on PYTHONPATH"
+        ) from error
     if not (isinstance(found, type) and is_dataclass(found)):
         raise ValueError(f"{path}._target_ must name a dataclass, got {target}")
     return found
@@ -273,7 +258,7 @@ def hand_to_hydra(argv: Sequence[str]) -> int:
         main = hydra.main(config_path=str(OWN_CONF), config_name="config", version_base="1.3")(_never)
         main()
     except (HydraException, OmegaConfBaseException) as error:
-        raise ValueError(one_line(error)) from error
+        raise ValueError(one_line(error, own_keys)) from error
     finally:
         from hydra_plugins.dsft import DsftLauncher
 

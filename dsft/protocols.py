@@ -105,6 +105,11 @@ class Method(ABC):
         """
         return None
 
+    @property
+    def guides(self) -> bool:
+        """True if it has a course, which asks for whole gradients, or adds to them, between backward and the move."""
+        return type(self).course is not Method.course
+
     def save(self, model: nn.Module, weights: Mapping[str, Tensor], folder: Path, base: str) -> Mapping[str, Tensor]:
         """Write the result into folder: weights = trainable or kept name -> full CPU tensor; base = where the base is.
 

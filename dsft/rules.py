@@ -38,9 +38,6 @@ SHARD_WISE = ("adamw", "sgd")
 MOVE_IN_BACKWARD = ("single", "fsdp", "hsdp")
 """Strategies whose gradients are whole, over all ranks, when the hook of a parameter is called."""
 
-WHOLE_GRADIENTS = ("adalora",)
-"""Methods that ask for whole gradients, or add to them, between backward and the move."""
-
 PER_CORE = 8
 """Processes that a core may carry where there is no accelerator."""
 
@@ -93,15 +90,13 @@ REFUSED = (
     ),
     Rule(
         "whole-gradients-in-backward",
-        lambda run, names, at: run.optim.in_backward and names["method"] in WHOLE_GRADIENTS,
+        lambda run, names, at: run.optim.in_backward and run.method.guides,
         "optim.in_backward=true frees each gradient when it has moved its parameter, and method={names[method]} looks "
         "at all of them before the step; take optim.in_backward=false",
     ),
     Rule(
         "whole-gradients-offloaded",
-        lambda run, names, at: (
-            names["method"] in WHOLE_GRADIENTS and names["strategy"] in SHARDED and run.strategy.offload != "none"
-        ),
+        lambda run, names, at: run.method.guides and names["strategy"] in SHARDED and run.strategy.offload != "none",
         "strategy.offload={run.strategy.offload} takes gradients out of the ranks' reach, and method={names[method]} "
         "gathers them at each step; take strategy.offload=none",
     ),
@@ -118,7 +113,7 @@ REFUSED = (
     ),
     Rule(
         "whole-model-on-packed-base",
-        lambda run, names, at: names["method"] in ("full", "freeze", "qat") and names["quantization"] != "none",
+        lambda run, names, at: run.method.whole and names["quantization"] != "none",
         "method={names[method]} trains the base's own weights and quantization={names[quantization]} freezes them as "
         "bytes; take quantization=none or method=qlora",
     ),
@@ -173,8 +168,7 @@ def refuse(run: Run, names: Mapping[str, str], at: Place) -> None:
 def repair(tree: Mapping[str, Any], at: Place) -> tuple[dict[str, Any], tuple[str, ...]]:
     """The tree with what can only mean one thing filled in, and a sentence for each change."""
     fixed = deepcopy(dict(tree))
-    said = []
-    train = fixed["train"]
+    train, said = fixed["train"], _rated(fixed["method"], fixed["optim"])
     if train["steps"] is None and train["epochs"] is None:
         train["epochs"] = 1.0
         said.append("train.epochs=1: neither train.steps nor train.epochs was given")
@@ -188,6 +182,20 @@ def repair(tree: Mapping[str, Any], at: Place) -> tuple[dict[str, Any], tuple[st
     if isinstance(train["epochs"], int):
         train["epochs"] = float(train["epochs"])
     return fixed, tuple(said)
+
+
+def _rated(method: dict[str, Any], optim: dict[str, Any]) -> list[str]:
+    """Take the method's own rate out of its keys, where it is no field of a class; the optimizer's, if nobody chose."""
+    own = method.pop("lr", None)
+    if optim["lr"] != "auto":
+        return []
+    if not isinstance(own, int | float):
+        raise ValueError(
+            f"optim.lr must be given, as the YAML of {method['_target_']} names no rate; add optim.lr=RATE, or lr: "
+            "RATE to that YAML"
+        )
+    optim["lr"] = float(own)
+    return [f"optim.lr=auto: {own:g}, as the YAML of the method has it"]
 
 
 def computes_bf16(gpus: int) -> bool:

@@ -3,8 +3,9 @@
 import difflib
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import yaml
 from dsft_launchers.codes import USER_ERROR
@@ -16,6 +17,9 @@ OWN_CONF = next(
 
 MANY = 30
 """Options that no one wants to read in one line."""
+
+Offered = Mapping[str, Mapping[str, Any]]
+"""Option of a group -> its keys and values."""
 
 
 def refuse(error: ValueError) -> int:
@@ -35,14 +39,14 @@ def suggest(word: str, options: set[str] | Sequence[str]) -> str:
     return f"; there are: {', '.join(sorted(options))}"
 
 
-def one_line(error: Exception) -> str:
-    """Hydra's and OmegaConf's messages, cut to what the user needs."""
+def one_line(error: Exception, offered: Callable[[str], Offered]) -> str:
+    """Hydra's and OmegaConf's messages, cut to what the user needs. offered: group -> option -> its keys and values."""
     text = str(error)
     if found := re.search(r"Could not (?:find|load) '([a-z]+)/([^']+)'", text):
         group, option = found.groups()
         if group == "model" and "/" in option:
             return f"model={option} is no option; for a folder or hub id: model=custom model.path={option}"
-        return f"{group}={option} does not exist{suggest(option, [p.stem for p in (OWN_CONF / group).glob('*.yaml')])}"
+        return f"{group}={option} does not exist{suggest(option, [*offered(group)])}"
     if found := re.search(r"Ambiguous value for argument '([^']+)'", text):
         return f"{found[1]} holds several values; add -m to run one after another, or write a list as key=[a,b]"
     if found := re.search(r"Error parsing override '([^']+)'|LexerNoViableAltException: (\S+)", text):
@@ -51,22 +55,27 @@ def one_line(error: Exception) -> str:
         groups = {path.name for path in OWN_CONF.iterdir() if path.is_dir()}
         return f"{found[1]} is not a group{suggest(found[1], groups)}"
     if found := re.search(r"Could not override '([^']+)'", text):
-        return f"{found[1]} is not a key{_near_key(found[1])}"
+        return f"{found[1]} is not a key{_near_key(found[1], offered)}"
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return " ".join(lines[:2])
 
 
-def _near_key(key: str) -> str:
-    """The keys beside a misspelt one, read from our own YAML of that group."""
+def own_keys(group: str) -> Offered:
+    """Option -> its keys and values, of what dsft itself offers."""
+    return {path.stem: yaml.safe_load(path.read_text()) or {} for path in (OWN_CONF / group).glob("*.yaml")}
+
+
+def _near_key(key: str, offered: Callable[[str], Offered]) -> str:
+    """The keys beside a misspelt one, of all options of that group."""
     group, _, leaf = key.partition(".")
     groups = {path.name for path in OWN_CONF.iterdir() if path.is_dir()}
     if not leaf or group not in groups:
         return suggest(group, groups | {"run_dir"})
     owners: dict[str, list[str]] = {}
     first = leaf.partition(".")[0]
-    for path in sorted((OWN_CONF / group).glob("*.yaml")):
-        for name, value in (yaml.safe_load(path.read_text()) or {}).items():
-            owners.setdefault(str(name), []).append(path.stem)
+    for option, keys in sorted(offered(group).items()):
+        for name, value in keys.items():
+            owners.setdefault(str(name), []).append(option)
             if name == first and value == {}:
                 whole = f" to be set as a whole; add what is in it one by one: +{key}.NAME=VALUE"
                 return whole if leaf == first else f" yet; add it: +{key}=VALUE"

@@ -1,5 +1,9 @@
-"""A session of any method of conf/method on the tiny model, in this process; and a run's folder without the run."""
+"""A session of any method of conf/method on the tiny model, in this process; and a run's folder without the run.
 
+DSFT_CONFIG_DIR, which --config-dir sets for a run, names a folder whose methods are held to the contracts as well.
+"""
+
+import os
 from pathlib import Path
 
 import torch
@@ -13,8 +17,15 @@ from dsft.engine.loop import step_batches
 from dsft.engine.result import write_result
 from dsft.engine.step import train_step
 
-METHODS = sorted(path.stem for path in (OWN_CONF / "method").glob("*.yaml"))
+FOLDERS = [Path(folder) for folder in (os.environ.get("DSFT_CONFIG_DIR"), OWN_CONF) if folder]
+"""The first that has an option gives it."""
+METHODS = sorted({path.stem for folder in FOLDERS for path in (folder / "method").glob("*.yaml")})
 ALONE = World(0, 1, 0, torch.device("cpu"))
+
+
+def text_of(method: str) -> str:
+    """Its YAML."""
+    return next(path for folder in FOLDERS if (path := folder / "method" / f"{method}.yaml").is_file()).read_text()
 
 
 def composed_of(method: str, *words: str) -> Composed:

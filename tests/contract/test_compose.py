@@ -42,6 +42,9 @@ ELASTIC = ("launcher=slurm", "launcher.dry_run=true", "launcher.devices=2", "lau
         ([MOVING, UNCLIPPED, "train.on_nonfinite=skip"], "take train.on_nonfinite=stop"),
         ([MOVING, UNCLIPPED, "strategy=ddp", "launcher.devices=2"], "take strategy=fsdp"),
         (["data=local"], "data.path must be given"),
+        (["optim.lr=fast"], "optim.lr must be a number, got 'fast'"),
+        (["method.lr=1e-3"], "method.lr must stay the YAML's, got method.lr=1e-3; set optim.lr"),
+        (["~method.lr"], "optim.lr must be given, as the YAML of dsft.methods.peft_lora.Lora names no rate"),
         (["method.rank"], "method.rank must read KEY=VALUE"),
         (["+method.extra=1"], "method.extra is not a key of method"),
     ],
@@ -58,6 +61,17 @@ def test_what_was_repaired_is_said() -> None:
     assert "strategy=auto: fsdp, for 2 processes" in composed.repairs
     assert any(line.startswith("train.epochs=1") for line in composed.repairs)
     assert composed.run.train.epochs == 1.0
+
+
+def test_the_rate_is_the_methods_own_unless_one_is_chosen() -> None:
+    lora, full = compose(["method=lora"]), compose(["method=full"])
+    assert (lora.run.optim.lr, full.run.optim.lr) == (2e-4, 1e-5)
+    assert "optim.lr=auto: 1e-05, as the YAML of the method has it" in full.repairs
+    assert "lr" not in full.resolved["method"]  # the run folder has one rate
+    for words, rate in ((["method=full", "optim.lr=3e-4"], 3e-4), (["experiment=demo"], 1e-3)):
+        chosen = compose(words)
+        assert chosen.run.optim.lr == rate
+        assert not [line for line in chosen.repairs if line.startswith("optim.lr")]
 
 
 def test_qlora_is_lora_with_a_4_bit_base() -> None:
@@ -99,7 +113,7 @@ def test_an_installed_package_adds_a_method(tmp_path: Path) -> None:
         "from dataclasses import dataclass\nfrom dsft.methods.full import Full\n\n"
         "@dataclass(frozen=True, kw_only=True)\nclass Mine(Full):\n    strength: float\n"
     )
-    (package / "conf" / "method" / "mine.yaml").write_text("_target_: theirs.mine.Mine\nstrength: 1.0\n")
+    (package / "conf" / "method" / "mine.yaml").write_text("_target_: theirs.mine.Mine\nlr: 1.0e-3\nstrength: 1.0\n")
     info = tmp_path / "theirs-1.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: theirs\nVersion: 1.0\n")

@@ -1,17 +1,14 @@
 """What every method under conf/method must keep, found by glob: it starts as the base and trains only what it says."""
 
-from pathlib import Path
-
 import pytest
 import torch
 
-from dsft.compose import OWN_CONF
 from dsft.data.batch import build_batch
 from dsft.data.open import Dataset
 from dsft.engine.assemble import Session
 from dsft.engine.loop import step_batches
 from dsft.engine.step import train_step
-from tests.contract.sessions import METHODS, session_of
+from tests.contract.sessions import METHODS, session_of, text_of
 
 
 def _loss(session: Session, data: Dataset) -> float:
@@ -57,10 +54,8 @@ def _close(norms: list[list[tuple[float, float]]]) -> bool:
 
 
 def _text(method: str) -> str:
-    text = (OWN_CONF / "method" / f"{method}.yaml").read_text()
-    if "/method/lora" in text:
-        text += Path(OWN_CONF / "method" / "lora.yaml").read_text()
-    return text
+    text = text_of(method)
+    return text + text_of("lora") if "/method/lora" in text else text
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -25,7 +25,7 @@ FLOORS = (
     ("strategy",),
     LEAVES,
     ("engine",),
-    ("rules", "wording", "entry"),
+    ("rules", "options", "wording", "entry"),
     ("compose",),
     ("folder", "recorder", "snapshot", "results"),
     VERBS,
