@@ -240,8 +240,9 @@ def _free(path: str, allowed: Sequence[str]) -> bool:
 
 
 def versions() -> dict[str, str]:
-    """Versions of PACKAGES, "absent" where one is not installed."""
-    found = {}
+    """Versions of PACKAGES, "absent" where one is not installed, and of packages that add options."""
+    points = importlib.metadata.entry_points(group="dsft.configs")
+    found = {point.dist.name: point.dist.version for point in points if point.dist is not None}
     for name in PACKAGES:
         try:
             found[name] = importlib.metadata.version(name)

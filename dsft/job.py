@@ -126,7 +126,7 @@ def work(run_dir: Path, attempt: Attempt) -> int:
     from dsft.engine.stop import StopFlag
     from dsft.recorder import Recorder
 
-    run = read(run_dir)
+    run = _asked(run_dir)
     stop = StopFlag(run.train.max_minutes)
     stop.bind()
     world = join()
@@ -160,6 +160,14 @@ def work(run_dir: Path, attempt: Attempt) -> int:
     session.run.strategy.close()
     leave()
     return STOPPED if at.state == ASKED else DONE
+
+
+def _asked(run_dir: Path) -> "Run":
+    """What the folder asks for. It was checked where it was made: what is wrong here is a package that is missing."""
+    try:
+        return read(run_dir)
+    except ValueError as error:
+        raise verdict.CannotBeginError(str(error)) from error
 
 
 def find(run: "Run", world: "World", hello: "Mapping[str, Any]") -> "tuple[ModelFiles, Dataset]":

@@ -24,7 +24,7 @@ FREE = ("dropout", "start", "init_from")
 
 README = """# A {name} adapter by dsft {version}
 
-Load it with `pip install dsft`: `from dsft.methods.native import load; from dsft.models.anatomy import dissect;
+Load it with `pip install dsft`{also}: `from dsft.methods.native import load; from dsft.models.anatomy import dissect;
 base = AutoModelForCausalLM.from_pretrained({base!r}, dtype=torch.float32); model = load(base, dissect(base), FOLDER)`.
 What learned is fp32: run a base in bf16 under torch.autocast, as in training.
 """
@@ -87,7 +87,10 @@ class Native(Method):
         del method["init_from"]  # the folder stands for itself
         said = {"method": method, "base_model": base, "dsft": __version__}
         (folder / CONFIG).write_text(json.dumps(said, indent=1) + "\n")
-        (folder / "README.md").write_text(README.format(name=kind.__name__, version=__version__, base=base))
+        owner = kind.__module__.partition(".")[0]
+        also = "" if owner == "dsft" else f" and the package of `{owner}`"
+        text = README.format(name=kind.__name__, version=__version__, base=base, also=also)
+        (folder / "README.md").write_text(text)
         tensors = {name: value.contiguous() for name, value in weights.items()}
         save_file(tensors, folder / TENSORS, metadata={"format": "pt"})
         return tensors
@@ -118,10 +121,16 @@ def holds(folder: Path) -> bool:
 
 
 def read(folder: Path) -> Native:
-    """The method of the adapter in folder, as it was trained."""
+    """The method of the adapter in folder, as it was trained. Raises ValueError if its class is not to be had."""
     values = dict(json.loads((folder / CONFIG).read_text())["method"])
     module, _, name = values.pop("_target_").rpartition(".")
-    kind = getattr(importlib.import_module(module), name)
+    try:
+        kind = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"{folder / CONFIG} must name a class that can be imported, got {module}.{name} ({error}); install the "
+            "package that has it"
+        ) from error
     if not (isinstance(kind, type) and issubclass(kind, Native)):
         raise ValueError(f"{folder / CONFIG} must name a method of dsft's own format, got {module}.{name}")
     method: Native = kind(**{key: _frozen(value) for key, value in values.items()}, init_from=None)

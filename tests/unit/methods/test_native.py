@@ -214,3 +214,7 @@ def test_an_adapter_of_another_base_or_of_no_method_of_ours_is_refused(tmp_path:
     (tmp_path / CONFIG).write_text(json.dumps(said))
     with _refused("must name a method of dsft's own format, got subprocess.Popen"):
         load(*_base("tiny"), tmp_path)
+    said["method"] = {"_target_": "their_package.Method"}
+    (tmp_path / CONFIG).write_text(json.dumps(said))
+    with _refused("got their_package.Method (No module named 'their_package'); install the package that has it"):
+        load(*_base("tiny"), tmp_path)
