@@ -13,7 +13,7 @@ PEERS_PIP := .venv/bin/python -m pip --disable-pip-version-check --python .venv-
 # DeepSpeed builds an operator at first use and looks for ninja on PATH.
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: help demo test check slow slurm-test matrix pages faults bench bench-peers clean
+.PHONY: help demo test check slow slurm-test matrix pages learns faults bench bench-peers clean
 
 help:
 	@echo 'make demo     fine-tune a small real model on this machine, and see it before and after'
@@ -21,6 +21,7 @@ help:
 	@echo 'make check    lint, types, and the house, unit and contract tests'
 	@echo 'make matrix   every method x quantization x strategy: equal to the single process, or refused'
 	@echo 'make pages    docs/methods: a page per method, from its YAML, its class and counts'
+	@echo 'make learns   what each method learns in 60 steps, at its own settings; an hour, goes on where it was'
 	@echo 'make faults   runs killed at random moments, against one that never was; minutes'
 	@echo 'make slurm-test  runs on a real SLURM of four nodes, started here; root, installs SLURM'
 	@echo 'make slow     the tests that take minutes each'
@@ -45,6 +46,9 @@ matrix: $(READY)
 
 pages: $(READY)
 	@.venv/bin/python -m benchmarks.method_pages
+
+learns: $(READY)
+	@.venv/bin/python -m benchmarks.learns $(ARGS)
 
 slow: $(READY)
 	@.venv/bin/python -m pytest -m slow $(ARGS)
