@@ -70,6 +70,13 @@ class Method(ABC):
     def attach(self, model: nn.Module, anatomy: Anatomy) -> nn.Module:
         """Return the model (on meta) with this method in it; requires_grad says what learns."""
 
+    def tokenize(self, model: nn.Module, tokenizer: Any) -> None:
+        """Note in model which tokens the first values come from, for a method that starts from a text.
+
+        model: with this method in it, on meta; tokenizer: the base's. Asked before weights load. Raises ValueError, one
+        line, for a text that gives none.
+        """
+
     def initial(self, model: nn.Module, name: str, param: Tensor, read: Callable[[str], Tensor]) -> Tensor:
         """First value, in full and on CPU, of a parameter or buffer that attach added.
 

@@ -74,7 +74,8 @@ def skeleton(run: Run, files: ModelFiles) -> Skeleton:
 def assemble(run: Run, files: ModelFiles, world: World, total: int = 0) -> Session:
     """Build this process's part of a run of total steps. Collective: every rank of world calls it with the same run."""
     bones = skeleton(run, files)
-    model, anatomy = bones.model, bones.anatomy
+    model, anatomy, tokenizer = bones.model, bones.anatomy, files.tokenizer()
+    run.method.tokenize(model, tokenizer)
     compiler = compiler_for(run.train, total, model, anatomy)
     course = run.method.course(model, total or run.train.steps or 0, world.device)
     reentrant = run.strategy.reentrant_recompute
@@ -103,7 +104,7 @@ def assemble(run: Run, files: ModelFiles, world: World, total: int = 0) -> Sessi
         run=run,
         files=files,
         world=world,
-        tokenizer=files.tokenizer(),
+        tokenizer=tokenizer,
         model=model,
         module=module,
         anatomy=anatomy,

@@ -92,7 +92,8 @@ def estimate(run: Run, bones: Skeleton, ranks: int, *, accelerator: bool) -> Bud
 def _one_micro_batch(run: Run, ranks: int) -> bool:
     """True if a step is surely one on each rank, so that no gradient waits for another."""
     examples = -(-run.train.global_batch_size // ranks)
-    surely: bool = examples * run.train.max_length <= run.train.micro_batch_tokens
+    longest = run.train.max_length + run.method.positions
+    surely: bool = examples * longest <= run.train.micro_batch_tokens
     return surely
 
 
@@ -110,9 +111,9 @@ def _gathered(run: Run, bones: Skeleton) -> int:
 
 def _saved(run: Run, bones: Skeleton) -> Saved | None:
     """What one micro-batch keeps: rows of train.max_length, and a shorter one to fill it."""
-    train = run.train
-    whole, rest = divmod(train.micro_batch_tokens, train.max_length)
-    lengths = (train.max_length,) * whole + ((rest,) if rest else ())
+    train, before = run.train, run.method.positions
+    whole, rest = divmod(train.micro_batch_tokens, train.max_length + before)
+    lengths = (train.max_length,) * whole + ((max(1, rest - before),) if rest else ())
     return count_saved(bones.model, bones.anatomy, lengths, bf16=train.precision == "bf16")
 
 

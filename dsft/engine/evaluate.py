@@ -50,7 +50,8 @@ def _loss(session: Session, data: Dataset) -> float:
     ranks = run.strategy.data_ranks(world)
     rows = list(range(len(data.eval)))
     rows += [0] * (ranks - len(rows))  # every rank needs a row; what is repeated stays silent
-    plan = plan_step([int(data.eval.lengths[row]) for row in rows], ranks, run.train.micro_batch_tokens)
+    lengths = [int(data.eval.lengths[row]) + run.method.positions for row in rows]
+    plan = plan_step(lengths, ranks, run.train.micro_batch_tokens)
     totals = torch.zeros(2, dtype=torch.float64)
     for micro in plan[world.rank % ranks]:
         silent = micro.silent or micro.examples[0] >= len(data.eval)

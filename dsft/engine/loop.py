@@ -76,7 +76,8 @@ def step_batches(session: Session, data: Dataset, step: int) -> tuple[list[int],
         step, seed=train.seed, num_rows=len(data.train), batch_size=train.global_batch_size, shuffle=run.data.shuffle
     )
     ranks = run.strategy.data_ranks(world)
-    plan = plan_step([int(data.train.lengths[row]) for row in rows], ranks, train.micro_batch_tokens)
+    lengths = [int(data.train.lengths[row]) + run.method.positions for row in rows]
+    plan = plan_step(lengths, ranks, train.micro_batch_tokens)
     mine = plan[world.rank % ranks]
     return rows, [build_batch(data.train, [rows[i] for i in micro.examples], silent=micro.silent) for micro in mine]
 

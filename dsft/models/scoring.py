@@ -36,8 +36,12 @@ def _ends_with(model: Any, head: nn.Linear) -> bool:
         made.append(F.linear(hidden, head.weight, head.bias))
         return made[0]
 
-    hidden = torch.empty(1, 2, head.in_features, dtype=head.weight.dtype, device="meta")
-    base.forward = lambda *_, **__: MoeModelOutputWithPast(last_hidden_state=hidden)
+    def states(input_ids: Any = None, *_: Any, inputs_embeds: Any = None, **__: Any) -> Any:
+        rows = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]
+        hidden = torch.empty(1, rows, head.in_features, dtype=head.weight.dtype, device="meta")
+        return MoeModelOutputWithPast(last_hidden_state=hidden)
+
+    base.forward = states
     head.forward = product  # type: ignore[method-assign, assignment]
     try:
         logits = model(input_ids=torch.zeros(1, 2, dtype=torch.long, device="meta"), use_cache=False).logits

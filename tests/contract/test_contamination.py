@@ -46,7 +46,7 @@ def _scores(session: Session, rows: list[Tensor], lengths: tuple[int, ...]) -> l
 
 
 @pytest.mark.parametrize("attention", ATTENTION)
-@pytest.mark.parametrize("method", ["full", "lora", "qlora", "prefix"])
+@pytest.mark.parametrize("method", ["full", "lora", "qlora", "prefix", "prompt", "p_tuning"])
 def test_replacing_an_example_changes_no_bit_of_another(method: str, attention: str) -> None:
     session = _session(method, attention)
     rows = [torch.randint(0, 250, (length,)) for length in LENGTHS]

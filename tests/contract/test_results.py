@@ -46,6 +46,7 @@ def test_what_is_saved_is_read_back_as_the_model_that_was_trained(method: str, t
     expected = _logits(session, tokens)
     with torch.no_grad():
         read = load(session.run, tmp_path / "result")(input_ids=tokens).logits
+    read = read[:, -tokens.shape[1] :]  # PEFT gives a soft prompt's own, too, before them
     assert _off(read, expected) < ROUNDING
     start, _ = session_of(method)
     assert _off(_logits(start, tokens), expected) > 100 * ROUNDING, "two steps that are told apart"
