@@ -35,7 +35,7 @@ NEEDED |= {f"{model} adalora": ["method.alpha=1024", "method.interval=2"] for mo
 start slow by design that 10 steps move.
 """
 
-FASTER = {"vera": 30, "ia3": 10, "p_tuning_v2": 5, "prompt": 10}
+FASTER = {"vera": 30, "ia3": 10, "p_tuning_v2": 5, "prompt": 100}
 """Methods that want a higher rate, and how much of it: their loss would hardly move."""
 
 PACKED = 1024
