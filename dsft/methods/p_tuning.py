@@ -77,7 +77,7 @@ class _Encoder(Rows):
             self.register_parameter(name, nn.Parameter(torch.empty(shape, device="meta")))
 
     def rows(self) -> Tensor:
-        weights = dict(self.named_parameters())
+        weights = dict(self.named_parameters(remove_duplicate=False))  # where memory is counted, those alike are one
         with torch.autocast(weights["embedding"].device.type, enabled=False):  # a handful of rows
             return encode({name: value.float() for name, value in weights.items()})
 

@@ -207,8 +207,8 @@ def _stack(model: nn.Module, anatomy: Anatomy) -> nn.Module:
 
 def _check(model: Any, stack: nn.Module) -> None:
     """Refuse a model that would not see the rows as tokens of its own."""
-    kind = type(model).__name__
-    if getattr(model.config.get_text_config(), "hidden_size_per_layer_input", None):
+    kind, numbers = type(model).__name__, model.config.get_text_config()
+    if getattr(numbers, "hidden_size_per_layer_input", None):
         raise ValueError(
             f"model must embed tokens once to hold a prompt, got {kind}, whose layers have an embedding each; take "
             "method=prefix"

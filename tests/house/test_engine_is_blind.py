@@ -9,8 +9,8 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 GROUPS = ("method", "objective", "quantization")
-WORDS_OF_THE_ENGINE = {"none", "full"}
-"""Options that are also words of gradient checkpointing and of Strategy.full."""
+WORDS_OF_THE_ENGINE = {"none", "full", "prompt"}
+"""Options that are also words of gradient checkpointing, of Strategy.full and of generation."""
 
 
 def options(root: Path) -> set[str]:

@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from dsft.compose import compose
 from dsft.engine.assemble import skeleton
+from dsft.engine.saved import count_saved
 from dsft.methods.p_tuning import PTuning, encode
 from dsft.methods.prompt import Prompt
 from dsft.methods.soft_prompt import NAME as PROMPT
@@ -224,6 +225,15 @@ def test_a_text_reaches_the_rows_of_a_run() -> None:
     session, _ = session_of("prompt", "method.init_text='Solve it:'", "method.num_virtual_tokens=4")
     tokens = torch.tensor(session.tokenizer("Solve it:")["input_ids"][:4])
     assert torch.equal(_rows(session.model).table.data, session.model.get_input_embeddings()(tokens))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_what_a_step_keeps_of_the_virtual_tokens_is_counted(method: str) -> None:
+    run = compose(["model=tiny", f"method={method}", "method.num_virtual_tokens=10", "train.precision=fp32"]).run
+    bones = skeleton(run, run.model.resolve())
+    kept = count_saved(bones.model, bones.anatomy, (30, 20), bf16=False)
+    assert kept is not None
+    assert kept.inputs[0] == 4 * (40 + 30) * bones.model.config.hidden_size
 
 
 def test_scores_are_made_without_whole_logits_beside_a_prompt_too() -> None:
