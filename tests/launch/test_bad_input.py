@@ -87,6 +87,14 @@ CASES: dict[str, tuple[Prepare, str]] = {
         lambda folder: [*_good(folder), "method=prefix", "method.num_virtual_tokens=2040"],
         "the positions that the model knows less 2040 that the method takes",
     ),
+    "prompt longer than the model's reach": (
+        lambda folder: [*_good(folder), "method=prompt", "method.num_virtual_tokens=2048"],
+        "method.num_virtual_tokens must be below 2048, the positions of the model, got 2048",
+    ),
+    "prompt from no text": (
+        lambda folder: [*_good(folder), "method=prompt", "method.init_text=''"],
+        "method.init_text must hold a text, got ''",
+    ),
     "batch below ranks": (
         lambda folder: [*_good(folder), "train.global_batch_size=1", "launcher.devices=2"],
         "train.global_batch_size must be at least the number of data ranks, 2",
