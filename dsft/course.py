@@ -1,6 +1,6 @@
 """The contract of what a method does around each optimizer step of a run: a penalty, new values, state of its own."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TypeVar
 
 from torch import Tensor
@@ -15,25 +15,43 @@ class Course:
     """Made once per run. All tensors that it is given are whole, fp32 and the same on every rank.
 
     So must its answers be: it draws no random number and asks no rank. names: the parameters that it is shown, all of
-    which learn; state: what a resumed run needs, changed in place and in after_step alone.
+    which learn; state: what a resumed run needs, changed in place and in after or after_step alone.
     """
 
     names: tuple[str, ...]
     state: dict[str, Tensor]
 
+    @property
+    def parts(self) -> Sequence[Sequence[str]]:
+        """The names that it is shown together: each part is gathered in one collective, and freed before the next."""
+        return (self.names,)
+
+    def begin_step(self, step: int) -> None:
+        """The forward passes that follow, of all micro-batches of this rank, are those of step."""
+
+    def before(self, step: int) -> Iterable[Sequence[str]]:
+        """Names to show penalty before the move of step, part by part; empty: it is not asked."""
+        return self.parts
+
     def penalty(self, values: Mapping[str, Tensor]) -> Tensor | None:
-        """What is added to the mean loss, once per optimizer step; values are leaves of autograd."""
+        """What is added to the mean loss for a part, once per optimizer step; values are leaves of autograd."""
         return None
 
     def wants_gradients(self, step: int) -> bool:
         """True if after_step is to be given the gradients of step."""
         return False
 
-    def after_step(self, step: int, values: Mapping[str, Tensor], gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The optimizer has moved to values; returns those that are to be others.
+    def after(self, step: int) -> Iterable[Sequence[str]]:
+        """Names to show after_step, part by part, once step has moved; a part may come again. Empty: it is not asked.
 
-        gradients: of loss and penalty, as clipped; empty if they were not asked for. Not called for a step that a NaN
-        or Inf kept from moving.
+        Not asked for a step that a NaN or Inf kept from moving.
+        """
+        return self.parts
+
+    def after_step(self, step: int, values: Mapping[str, Tensor], gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The optimizer has moved to values, a part; returns those that are to be others.
+
+        gradients: of loss and penalty, as clipped, of all names; empty if they were not asked for.
         """
         return {}
 

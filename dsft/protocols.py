@@ -98,6 +98,10 @@ class Method(ABC):
         """Rate of this parameter as a multiple of optim.lr."""
         return 1.0
 
+    def decays(self, name: str) -> bool:
+        """False for a parameter that optim.weight_decay must leave as it is."""
+        return True
+
     def kept(self, name: str) -> bool:
         """True for a frozen parameter that attach added and save needs."""
         return False

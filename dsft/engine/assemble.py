@@ -114,12 +114,15 @@ def assemble(run: Run, files: ModelFiles, world: World, total: int = 0) -> Sessi
 
 
 def _groups(run: Run, model: nn.Module) -> list[dict[str, Any]]:
-    """What learns, one group per rate, in the order of the model."""
-    by_scale: dict[float, list[tuple[str, nn.Parameter]]] = {}
+    """What learns, one group per rate and weight decay, in the order of the model."""
+    alike: dict[tuple[float, bool], list[tuple[str, nn.Parameter]]] = {}
     for name, param in model.named_parameters():
         if param.requires_grad:
-            by_scale.setdefault(run.method.lr_scale(name), []).append((name, param))
-    return [{"params": params, "lr": scale * run.optim.lr} for scale, params in by_scale.items()]
+            alike.setdefault((run.method.lr_scale(name), run.method.decays(name)), []).append((name, param))
+    return [
+        {"params": params, "lr": scale * run.optim.lr, "weight_decay": run.optim.weight_decay if decays else 0.0}
+        for (scale, decays), params in alike.items()
+    ]
 
 
 def autocast(session: Session) -> torch.autocast:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from dsft.config import Run
+from dsft.course import Course
 from dsft.engine.assemble import Skeleton
 from dsft.engine.optimizers import state_bytes
 from dsft.engine.recompute import is_recomputed
@@ -21,7 +22,7 @@ EVER = 10**6
 """Steps of a run whose number is not known yet."""
 
 LOOKS = 4
-"""Whole copies that live while a course looks at a step: values, gradients, their products one by one and together."""
+"""Whole copies of a part that live while a course looks at it: values, gradients, products one by one and together."""
 
 SLACK = 3 * 2**28
 """What glibc's heap leaves unused between a step's tensors: 0.1 to 1.4 GB, benchmarks/results/memory.md."""
@@ -78,7 +79,7 @@ def estimate(run: Run, bones: Skeleton, ranks: int, *, accelerator: bool) -> Bud
         most = kept["gradients"] if not run.optim.in_backward else min(kept["gradients"], largest)
         kept["gradients"] = max(0, most - (activations or 0))  # they come as activations go
     update = round(kept["values"]) if accelerator else 2 * largest  # on GPUs torch moves all parameters at once
-    update += LOOKS * values if course else 0
+    update += LOOKS * _shown(bones, course) if course else 0
     return Budget(
         **{name: 0 if accelerator and name in shares.on_host else round(value) for name, value in kept.items()},
         gathered=_gathered(run, bones),
@@ -87,6 +88,11 @@ def estimate(run: Run, bones: Skeleton, ranks: int, *, accelerator: bool) -> Bud
         slack=0 if accelerator or saved is None else min(SLACK, sum(saved.blocks)),
         process=CONTEXT if accelerator else resident_bytes(),
     )
+
+
+def _shown(bones: Skeleton, course: Course) -> int:
+    """Bytes of the largest part that a course is shown, whole and in fp32."""
+    return max(sum(4 * bones.model.get_parameter(name).numel() for name in part) for part in course.parts)
 
 
 def _one_micro_batch(run: Run, ranks: int) -> bool:

@@ -75,16 +75,16 @@ def _attention(
 def compiler_for(train: Train, total: int, model: nn.Module, anatomy: Anatomy) -> Compiler | None:
     """None to leave the blocks as they are.
 
-    Of auto, steps and model alone decide, so that a resumed run decides alike. A packed linear is never compiled; what
-    is between them is, in small pieces, if it is asked for.
+    Of auto, steps and model alone decide, so that a resumed run decides alike. A packed linear is never compiled, nor a
+    module that says so (never_compiled); what is between them is, in small pieces, if it is asked for.
     """
     wanted = train.compile
-    packed = [module for module in model.modules() if isinstance(module, PackedLinear)]
+    eager = [m for m in model.modules() if isinstance(m, PackedLinear) or hasattr(m, "never_compiled")]
     if wanted == "auto":
         able = all(hasattr(model.get_submodule(name), "gradient_checkpointing") for name in anatomy.blocks)
-        wanted = total >= LONG and able and not packed
+        wanted = total >= LONG and able and not eager
     if not wanted:
         return None
-    for linear in packed:
-        linear.forward = torch.compiler.disable(linear.forward)  # type: ignore[method-assign]
+    for module in eager:
+        module.forward = torch.compiler.disable(module.forward)  # type: ignore[method-assign]
     return Compiler()

@@ -1,6 +1,7 @@
 """The optimizer's move, and around it what the method's course asks for: a penalty's gradient, new values."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,9 +19,9 @@ class Guided:
     course: Course
     params: dict[str, nn.Parameter]
 
-    def values(self, strategy: Strategy) -> dict[str, Tensor]:
+    def values(self, strategy: Strategy, names: Sequence[str]) -> dict[str, Tensor]:
         """Whole. Collective."""
-        return dict(zip(self.params, strategy.values([*self.params.values()]), strict=True))
+        return dict(zip(names, strategy.values([self.params[name] for name in names]), strict=True))
 
 
 def guided(course: Course | None, strategy: Strategy, model: nn.Module) -> Guided | None:
@@ -41,7 +42,7 @@ def move(around: Guided | None, run: Run, step: int, lr_scale: float) -> tuple[f
     strategy: Strategy = run.strategy
     if around is None:
         return strategy.step(run.train.max_grad_norm, lr_scale), math.nan
-    penalty = _penalize(around, strategy)
+    penalty = _penalize(around, strategy, step)
     gradients = {}
     if around.course.wants_gradients(step):
         gradients = dict(zip(around.params, strategy.gradients([*around.params.values()]), strict=True))
@@ -50,19 +51,23 @@ def move(around: Guided | None, run: Run, step: int, lr_scale: float) -> tuple[f
         clipped = min(1.0, run.train.max_grad_norm / (norm + 1e-6))  # as torch and DeepSpeed do
         for gradient in gradients.values():
             gradient.mul_(clipped)
-        if changed := around.course.after_step(step, around.values(strategy), gradients):
-            strategy.write([around.params[name] for name in changed], [*changed.values()])
+        for names in around.course.after(step):
+            if changed := around.course.after_step(step, around.values(strategy, names), gradients):
+                strategy.write([around.params[name] for name in changed], [*changed.values()])
     return norm, penalty
 
 
-def _penalize(around: Guided, strategy: Strategy) -> float:
-    """Add the gradient of the penalty; returns its value. Collective."""
-    leaves = {name: value.detach().requires_grad_() for name, value in around.values(strategy).items()}
-    with torch.enable_grad():
-        penalty = around.course.penalty(leaves)
-    if penalty is None:
-        return math.nan
-    grads = torch.autograd.grad(penalty, [*leaves.values()], allow_unused=True)
-    found = [(param, grad) for param, grad in zip(around.params.values(), grads, strict=True) if grad is not None]
-    strategy.add_gradients([param for param, _ in found], [grad for _, grad in found])
-    return float(penalty.detach())
+def _penalize(around: Guided, strategy: Strategy, step: int) -> float:
+    """Add the gradient of the penalty, part by part; returns its value, NaN without one. Collective."""
+    penalties = []
+    for names in around.course.before(step):
+        leaves = {name: value.detach().requires_grad_() for name, value in around.values(strategy, names).items()}
+        with torch.enable_grad():
+            penalty = around.course.penalty(leaves)
+        if penalty is None:
+            continue
+        grads = torch.autograd.grad(penalty, [*leaves.values()], allow_unused=True)
+        found = [(around.params[name], grad) for name, grad in zip(names, grads, strict=True) if grad is not None]
+        strategy.add_gradients([param for param, _ in found], [grad for _, grad in found])
+        penalties.append(penalty.detach().double())
+    return float(torch.stack(penalties).sum()) if penalties else math.nan

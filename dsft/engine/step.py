@@ -43,6 +43,8 @@ def train_step(
     counts = totals[:-1].clamp(min=1)
     sums = torch.zeros_like(counts)
     session.model.train()
+    if session.guided:
+        session.guided.course.begin_step(step)
     for index, batch in enumerate(batches):
         torch.manual_seed(stream(run.train.seed, step, batch.ids[0], index))
         with autocast(session), offloaded(run.train, world.device):
