@@ -31,8 +31,11 @@ METHODS |= {
 NEEDED = {"tiny vera": ["method.rank=16"], "tiny_moe vera": ["method.rank=16"]}
 NEEDED |= {"tiny_moe ia3": ["method.feedforward_modules=[]"]}
 NEEDED |= {f"{model} adalora": ["method.alpha=1024", "method.interval=2"] for model in MODELS}
+NEEDED |= {
+    f"{model} diff_pruning": ["method.density=0.3", "method.gate_start=1", "method.penalty=1e-3"] for model in MODELS
+}
 """Of some cells: shared projections, whole on every rank, that are small beside the model; experts without linears; a
-start slow by design that 10 steps move.
+start slow by design that 10 steps move; gates of which many are closed, and a penalty that the norm shows.
 """
 
 FASTER = {"vera": 30, "ia3": 10, "p_tuning_v2": 5, "prompt": 100}

@@ -124,6 +124,18 @@ REFUSED = (
         "{names[quantization]} has rounded the base to another; take quantization=none or method=lora",
     ),
     Rule(
+        "sparse-difference-on-packed-base",
+        lambda run, names, at: names["method"] == "diff_pruning" and names["quantization"] != "none",
+        "method=diff_pruning changes single weights of the base and quantization={names[quantization]} packs them as "
+        "bytes with scales that many share; take quantization=none or method=qlora",
+    ),
+    Rule(
+        "stop-before-pruning",
+        lambda run, names, at: names["method"] == "diff_pruning" and run.train.early_stop_metric is not None,
+        "train.early_stop_metric={run.train.early_stop_metric} may end a run before method=diff_pruning has chosen "
+        "what it keeps; take train.early_stop_metric=null and fewer train.steps",
+    ),
+    Rule(
         "qlora-without-4-bit",
         lambda run, names, at: names["method"] == "qlora" and names["quantization"] != "nf4",
         "method=qlora means a 4-bit base, got quantization={names[quantization]}; take method=lora for it",

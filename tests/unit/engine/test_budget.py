@@ -72,8 +72,10 @@ def really_kept(words: list[str], rows: Path) -> int:
         ["method=qlora"],
         ["method=lora", "quantization=int8"],
         ["method=freeze", "method.trainable=[1,head]"],
+        ["method=diff_pruning", "train.steps=4"],
         ["method=full", "train.precision=bf16"],
         ["method=lora", "train.precision=bf16"],
+        ["method=diff_pruning", "train.steps=4", "train.precision=bf16"],
     ],
     ids=" ".join,
 )
