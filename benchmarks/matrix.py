@@ -9,7 +9,7 @@ import math
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -134,18 +134,24 @@ def run_columns(
                 continue
             for fault in planted or (None,):
                 todo[f"{column.name}|{name}{f'!{fault}' if fault else ''}"] = [words, fault]
+    measured = run_cells(todo, size, fake=fake)
+    results: dict[str, dict[str, Any]] = {column.name: {} for column in columns}
+    for name, cell in measured.items():
+        results[name.split("|")[0]][name.split("|")[1]] = cell
+    return results
+
+
+def run_cells(todo: Mapping[str, Any], size: int, *, fake: bool = False) -> dict[str, Any]:
+    """Run cells {name: [overrides, planted fault or None]} in one warm group of size processes; what each measured."""
     with tempfile.TemporaryDirectory() as folder:
         job, out, logs = (Path(folder) / name for name in ("job.json", "out.json", "logs"))
         job.write_text(json.dumps({"cells": todo, "out": str(out), "fake": size if fake else 0}))
         command = [sys.executable, "-m", "benchmarks.cells", str(job)]
         code = launch(command, num_processes=1 if fake else size, log_dir=logs, env={"OMP_NUM_THREADS": "1"})
         if code != 0:
-            raise RuntimeError(f"{', '.join(column.name for column in columns)} ended with {code}: {_tail(logs)}")
+            raise RuntimeError(f"{', '.join(todo)} ended with {code}: {_tail(logs)}")
         measured: dict[str, Any] = json.loads(out.read_text())
-    results: dict[str, dict[str, Any]] = {column.name: {} for column in columns}
-    for name, cell in measured.items():
-        results[name.split("|")[0]][name.split("|")[1]] = cell
-    return results
+    return measured
 
 
 def _tail(logs: Path) -> str:

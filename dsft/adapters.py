@@ -145,7 +145,8 @@ class Adapters:
         result = self._results[self.current]
         system = [{"role": "system", "content": result.system}] if result.system else []
         tokens = prompt_of(self.tokenizer, [*system, *map(dict, messages)], result.joint)
-        known = getattr(self.base.config.get_text_config(), "max_position_embeddings", None)
+        shape = self.base.config.get_text_config()
+        known = getattr(shape, "max_position_embeddings", None)
         reach = known or len(tokens) + max_new_tokens
         room = min(max_new_tokens, reach - len(tokens))
         if room < 1 or not tokens:

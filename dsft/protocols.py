@@ -94,9 +94,9 @@ class Method(ABC):
         """
         return {}
 
-    def lr_scale(self, name: str) -> float:
-        """Rate of this parameter as a multiple of optim.lr."""
-        return 1.0
+    def rate(self, name: str, lr: float) -> float:
+        """Rate of this parameter in a run of optim.lr=lr."""
+        return lr
 
     def decays(self, name: str) -> bool:
         """False for a parameter that optim.weight_decay must leave as it is."""

@@ -118,10 +118,10 @@ def _groups(run: Run, model: nn.Module) -> list[dict[str, Any]]:
     alike: dict[tuple[float, bool], list[tuple[str, nn.Parameter]]] = {}
     for name, param in model.named_parameters():
         if param.requires_grad:
-            alike.setdefault((run.method.lr_scale(name), run.method.decays(name)), []).append((name, param))
+            alike.setdefault((run.method.rate(name, run.optim.lr), run.method.decays(name)), []).append((name, param))
     return [
-        {"params": params, "lr": scale * run.optim.lr, "weight_decay": run.optim.weight_decay if decays else 0.0}
-        for (scale, decays), params in alike.items()
+        {"params": params, "lr": rate, "weight_decay": run.optim.weight_decay if decays else 0.0}
+        for (rate, decays), params in alike.items()
     ]
 
 

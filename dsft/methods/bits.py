@@ -13,7 +13,7 @@ def pack(numbers: Tensor, bits: int) -> Tensor:
     each = 8 // bits
     kept = (numbers.to(torch.int16) + 2 ** (bits - 1)).to(torch.uint8)
     kept = pad(kept, (0, -kept.shape[1] % each)).unflatten(1, (-1, each))
-    packed = kept[..., 0].clone()
+    packed: Tensor = kept[..., 0].clone()
     for place in range(1, each):
         packed |= kept[..., place] << (bits * place)
     return packed
@@ -23,4 +23,5 @@ def unpack(packed: Tensor, bits: int, columns: int) -> Tensor:
     """The inverse of pack: (out, columns) int8."""
     each = 8 // bits
     kept = torch.stack([(packed >> (bits * place)) & (2**bits - 1) for place in range(each)], dim=-1)
-    return (kept.flatten(1)[:, :columns].to(torch.int16) - 2 ** (bits - 1)).to(torch.int8)
+    numbers: Tensor = kept.flatten(1)[:, :columns].to(torch.int16) - 2 ** (bits - 1)
+    return numbers.to(torch.int8)

@@ -12,8 +12,10 @@ from torch import Tensor, nn
 
 from dsft.course import Course
 from dsft.methods.hard_concrete import DIFF, GATE, GROUP, Gated, Gates, Noise, fold, gate
-from dsft.methods.native import CONFIG, TENSORS, Native
+from dsft.methods.native import Native
 from dsft.methods.pruner import Entries, Pruner
+from dsft.methods.stored import NATIVE as CONFIG
+from dsft.methods.stored import TENSORS
 from dsft.protocols import Anatomy
 
 PARTS = ("indices", "values", "shape")
@@ -46,7 +48,6 @@ class DiffPruning(Native):
     lower: float
     upper: float
     gate_lr: float
-    lr: float
     seed: int
 
     def __post_init__(self) -> None:
@@ -60,6 +61,11 @@ class DiffPruning(Native):
         _need(self.lower < 0, "lower", "be below 0, so that a gate can be closed", self.lower)
         _need(self.upper > 1, "upper", "be above 1, so that a gate can be open", self.upper)
         _need(self.gate_lr > 0, "gate_lr", "be above 0", self.gate_lr)
+        if self.init_from is not None:
+            raise ValueError(
+                f"method.init_from must be null with diff_pruning, which learns a difference to its own base, got "
+                f"{self.init_from}; export that run --to merged and give the folder as model.path"
+            )
 
     def check(self, total: int) -> None:
         """Refuse a run without a step before the pruning, or without one after it."""
@@ -99,9 +105,9 @@ class DiffPruning(Native):
         """Zeros for w, gate_start for gates."""
         return torch.full(param.shape, 0.0 if name.endswith(DIFF) else self.gate_start, dtype=torch.float32)
 
-    def lr_scale(self, name: str) -> float:
+    def rate(self, name: str, lr: float) -> float:
         """Gates have a rate of their own."""
-        return 1.0 if name.endswith(DIFF) else self.gate_lr / self.lr
+        return lr if name.endswith(DIFF) else self.gate_lr
 
     def decays(self, name: str) -> bool:
         """Gates do not: 0 is half open."""

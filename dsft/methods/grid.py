@@ -92,7 +92,10 @@ class Grid:
         )
 
     def fake(self, weight: Tensor) -> Tensor:
-        """Weight (out, in) fp32 -> its nearest levels, fp32. Gradient: as it is, and 0 beyond the outer levels."""
+        """Weight (out, in) fp32 -> its nearest levels, fp32. Gradient: as it is; 0 beyond the outer levels.
+
+        Beyond them there is nothing but, at 2 bits, the largest weight of a group with max w = -min w, a tie.
+        """
         low, high = self._ends
         rounded: Tensor = _torchao().fake_quantize(
             weight, self._block(weight), *self._scale(weight), torch.int8, low, high

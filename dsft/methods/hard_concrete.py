@@ -91,10 +91,18 @@ class Gated(nn.Module):
         finally:
             self.made = None
 
-    def theta(self, name: str) -> Tensor:
-        """Theta0 + z w of the tensor called name, in theta0's type."""
+    def seen(self, name: str) -> Tensor:
+        """What self.NAME gives: theta, also to other modules that look for it; of a shard, which none can use, itself.
+
+        FSDP2 asks a module for its parameters by name, while they are sharded.
+        """
         if self.made is not None and name in self.made:
             return self.made[name]
+        own: Any = self._parameters[name]
+        return own if hasattr(own, "full_tensor") else self.theta(name)
+
+    def theta(self, name: str) -> Tensor:
+        """Theta0 + z w of the tensor called name, in theta0's type."""
         noise = self.noise
         drawn = (noise.seed, noise.step, self.gated[name]) if self.training and not noise.quiet else None
         return self.at(name, Gates(*self.interval, drawn))
@@ -116,7 +124,7 @@ def gate(
             module.register_parameter(f"{name}{ending}", param)
     module.gated = {name: full for name, (full, _) in tensors.items()}
     module.noise, module.interval, module.made = noise, interval, None
-    grow(module, _seen(tuple(tensors)))
+    grow(module, _looking(tuple(tensors)))
 
 
 @torch.no_grad()
@@ -135,14 +143,13 @@ def fold(model: nn.Module) -> None:
 
 
 @cache
-def _seen(names: tuple[str, ...]) -> type[Gated]:
+def _looking(names: tuple[str, ...]) -> type[Gated]:
     """Gated, whose tensors of these names are what it makes of them."""
-    made = {name: property(partial(_theta, name)) for name in names}
-    return type("Gated", (Gated,), made)
+    return type("Gated", (Gated,), {name: property(partial(_look, name)) for name in names})
 
 
-def _theta(name: str, module: Gated) -> Tensor:
-    return module.theta(name)
+def _look(name: str, module: Gated) -> Tensor:
+    return module.seen(name)
 
 
 class _Sum(torch.autograd.Function):

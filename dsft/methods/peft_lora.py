@@ -159,9 +159,9 @@ class LoraPlus(Lora):
         if not self.lr_ratio > 0:
             raise ValueError(f"method.lr_ratio must be above 0, got {self.lr_ratio}")
 
-    def lr_scale(self, name: str) -> float:
-        """lr_ratio for B."""
-        return self.lr_ratio if f".lora_B.{ADAPTER}." in name else 1.0
+    def rate(self, name: str, lr: float) -> float:
+        """lr_ratio times lr for B."""
+        return self.lr_ratio * lr if f".lora_B.{ADAPTER}." in name else lr
 
 
 def _ends_with(pattern: str, name: str) -> bool:

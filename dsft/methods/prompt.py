@@ -7,7 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dsft.methods.soft_prompt import NAME, Rows, SoftPrompt
+from dsft.methods.peft_folder import Folder
+from dsft.methods.soft_prompt import EMBEDDINGS, NAME, Rows, SoftPrompt
+from dsft.methods.stored import Stored, as_it_is, shapes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,6 +22,7 @@ class Prompt(SoftPrompt):
     """
 
     init_text: str | None
+    init_from: str | None
 
     def __post_init__(self) -> None:
         """Refuse a text without a word."""
@@ -51,6 +54,21 @@ class Prompt(SoftPrompt):
         for name, module in model.named_modules():
             if name.rpartition(".")[2] == NAME:
                 module.tokens = tuple(repeated[: self.num_virtual_tokens])
+
+    def stored(self, model: nn.Module) -> Mapping[str, Tensor]:
+        """The rows of a run's folder or of PEFT's, p_tuning's too: its encoder is folded away there."""
+        if self.init_from is None:
+            return {}
+        folder = Folder(self.init_from)
+        folder.check_type("PROMPT_TUNING", folder.config())
+        ((name, param),) = [pair for pair in model.named_parameters() if pair[1].requires_grad]
+        found = shapes(folder.tensors).get(EMBEDDINGS, ())
+        if found != tuple(param.shape):
+            raise ValueError(
+                f"method.init_from must hold {EMBEDDINGS} {list(param.shape)}, got {list(found)}; set "
+                "method.num_virtual_tokens to its rows, or take the model that it was trained on"
+            )
+        return Stored(folder.tensors, {name: (EMBEDDINGS, as_it_is)})
 
     def initial(self, model: nn.Module, name: str, param: Tensor, read: Callable[[str], Tensor]) -> Tensor:
         """Embeddings of init_text, or of tokens drawn from the whole vocabulary, as the model's own embedding gives

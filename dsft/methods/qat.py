@@ -19,7 +19,7 @@ class Qat(Method):
     """Every parameter learns; y = x round(W)^T + b for the linears of the blocks, the gradient of round(W) is W's.
 
     round(W): per group of inputs (k - z) s, k of 2, 4 or 8 bits, s fp32, and z = 0 but with int2, found anew from W at
-    each use; beyond the outer levels, which int2 alone leaves, the gradient is 0. With 8da4w x is rounded too, to 8
+    each use so that none lies beyond the outer levels, where the gradient would be 0. With 8da4w x is rounded too, to 8
     bits per token. Parameters: all. The result holds round(W), which transformers loads as it is (8da4w: without the
     rounding of x), and in integers-NNNNN.safetensors for each weight called NAME: NAME.packed uint8
     (out, ceil(in bits / 8)), k + 2^(bits-1) with the first in the lowest bits, NAME.scales and NAME.zeros

@@ -26,7 +26,9 @@ class RoundedLora(Linear):
         if self.disable_adapters or self.merged:
             return product(x, base.bias, self.grid, in_type, base.weight)
         (name,) = self.active_adapters
-        down, up, scale = self.lora_A[name], self.lora_B[name], self.scaling[name]
+        down: Any = self.lora_A[name]
+        up: Any = self.lora_B[name]
+        scale = self.scaling[name]
         y = product(x, base.bias, self.grid, partial(summed, scale), base.weight, down.weight, up.weight)
         if self.training and isinstance(self.lora_dropout[name], nn.Dropout):
             y = y + (up(down(self.lora_dropout[name](x) - x)) * scale).to(y.dtype)

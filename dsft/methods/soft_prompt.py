@@ -24,6 +24,9 @@ NAME = "dsft_prompt"
 Starts = Sequence[Sequence[int]]
 """Of each row of a batch, where the prompt goes in: before the token of that index. As many in each."""
 
+EMBEDDINGS = "prompt_embeddings"
+"""The one tensor (l, d) of PEFT's file."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class SoftPrompt(Method):
@@ -73,7 +76,7 @@ class SoftPrompt(Method):
             num_attention_heads=numbers.num_attention_heads,
             num_transformer_submodules=1,
         )
-        return write_adapter(config, {"prompt_embeddings": rows}, folder, base)
+        return write_adapter(config, {EMBEDDINGS: rows}, folder, base)
 
     @property
     def starts_as_base(self) -> bool:

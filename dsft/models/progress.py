@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 TALKATIVE = ("DeepSpeed", "torchao", "torch.utils._pytree", "bitsandbytes.backends.cpu.ops")
-"""Loggers of what accelerate and PEFT import by the way: of the accelerator that was found, of kernels that were not."""
+"""Loggers of what accelerate and PEFT import by the way: of accelerators that were found, of kernels that were not."""
 
 
 @contextmanager

@@ -207,7 +207,7 @@ class Zero(Strategy):
     def _config(self, world: World, precision: str, trainable: int) -> dict[str, Any]:
         """Configuration of the engine. No accumulation and no clipping here: backward and step do both."""
         host = {"device": "cpu", "pin_memory": world.device.type == "cuda"}
-        bucket = max(1, min(BUCKET, trainable))
+        bucket = max(2, min(BUCKET, trainable + trainable % 2))  # DeepSpeed asserts that it is even
         zero: dict[str, Any] = {
             "stage": self.stage,
             "reduce_bucket_size": bucket,
