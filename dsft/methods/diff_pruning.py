@@ -156,7 +156,7 @@ class DiffPruning(Native):
         return written
 
     def restore(self, model: nn.Module, anatomy: Anatomy, folder: Path) -> nn.Module:
-        """Add the differences in folder to model's own weights; no gate is left.
+        """Add the differences in folder to copies of model's weights, whose memory others may share; no gate is left.
 
         Raises ValueError if folder is of another base.
         """
@@ -174,9 +174,10 @@ class DiffPruning(Native):
                 )
         with torch.no_grad():
             for name in tensors:
-                flat = held[name].data.view(-1)
+                flat = held[name].detach().flatten().clone()
                 where = stored[f"{name}.indices"].to(flat.device, torch.int64)
                 flat[where] = (flat[where].float() + stored[f"{name}.values"].to(flat.device)).to(flat.dtype)
+                held[name].data = flat.view(held[name].shape)
         return model
 
     def merge(self, model: nn.Module) -> nn.Module:
