@@ -74,7 +74,7 @@ def _built(words: list[str]) -> None:
 def _attached(config: object) -> nn.Module:
     with torch.device("meta"):
         model: nn.Module = AutoModelForCausalLM.from_config(config)
-    return IA3(target_modules="auto", feedforward_modules="auto").attach(model, dissect(model))
+    return IA3(target_modules="auto", feedforward_modules="auto", init_from=None).attach(model, dissect(model))
 
 
 def test_ia3_finds_keys_values_and_down_projections_by_other_names() -> None:

@@ -28,7 +28,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 LENGTHS = (5, 37, 1, 20)
 P = 7
-PLAIN = Prefix(num_virtual_tokens=P, projection=None)
+PLAIN = Prefix(num_virtual_tokens=P, projection=None, init_from=None)
 ROUNDING = 1e-5
 """Of logits of order 1: other kernels, other orders of sums, fp32."""
 
@@ -110,7 +110,7 @@ def test_it_generates_what_the_base_does_after_those_tokens(family: str) -> None
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("projection", [None, 16])
 def test_packed_examples_each_get_the_prefix_and_its_gradient(family: str, projection: int | None) -> None:
-    model = _attached(family, Prefix(num_virtual_tokens=P, projection=projection))
+    model = _attached(family, Prefix(num_virtual_tokens=P, projection=projection, init_from=None))
     rows = _tokens(*LENGTHS)
     with torch.no_grad():
         packed, apart = _logits(model, rows), [_logits(model, [row])[0] for row in rows]
@@ -131,7 +131,7 @@ def test_packed_examples_each_get_the_prefix_and_its_gradient(family: str, proje
 def test_peft_loads_the_file_to_the_same_logits(family: str, projection: int | None, tmp_path: Path) -> None:
     from peft import PeftModel
 
-    method = Prefix(num_virtual_tokens=P, projection=projection)
+    method = Prefix(num_virtual_tokens=P, projection=projection, init_from=None)
     model = _attached(family, method)
     weights = {name: param for name, param in model.named_parameters() if param.requires_grad}
     written = method.save(model, weights, tmp_path, "somewhere")
@@ -156,16 +156,19 @@ def _count(family: str, method: Prefix, **numbers: int) -> int:
     [(1024, 24, 16, 5, 245_760), (1280, 36, 20, 20, 1_843_200)],  # GPT-2 medium: 250K, 0.1 % (Li & Liang 2021); large
 )
 def test_counts_are_those_of_the_paper(width: int, layers: int, heads: int, length: int, published: int) -> None:
-    method = Prefix(num_virtual_tokens=length, projection=None)
+    method = Prefix(num_virtual_tokens=length, projection=None, init_from=None)
     assert _count("gpt2", method, n_embd=width, n_layer=layers, n_head=heads) == published
 
 
 def test_the_network_and_grouped_heads_count_as_their_formula_says() -> None:
     length, h, d, layers, pair = 10, 32, 64, 2, 2 * 2 * 16  # two key-value heads of 16
     numbers = {key: value for key, value in NUMBERS.items() if value is not None}
-    assert _count("llama", Prefix(num_virtual_tokens=length, projection=None), **numbers) == layers * length * pair
+    assert (
+        _count("llama", Prefix(num_virtual_tokens=length, projection=None, init_from=None), **numbers)
+        == layers * length * pair
+    )
     network = length * d + d * h + h + h * layers * pair + layers * pair
-    assert _count("llama", Prefix(num_virtual_tokens=length, projection=h), **numbers) == network
+    assert _count("llama", Prefix(num_virtual_tokens=length, projection=h, init_from=None), **numbers) == network
 
 
 @torch.no_grad()
@@ -192,7 +195,7 @@ def test_an_attention_that_would_leave_the_prefix_out_is_refused() -> None:
 @pytest.mark.parametrize(("length", "projection", "message"), [(0, None, "num_virtual_tokens"), (1, 0, "projection")])
 def test_values_out_of_range_are_refused(length: int, projection: int | None, message: str) -> None:
     with pytest.raises(ValueError, match=rf"method\.{message} must be 1 or more, got 0"):
-        Prefix(num_virtual_tokens=length, projection=projection)
+        Prefix(num_virtual_tokens=length, projection=projection, init_from=None)
 
 
 def test_a_model_without_keys_and_values_of_its_heads_is_refused() -> None:

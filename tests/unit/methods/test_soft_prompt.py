@@ -41,7 +41,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 LENGTHS = (5, 37, 1, 20)
 P = 7
 METHODS: dict[str, SoftPrompt] = {
-    "prompt": Prompt(num_virtual_tokens=P, init_text=None),
+    "prompt": Prompt(num_virtual_tokens=P, init_text=None, init_from=None),
     "p_tuning": PTuning(num_virtual_tokens=P, encoder_hidden_size=None, encoder_num_layers=2),
 }
 ROUNDING = 1e-5
@@ -193,7 +193,7 @@ def _count(family: str, method: SoftPrompt, **numbers: int) -> int:
 @pytest.mark.parametrize(("length", "published"), [(5, 20_480), (100, 409_600)])  # T5-XXL (Lester et al. 2021)
 def test_prompt_tuning_counts_as_published(length: int, published: int) -> None:
     numbers = {"hidden_size": 4096, "num_hidden_layers": 1, "intermediate_size": 64}
-    assert _count("llama", Prompt(num_virtual_tokens=length, init_text=None), **numbers) == published
+    assert _count("llama", Prompt(num_virtual_tokens=length, init_text=None, init_from=None), **numbers) == published
 
 
 def test_p_tuning_counts_as_the_papers_code_and_as_peft() -> None:
@@ -207,7 +207,7 @@ def test_p_tuning_counts_as_the_papers_code_and_as_peft() -> None:
 @pytest.mark.parametrize("family", ["llama", "gemma"])
 def test_rows_start_as_the_texts_tokens_repeated_or_cut_and_else_as_rows_of_the_vocabulary(family: str) -> None:
     for length, expected in ((5, [65, 66, 67, 65, 66]), (2, [65, 66])):
-        method = Prompt(num_virtual_tokens=length, init_text="ABC")
+        method = Prompt(num_virtual_tokens=length, init_text="ABC", init_from=None)
         model = method.attach(_model(family, NAME), dissect(_model(family)))
         method.tokenize(model, lambda text: {"input_ids": list(text.encode())})
         rows = _rows(model)
@@ -257,7 +257,7 @@ def test_values_out_of_range_are_refused(words: list[str], message: str) -> None
 
 
 def test_a_text_without_a_token_is_refused() -> None:
-    method = Prompt(num_virtual_tokens=2, init_text="abc")
+    method = Prompt(num_virtual_tokens=2, init_text="abc", init_from=None)
     with pytest.raises(ValueError, match=r"method\.init_text must hold a token of the model's tokenizer, got 'abc'"):
         method.tokenize(_model("llama"), lambda text: {"input_ids": []})
 
