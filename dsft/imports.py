@@ -7,9 +7,14 @@ from contextlib import contextmanager
 
 DISABLE = "TORCHDYNAMO_DISABLE"
 
-REMARKS = {"torchao": ("Failed to load ", ".so"), "torch.utils._pytree": ("register_constant", "Enum")}
-"""Logger -> what is in each remark that importing torchao, which transformers does by itself, leaves on every terminal:
-on kernels of other machines, and on how it registers its enumerations. Nothing here uses either.
+REMARKS = {
+    "torchao": ("Failed to load ", ".so"),
+    "torch.utils._pytree": ("register_constant", "Enum"),
+    "bitsandbytes.backends.cpu.ops": ("kernels-community",),
+}
+"""Logger -> what is in each remark that importing torchao, which transformers does by itself, or bitsandbytes, which
+PEFT does, leaves on every terminal: on kernels of other machines, on how enumerations are registered, and, where a
+processor has bf16, on an optional kernel. Nothing here uses any of them.
 """
 
 

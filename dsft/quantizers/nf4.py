@@ -1,6 +1,5 @@
 """NF4: 4-bit levels at the quantiles of a normal, by bitsandbytes. QLoRA, Dettmers et al. 2023, arXiv:2305.14314."""
 
-import logging
 from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
@@ -134,17 +133,8 @@ def _dynamic_map(device: torch.device) -> Tensor:
 
 @cache
 def _bitsandbytes() -> ModuleType:
-    """bitsandbytes.functional, imported at first use and without its remark on an optional CPU kernel."""
-    log = logging.getLogger("bitsandbytes.backends.cpu.ops")
-
-    def keep(record: logging.LogRecord) -> bool:
-        return "kernels-community" not in record.getMessage()
-
-    log.addFilter(keep)
-    try:
-        with uncompiled():
-            import bitsandbytes.functional as functional
-    finally:
-        log.removeFilter(keep)
+    """bitsandbytes.functional, imported at first use."""
+    with uncompiled():
+        import bitsandbytes.functional as functional
     module: ModuleType = functional
     return module
