@@ -56,7 +56,7 @@ slow: $(READY)
 # The first `up` installs what is missing.
 slurm-test: $(READY)
 	@slurm/testbed up && slurm/testbed down
-	@.venv/bin/python -m pytest tests/slurm -n 3 --dist worksteal $(ARGS)
+	@.venv/bin/python -m pytest tests/slurm -n 2 --dist worksteal $(ARGS)
 
 faults: $(READY)
 	@.venv/bin/python -m benchmarks.faults $(ARGS)
