@@ -42,9 +42,11 @@ def profiled(model: Any, anatomy: Any, step: Callable[[int], int], steps: int) -
 def plain(job: Job) -> dict[str, Any]:
     """Of the loop on transformers and PEFT."""
     from benchmarks.peer_plain import Loop
+    from dsft.engine.parts import Part, mark
     from dsft.models.anatomy import dissect
 
     loop = Loop(job)
+    loop.update = mark(Part.OPTIMIZER)(loop.update)
     base = loop.model.get_base_model()
     anatomy = dissect(base)
     linears = {name.removesuffix(".base_layer"): role for name, role in anatomy.linears.items() if "lora_" not in name}

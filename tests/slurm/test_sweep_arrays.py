@@ -3,7 +3,8 @@
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,15 @@ pytestmark = pytest.mark.usefixtures("cluster")
 BROKEN = """
 import os
 import sys
+import time
 from dataclasses import dataclass
+from pathlib import Path
 
 from dsft.objectives.sft import SFT
 
 if "SLURM_JOB_ID" in os.environ and sys.argv[1].endswith("/5"):
+    while not Path(__file__).with_name("go").is_file():
+        time.sleep(0.1)
     raise ZeroDivisionError("made to fail")
 
 
@@ -33,17 +38,41 @@ class Broken(SFT):
 """
 
 
+Start = Callable[..., "subprocess.Popen[str]"]
+
+
 @pytest.fixture
-def start(rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., "subprocess.Popen[str]"]:
+def spawn() -> Iterator[Start]:
+    """Start a module's command in the background; it is gone at the end."""
+    spawned: list[subprocess.Popen[str]] = []
+
+    def spawn(*words: str | Path) -> "subprocess.Popen[str]":
+        command = [sys.executable, "-m", *map(str, words)]
+        spawned.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
+        return spawned[-1]
+
+    yield spawn
+    for process in spawned:
+        process.kill()
+        process.communicate()
+
+
+@pytest.fixture
+def start(spawn: Start, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Start:
+    """Start a sweep."""
     (tmp_path / "broken.py").write_text(BROKEN)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
-    typed = words(rows, tmp_path / "sweep", "launcher=slurm", "checkpoint.every=0")
+    return partial(spawn, "dsft.run", "-m", *words(rows, tmp_path / "sweep", "launcher=slurm", "checkpoint.every=0"))
 
-    def start(*more: str) -> "subprocess.Popen[str]":
-        command = [sys.executable, "-m", "dsft.run", "-m", *typed, *more]
-        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
-    return start
+def heard(process: Any, text: str) -> str:
+    """What a process says, up to the line with the text."""
+    said = ""
+    while text not in said:
+        line = process.stdout.readline()
+        assert line, said
+        said += line
+    return said
 
 
 def at_once(points: Sequence[Path]) -> int:
@@ -53,18 +82,14 @@ def at_once(points: Sequence[Path]) -> int:
 
 
 def test_a_killed_launcher_leaves_an_array_and_resume_starts_only_what_is_missing(
-    start: Callable[..., Any], tmp_path: Path
+    start: Start, spawn: Start, tmp_path: Path
 ) -> None:
     sweep = tmp_path / "sweep"
     launcher = start(
         "train.steps=2", "launcher.max_parallel=3", "method.rank=4,8,16", "optim.lr=1e-4,2e-4,5e-4,1e-3",
         "objective._target_=broken.Broken",
     )  # fmt: skip
-    said = ""
-    while "submitted    12 points as job array" not in said:
-        line = launcher.stdout.readline()
-        assert line, said
-        said += line
+    heard(launcher, "submitted    12 points as job array")
     launcher.kill()
     launcher.communicate()
     jobs = [job_of(sweep / str(index)) for index in range(12)]
@@ -73,8 +98,11 @@ def test_a_killed_launcher_leaves_an_array_and_resume_starts_only_what_is_missin
     assert state(jobs[11], "ArrayTaskThrottle") == "3"
     subprocess.run(["scancel", jobs[11]], check=True)
     assert states(sweep)[11] == "LOST"
-    done = verb("resume", sweep)
-    assert done.returncode == 77, done.stdout + done.stderr
+    resume = spawn("dsft.sweep", "resume", sweep)
+    said = heard(resume, " points to submit")
+    (tmp_path / "go").touch()  # not before: resume starts what has failed, too
+    said += resume.communicate()[0]
+    assert resume.returncode == 77, said
     again = [job_of(sweep / str(index)) for index in range(12)]
     assert again[:11] == jobs[:11]
     assert again[11] != jobs[11]
@@ -83,7 +111,7 @@ def test_a_killed_launcher_leaves_an_array_and_resume_starts_only_what_is_missin
     assert [len(events(point, "start")) for point in good] == [1] * 11
     assert 1 < at_once(good) <= 3
     assert (state(jobs[5]), status(sweep / "5")["state"]) == ("FAILED", "failed")
-    table = done.stdout[done.stdout.rindex("point  state") :].splitlines()
+    table = said[said.rindex("point  state") :].splitlines()
     assert table[-1].split()[:2] == ["5", "FAILED"]
     assert "ZeroDivisionError: made to fail" in table[-1]
     shown = [float(line.split()[3]) for line in table[1:-1]]
@@ -91,7 +119,7 @@ def test_a_killed_launcher_leaves_an_array_and_resume_starts_only_what_is_missin
 
 
 def test_a_submission_killed_half_way_runs_nothing_until_resume_does_and_nothing_twice(
-    start: Callable[..., Any], tmp_path: Path
+    start: Start, tmp_path: Path
 ) -> None:
     sweep = tmp_path / "sweep"
     launcher = start("optim.lr=1e-4,2e-4,3e-4,4e-4,5e-4,6e-4", "+launcher.extra.begin=now+1hour", "launcher.wait=false")
@@ -115,7 +143,7 @@ def test_a_submission_killed_half_way_runs_nothing_until_resume_does_and_nothing
     assert states(sweep) == ["stopped"] * 6
 
 
-def test_a_task_goes_back_into_the_queue_without_the_others(start: Callable[..., Any], tmp_path: Path) -> None:
+def test_a_task_goes_back_into_the_queue_without_the_others(start: Start, tmp_path: Path) -> None:
     sweep = tmp_path / "sweep"
     more = ("train.steps=100000", "train.compile=false", "checkpoint.every=1000", "launcher.wait=false")
     launcher = start(*more, "optim.lr=1e-3,2e-3")
