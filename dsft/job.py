@@ -159,6 +159,7 @@ def work(run_dir: Path, attempt: Attempt) -> int:
         recorder.end(at, data, keeper.saved)
     session.run.strategy.close()
     leave()
+    stop.ignore()
     return STOPPED if at.state == ASKED else DONE
 
 

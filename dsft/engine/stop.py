@@ -24,6 +24,11 @@ class StopFlag:
         for number in SIGNALS:
             signal.signal(number, self._set)
 
+    def ignore(self) -> None:
+        """Once all is saved, signals change nothing. Python takes handlers away as it ends; what is ignored stays."""
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+
     def _set(self, number: int, frame: FrameType | None) -> None:
         self.signal = signal.Signals(number).name
 

@@ -3,6 +3,8 @@
 import math
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -138,6 +140,27 @@ def test_a_signal_stops_the_run_at_the_next_step() -> None:
         for number, handler in before.items():
             signal.signal(number, handler)
     assert (at.state, at.step, at.reason) == ("stopped", 0, "SIGUSR2")
+
+
+LATE = """
+import os
+from dsft.engine.stop import SIGNALS, StopFlag
+
+class Late:
+    def __del__(self):
+        for number in SIGNALS:
+            os.kill(os.getpid(), number)
+
+stop = StopFlag()
+stop.bind()
+stop.ignore()
+kept = Late()  # a global goes when the interpreter has given its handlers back
+"""
+
+
+def test_signals_to_a_process_that_has_saved_and_ends_change_nothing() -> None:
+    done = subprocess.run([sys.executable, "-c", LATE], check=False)
+    assert done.returncode == 0
 
 
 def test_the_clock_stops_the_run_like_a_signal() -> None:
