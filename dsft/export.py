@@ -1,6 +1,7 @@
 """python -m dsft.export RUN --to adapter|merged OUT: a folder that PEFT, transformers or dsft loads."""
 
 import argparse
+import os
 import shutil
 import warnings
 from collections.abc import Sequence
@@ -44,8 +45,7 @@ def export(run_dir: Path, what: str, out: Path) -> None:
         raise ValueError(
             f"RUN must be done, {run_dir} is {state(run_dir).get('state', 'not started')}; finish it first"
         )
-    if out.exists():
-        raise ValueError(f"OUT must not exist, got {out}; choose another folder")
+    _check_out(out)
     run = read(run_dir)
     if what == "adapter" or run.method.whole:
         shutil.copytree(run_dir / "adapter", out)
@@ -61,6 +61,21 @@ def export(run_dir: Path, what: str, out: Path) -> None:
         model.save_pretrained(out)
         write_beside(run.method, beside, out, 1)
         run.model.resolve().tokenizer().save_pretrained(out)
+
+
+def _check_out(out: Path) -> None:
+    """Refuse what is there, and where no folder can be made: tried, as permission bits do not tell all."""
+    if os.path.lexists(out):
+        raise ValueError(f"OUT must not exist, got {out}; choose another folder")
+    first = [place for place in (out, *out.parents) if not os.path.lexists(place)][-1]
+    try:
+        first.mkdir()
+        first.rmdir()
+    except OSError as error:
+        raise ValueError(
+            f"OUT must be where a folder can be made, got {out}, where {first} cannot ({error.strerror}); choose "
+            "another folder"
+        ) from error
 
 
 def _refuse_unmergeable(run: Run, adapter: Path) -> None:

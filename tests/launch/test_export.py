@@ -36,6 +36,13 @@ def test_an_adapter_that_cannot_be_merged_is_refused_in_one_line_and_nothing_is_
     assert refused.stderr.count("\n") == 1
     assert "no weight of the base can hold what Houlsby adds, got merged; take --to adapter" in refused.stderr
     assert not out.exists()
+    (tmp_path / "file").touch()
+    for place, why in ((tmp_path / "file" / "y", "Not a directory"), (Path("/proc/x"), "No such file or directory")):
+        refused = _export(run_dir, "adapter", place)
+        assert refused.returncode == 2, refused.stderr
+        assert refused.stderr.startswith(f"dsft: OUT must be where a folder can be made, got {place}, ")
+        assert why in refused.stderr
+        assert refused.stderr.count("\n") == 1
     assert _export(run_dir, "adapter", out).returncode == 0
     assert (out / "dsft_adapter.json").is_file()
 
