@@ -4,7 +4,7 @@
     results = load("runs/a", "runs/b", "a_folder_of_pefts")
     results.names()               # ("a", "b", "a_folder_of_pefts")
     results.compare("2 + 2 = ?")  # {"base": "...", "a": "...", "b": "...", ...}
-    model = results.switch("b")   # to call, or to generate with; None: the base alone
+    model = results.switch("b")   # to call, or to generate with, under autocast: docs/chat.md; None: the base alone
 
 Each result has a module tree of its own over the base's tensors, so any method can sit beside any other and none knows
 of it; nothing writes into the base, and to switch is to take another tree.
@@ -24,6 +24,8 @@ from dsft.comm.world import World
 from dsft.compose import read
 from dsft.data.dialogue import ends_of, prompt_of
 from dsft.engine.assemble import DTYPES
+from dsft.methods import native
+from dsft.methods.stored import shapes
 from dsft.models.anatomy import dissect
 from dsft.models.build import build_meta
 from dsft.models.lineage import Lineage
@@ -31,8 +33,9 @@ from dsft.models.materialize import materialize
 from dsft.models.progress import no_progress_bars
 from dsft.models.source import Pretrained
 from dsft.models.values import open_values
+from dsft.protocols import Method
 from dsft.quantizers.none import Unquantized
-from dsft.results import BASE, Result, find
+from dsft.results import BASE, TENSORS, Result, find
 from dsft.rules import computes_bf16
 from dsft.verify import load as load_whole
 from dsft.verify import put
@@ -82,6 +85,7 @@ class Adapters:
         self.base.generation_config = self._settings
         self._results: dict[str | None, Result] = {None: results[0]}
         self._models: dict[str | None, Any] = {None: self.base}
+        self._positions: dict[str | None, int] = {None: 0}
         self.current: str | None = None
         for result in results:
             self.add(result)
@@ -91,12 +95,12 @@ class Adapters:
         with no_progress_bars(), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
             warnings.filterwarnings("error", "Found missing adapter keys")
+            method = read(result.run_dir).method if result.run_dir else None
             if result.whole:
                 assert result.run_dir is not None
                 model = load_whole(read(result.run_dir), result.folder).to(self.device)
                 model.generation_config = copy.deepcopy(self._settings)
             else:
-                method = read(result.run_dir).method if result.run_dir else None
                 try:
                     model = put(_twin(self.base, _held(result.folder)), result.folder, method)
                 except (RuntimeError, ValueError, KeyError, UserWarning) as error:
@@ -104,6 +108,7 @@ class Adapters:
                     raise ValueError(f"{result.folder} must fit the base {result.base}, got: {said}") from error
         model.eval().requires_grad_(False)
         self._models[result.name], self._results[result.name] = model, result
+        self._positions[result.name] = _taken(model, method, result.folder)
 
     def names(self) -> tuple[str, ...]:
         """Names of the results, in the order in which they were given."""
@@ -140,29 +145,44 @@ class Adapters:
         """What the current one says to messages ({"role", "content"}, ...); temperature 0: always the likeliest.
 
         The system message of its training stands before them. streamer: transformers' own, to be told every token.
-        Raises ValueError for a conversation that is longer than the model's reach.
+        Raises ValueError as check does.
         """
-        result = self._results[self.current]
-        system = [{"role": "system", "content": result.system}] if result.system else []
-        tokens = prompt_of(self.tokenizer, [*system, *map(dict, messages)], result.joint)
-        shape = self.base.config.get_text_config()
-        known = getattr(shape, "max_position_embeddings", None)
-        reach = known or len(tokens) + max_new_tokens
-        room = min(max_new_tokens, reach - len(tokens))
-        if room < 1 or not tokens:
-            raise ValueError(
-                f"the conversation must have 1 to {reach - 1} tokens, the model's reach, got {len(tokens)}; begin anew"
-            )
+        tokens, left = self._fitting(messages)
+        room = max_new_tokens if left is None else min(max_new_tokens, left)
         ids = torch.tensor([tokens], device=self.device)
         drawn: dict[str, Any] = {"do_sample": temperature > 0}
         if temperature > 0:
             drawn |= {"temperature": temperature, "top_k": 0}  # of all tokens
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+        autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
+        with autocast, warnings.catch_warnings():
+            # of PEFT 0.21 on prompts: the model then counts by its cache, which has the virtual tokens too
+            warnings.filterwarnings("ignore", "Position ids are not supported for parameter efficient tuning")
             out = self._models[self.current].generate(
                 input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=room, streamer=streamer, **drawn
             )
         text: str = self.tokenizer.decode(out[0, len(tokens) :], skip_special_tokens=True)
         return text.strip()
+
+    def check(self, messages: Sequence[Mapping[str, str]]) -> None:
+        """Raise ValueError, one line, if the current one cannot answer messages: more tokens than it knows, or none."""
+        self._fitting(messages)
+
+    def _fitting(self, messages: Sequence[Mapping[str, str]]) -> tuple[list[int], int | None]:
+        """The conversation's tokens, and how many more there is a position for; None: no end is known."""
+        result = self._results[self.current]
+        system = [{"role": "system", "content": result.system}] if result.system else []
+        tokens = prompt_of(self.tokenizer, [*system, *map(dict, messages)], result.joint)
+        shape, before = self.base.config.get_text_config(), self._positions[self.current]
+        known = getattr(shape, "max_position_embeddings", None)
+        left = None if known is None else known - before - len(tokens)
+        if not tokens or (left is not None and left < 1):
+            reach = "1 or more" if known is None else f"1 to {known - before - 1}"
+            taken = f" less {before} that its method takes" if before else ""
+            raise ValueError(
+                f"the conversation with {self.current or BASE} must have {reach} tokens, the positions that the model "
+                f"knows{taken}, got {len(tokens)}; shorten it or begin anew"
+            )
+        return tokens, left
 
 
 def _base(files: Any, quantization: Any, dtype: torch.dtype, seed: int, device: torch.device) -> Any:
@@ -202,13 +222,17 @@ def _twin(base: nn.Module, held: set[str]) -> Any:
     return copy.deepcopy(base, memo)
 
 
+def _taken(model: Any, method: Method | None, folder: Path) -> int:
+    """Positions that the result takes before a conversation's first token; method: None where nobody knows."""
+    if method is None and native.holds(folder):
+        method = native.read(folder)
+    if method is not None:
+        return method.positions
+    config = model.active_peft_config
+    return int(config.num_virtual_tokens) if config.is_prompt_learning else 0
+
+
 def _held(folder: Path) -> set[str]:
     """What the adapter in folder holds under names of the base's own tensors, and may write there."""
-    from safetensors import safe_open
-
-    file = folder / "adapter_model.safetensors"
-    if not file.is_file():
-        raise ValueError(f"{folder} must hold {file.name}, got none; let PEFT save it again with safe_serialization")
-    with safe_open(file, "pt") as opened:
-        names = list(opened.keys())
+    names = shapes(folder / TENSORS, "RUN")
     return {re.sub(r"^base_model\.model\.|\.base_layer(?=\.)", "", name) for name in names}

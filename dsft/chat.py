@@ -1,7 +1,9 @@
 """python -m dsft.chat RUN [RUN2 ...]: talk to what was trained, the base and every result side by side."""
 
 import argparse
+import io
 import math
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -15,6 +17,8 @@ if TYPE_CHECKING:
     from dsft.adapters import Adapters
 
 USAGE = "dsft chat RUN [RUN2 ...] [--prompt TEXT] [--max-new-tokens N] [--temperature T]"
+INTERRUPTED, UNHEARD = 130, 141
+"""Exit codes as a shell's: 128 + SIGINT, 128 + SIGPIPE."""
 COMMANDS = "/list  /use NAME|all|base  /reset  /quit"
 
 
@@ -32,8 +36,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ValueError(f"--max-new-tokens must be 1 or more, got {args.max_new_tokens}")
         if not 0 <= args.temperature < math.inf:
             raise ValueError(f"--temperature must be 0 or more, got {args.temperature}")
-        if args.prompt is not None and not args.prompt.strip():
-            raise ValueError("--prompt must hold some text, got none; leave it out to type")
+        if args.prompt is not None:
+            if not args.prompt.strip():
+                raise ValueError("--prompt must hold some text, got none; leave it out to type")
+            _check_text("--prompt", args.prompt)
         chat = Chat(find(args.runs), args.max_new_tokens, args.temperature)
         if args.prompt is not None:
             chat.ask(args.prompt)
@@ -41,9 +47,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         return refuse(error)
     except KeyboardInterrupt:
-        return 130
-    chat.talk()
+        return INTERRUPTED
+    except BrokenPipeError:
+        return _unheard()
+    try:
+        chat.talk()
+    except BrokenPipeError:
+        return _unheard()
     return 0
+
+
+def _unheard() -> int:
+    """Whoever read the answers has left: what is still unwritten goes nowhere, and Python's own end is silent."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return UNHEARD
+
+
+def _check_text(what: str, text: str) -> None:
+    """Refuse bytes that are no text, which Python hands on as surrogates."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{what} must be text in UTF-8, got {text[:40]!a}; convert it, e.g. by iconv") from error
 
 
 def _raise(message: str) -> NoReturn:
@@ -81,12 +106,15 @@ class Chat:
     def talk(self) -> None:
         """Answer what is typed, until /quit or the end of the input."""
         typed = sys.stdin.isatty()
+        if isinstance(sys.stdin, io.TextIOWrapper):
+            sys.stdin.reconfigure(errors="surrogateescape")  # a line that is no text is refused, and the next one read
         if typed:
             print(f"{', '.join(speaker.shown for speaker in self.listening)} listen. {COMMANDS}")
         for line in _lines(typed):
             if line == "/quit":
                 return
             try:
+                _check_text("a line", line)
                 if line.startswith("/"):
                     self._obey(*line[1:].partition(" ")[::2])
                 else:
@@ -97,12 +125,15 @@ class Chat:
                 print(f"dsft: {error}", file=sys.stderr)
 
     def ask(self, prompt: str) -> None:
-        """Print each answer under the name of who gave it."""
-        streamed = sys.stdout.isatty()
+        """Print each answer under the name of who gave it, once the conversation fits all of them."""
+        streamed, saying = sys.stdout.isatty(), {"role": "user", "content": prompt}
+        for speaker in self.listening:
+            speaker.adapters.switch(speaker.name)
+            speaker.adapters.check([*speaker.said, saying])
         for speaker in self.listening:
             print(f"{speaker.shown}:", flush=True)
             speaker.adapters.switch(speaker.name)
-            asked = [*speaker.said, {"role": "user", "content": prompt}]
+            asked = [*speaker.said, saying]
             streamer = _streamer(speaker.adapters.tokenizer) if streamed else None
             answer = speaker.adapters.answer(asked, streamer=streamer, **self.how)
             speaker.said = [*asked, {"role": "assistant", "content": answer}]

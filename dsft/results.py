@@ -1,4 +1,4 @@
-"""Results on disk, of runs and of others: whose base they sit on and how they are called. Reads small files alone."""
+"""Results on disk, of runs and of others: whose base they sit on, how they are called. Reads small files, headers."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -22,6 +22,9 @@ PEFT, NATIVE, WHOLE = "adapter_config.json", "dsft_adapter.json", "config.json"
 
 CHANGED = ("pissa", "olora", "corda", "loftq")
 """Beginnings of PEFT's init_lora_weights that change the base beside the adapter."""
+
+TENSORS = "adapter_model.safetensors"
+"""What an adapter has learned, in either format."""
 
 JOINED = ("prompt_completion", "text")
 """Formats of data whose prompt goes on without a line break where there is no chat template."""
@@ -57,7 +60,7 @@ def find(paths: Sequence[Path | str], *, names: Sequence[str] | None = None) -> 
     """What each path holds: a run's folder, its adapter/, or an adapter's folder, PEFT's or ours.
 
     names: instead of the ends of the paths that tell them apart. Raises ValueError, one line, for what is no result and
-    for results of several base models; torch is not imported.
+    for results of several base models; torch is imported when all else is right.
     """
     folders = [_folder(Path(path).expanduser()) for path in paths]
     if len({folder.resolve() for folder, _ in folders}) < len(folders):
@@ -75,6 +78,7 @@ def find(paths: Sequence[Path | str], *, names: Sequence[str] | None = None) -> 
             )
     for result in found:
         _check_base(result)
+        _check_tensors(result)
     return found
 
 
@@ -90,7 +94,8 @@ def _folder(path: Path) -> tuple[Path, Path | None]:
             )
         return path / "adapter", path
     if not path.is_dir():
-        raise ValueError(f"RUN must be a run's folder, got {path}, which does not exist; give the run_dir of a run")
+        what = "is a file" if path.exists() else "does not exist"
+        raise ValueError(f"RUN must be a run's folder, got {path}, which {what}; give the run_dir of a run")
     if _format(path) not in (PEFT, NATIVE):
         raise ValueError(
             f"RUN must be a run's or an adapter's folder, got {path} without config.yaml, {PEFT} or {NATIVE}; give the "
@@ -137,6 +142,18 @@ def _check_base(result: Result) -> None:
     folder = None if path is None else local_folder(path)
     if folder is not None:
         check_folder(folder, weights=pretrained)
+
+
+def _check_tensors(result: Result) -> None:
+    """Refuse files that are missing or cut short: by their headers, before a base is loaded for them."""
+    if not result.whole and not (result.folder / TENSORS).is_file():
+        raise ValueError(
+            f"RUN must hold {TENSORS}, got none in {result.folder}; let PEFT save it again with safe_serialization"
+        )
+    from dsft.methods.stored import shapes
+
+    for file in sorted(result.folder.glob("*.safetensors")):
+        shapes(file, "RUN")
 
 
 def _told(result: Result) -> str:

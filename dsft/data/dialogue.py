@@ -13,13 +13,13 @@ def prompt_of(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[dict[str,
     """The tokens after which the answer begins.
 
     messages: {"role", "content"}, ...; without a chat template the last one stands for itself, with joint behind it.
-    Raises ValueError if the template refuses them.
+    Raises ValueError if the template refuses them. However many they are, transformers says nothing about it.
     """
     if tokenizer.chat_template is None:
-        given: list[int] = tokenizer(messages[-1]["content"] + joint)["input_ids"]
+        given: list[int] = tokenizer(messages[-1]["content"] + joint, verbose=False)["input_ids"]
         return given[:-1] if given and given[-1] == tokenizer.eos_token_id else given
     text = _rendered(tokenizer, messages, add_generation_prompt=True)
-    tokens: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    tokens: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     return tokens
 
 

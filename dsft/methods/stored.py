@@ -46,17 +46,18 @@ def place(path: str, config: str) -> Path:
     return folder
 
 
-def shapes(file: Path) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of every tensor of a safetensors file; its header is read. Raises ValueError if it is damaged."""
+def shapes(file: Path, given: str = "method.init_from") -> dict[str, tuple[int, ...]]:
+    """Name -> shape of every tensor of a safetensors file; its header is read. Raises ValueError if it is damaged.
+
+    given: what the user set that led to it.
+    """
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(file, "pt") as opened:
             return {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # no dict
     except SafetensorError as error:
-        raise ValueError(
-            f"method.init_from must hold whole files, got {file} damaged ({error}); copy it again"
-        ) from None
+        raise ValueError(f"{given} must hold whole files, got {file} damaged ({error}); copy it again") from None
 
 
 def as_it_is(tensor: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """Several results over one base: each is what it is alone, whoever spoke before, and the base stays itself."""
 
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from transformers import AutoModelForCausalLM
 from dsft.adapters import Adapters, by_base, load
 from dsft.checkpoint.digests import of_all, of_tensor
 from dsft.compose import read
+from dsft.data.dialogue import prompt_of
 from dsft.export import unpacked_base
 from dsft.results import find
 from dsft.verify import load as alone
@@ -111,6 +113,43 @@ def test_prompts_are_answered_one_after_the_other_as_alone(runs: dict[str, Path]
     assert adapters.current is None
     assert adapters.compare("What is 2 + 2?", max_new_tokens=8) == together
     assert load(runs["prefix"]).compare("What is 2 + 2?", max_new_tokens=8)["prefix"] == together["prefix"]
+
+
+@pytest.mark.parametrize("method", ["bitfit", "compacter"])
+def test_what_the_page_says_is_done_after_a_run_in_bf16(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "chat.md").read_text()
+    for name, trained in (("a", "lora"), ("b", method)):
+        left_by(tmp_path / "runs" / name, trained, "train.precision=bf16")
+    shutil.copytree(tmp_path / "runs" / "a" / "adapter", tmp_path / "a_folder_of_pefts")
+    monkeypatch.chdir(tmp_path)
+    said: dict[str, Any] = {}
+    for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
+        exec(block, said)
+    tokens = said["tokens"]["input_ids"]
+    assert said["logits"].shape[:2] == tokens.shape
+    assert said["logits"].dtype is torch.bfloat16
+    assert said["written"].shape[1] > tokens.shape[1]
+    with pytest.raises(RuntimeError, match="dtype"), torch.no_grad():
+        said["model"](**said["tokens"])  # else the page asks for too much
+
+
+@pytest.mark.parametrize("method", ["prompt", "p_tuning", "prefix"])
+def test_virtual_tokens_count_in_the_models_reach(runs: dict[str, Path], tmp_path: Path, method: str) -> None:
+    shutil.copytree(runs[method] / "adapter", tmp_path / "alone")
+    taken = read(runs[method]).method.positions
+    assert taken > 0
+    adapters = load(runs[method], tmp_path / "alone")
+    known = adapters.base.config.max_position_embeddings
+    around = len(prompt_of(adapters.tokenizer, [{"role": "user", "content": "x"}], "\n")) - 1  # a token per byte
+    for name, before in ((None, 0), (method, taken), ("alone", taken)):
+        adapters.switch(name)
+        most = [{"role": "user", "content": "x" * (known - before - 1 - around)}]
+        assert isinstance(adapters.answer(most, max_new_tokens=8), str)
+        more = [{"role": "user", "content": "x" * (known - before - around)}]
+        with pytest.raises(ValueError, match=f"must have 1 to {known - before - 1} tokens, .*, got {known - before};"):
+            adapters.answer(more, max_new_tokens=8)
 
 
 def test_an_unknown_name_and_other_bases_are_refused(runs: dict[str, Path], tmp_path: Path) -> None:

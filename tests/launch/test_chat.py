@@ -1,5 +1,8 @@
 """dsft chat through its real command line: on what real runs have left."""
 
+import os
+import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -82,6 +85,52 @@ def _of_another_base(folder: Path) -> Path:
     return folder
 
 
+def _cut_short(folder: Path) -> Path:
+    shutil.copytree(folder.parent / "whole", folder)
+    file = folder / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-9])
+    return folder
+
+
+def _file(path: Path) -> Path:
+    path.touch()
+    return path
+
+
+def test_what_is_no_text_is_refused_and_the_next_line_answered(runs: dict[str, Path]) -> None:
+    for encoding in ("utf-8", "utf-8:surrogateescape"):
+        done = subprocess.run(
+            [sys.executable, "-m", "dsft.chat", runs["houlsby"], "--max-new-tokens", "2"],
+            input=b"\xff\xfe\nhello\n/quit\n", capture_output=True, check=False,
+            env={**os.environ, "PYTHONIOENCODING": encoding},
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert done.stderr.count(b"\n") == 1
+        assert done.stderr.startswith(b"dsft: a line must be text in UTF-8, got '\\udcff\\udcfe'; ")
+        assert done.stdout.startswith(b"base:\n")
+
+
+def test_who_hears_no_more_ends_it_without_a_word(runs: dict[str, Path]) -> None:
+    for words, typed in ((("--prompt", "hi"), b""), ((), b"hi\nhi\n")):
+        reader, writer = os.pipe()
+        os.close(reader)
+        done = subprocess.run(
+            [sys.executable, "-m", "dsft.chat", runs["houlsby"], "--max-new-tokens", "2", *words],
+            input=typed, stdout=writer, stderr=subprocess.PIPE, check=False,
+        )  # fmt: skip
+        os.close(writer)
+        assert done.returncode == 128 + signal.SIGPIPE
+        assert done.stderr == b""
+
+
+def test_a_prompt_beyond_the_models_reach_is_refused_before_anyone_answers(runs: dict[str, Path]) -> None:
+    done = _chat(runs["houlsby"], "--prompt", "What is 2 + 2? " * 2000)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.count("\n") == 1
+    assert "dsft: the conversation with base must have 1 to " in done.stderr
+
+
 @pytest.mark.parametrize(
     ("words", "line"),
     [
@@ -90,16 +139,20 @@ def _of_another_base(folder: Path) -> Path:
         ([Path.cwd()], "without config.yaml, adapter_config.json or dsft_adapter.json; give the run_dir of a run"),
         ([_unfinished], "has none; start it again to finish it"),
         ([_damaged], "missing or damaged; restore it"),
+        ([_file], "bad, which is a file; give the run_dir of a run"),
+        ([_cut_short], "adapter_model.safetensors damaged (Error while deserializing header: "),
         (["houlsby", _of_another_base], "RUN must be of the base of houlsby, "),
         ([_of_another_base], "model.path must be a model folder or a hub id, got /another/base, which does not exist"),
         (["houlsby", "houlsby"], "RUN must be given once"),
         (["houlsby", "--temperature=-1"], "--temperature must be 0 or more, got -1.0"),
         (["houlsby", "--max-new-tokens=0"], "--max-new-tokens must be 1 or more, got 0"),
         (["houlsby", "--prompt="], "--prompt must hold some text"),
+        (["houlsby", "--prompt=\udcff"], "--prompt must be text in UTF-8, got '\\udcff'"),
     ],
     ids=lambda value: value[:30] if isinstance(value, str) else "",
 )
 def test_bad_input_is_one_line_and_soon(runs: dict[str, Path], tmp_path: Path, words: list[object], line: str) -> None:
+    shutil.copytree(runs["houlsby"] / "adapter", tmp_path / "whole")
     given = [word(tmp_path / "bad") if callable(word) else runs.get(str(word), word) for word in words]
     began = time.monotonic()
     done = subprocess.run(
