@@ -1,5 +1,6 @@
 """The learning table as a page, benchmarks/results/methods-smollm2.md, and as a chart, docs/methods.svg."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from xml.sax.saxutils import escape
@@ -21,13 +22,19 @@ alone, the first left out for speed. Seconds: of all, from the base's file to th
 Made by `python -m benchmarks.learns` {where}.
 """
 
+OTHER = "The same run with one thing changed, the largest gain first; what was tried and did worse stands too."
+
 COLUMNS = ("method", "rate", "trainable", "share", "loss before", "after", "lowered by", "exact match before", "after",
            "state MiB", "tokens/s", "peak MiB", "seconds", "code")  # fmt: skip
 
 
 def newest(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One line per method, the last; those with a result by the loss that they end with, then the refused."""
-    last = {line["method"]: line for line in lines}
+    """One line per method and change, the last, with the speed timed last; by the loss at the end, the refused last."""
+    last = {(line["method"], line.get("changed", "")): line for line in lines if not line.get("timed")}
+    for line in lines:
+        key = (line["method"], line.get("changed", ""))
+        if line.get("timed") and key in last:
+            last[key] = {**last[key], "tokens_per_s": line["tokens_per_s"]}
     return sorted(last.values(), key=lambda line: ("refused" in line, line.get("loss_after", 0.0), line["method"]))
 
 
@@ -39,7 +46,7 @@ def lowered(line: dict[str, Any]) -> float:
 
 def page(lines: list[dict[str, Any]], steps: int) -> str:
     """The page. A method that does not lower the loss is red."""
-    best = newest(lines)
+    best, changed = own(lines), [line for line in newest(lines) if line.get("changed") and "refused" not in line]
     measured = [line for line in best if "refused" not in line]
     if not measured:
         return f"# What each method learns in {steps} steps\n\nNothing is measured yet; `make learns` does.\n"
@@ -50,7 +57,35 @@ def page(lines: list[dict[str, Any]], steps: int) -> str:
     rows = [f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|", *map(_row, measured)]
     refused = [f"\n{line['method']} is refused: {line['refused']}" for line in best if "refused" in line]
     head = HEAD.format(steps=steps, precision=precision, where=where)
-    return "\n".join([head, f"Methods: {len(measured)}. {said}", "", *rows, *refused]) + "\n"
+    told = [head, f"Methods: {len(measured)}. {said}", "", *rows, *refused, *_other(changed, measured)]
+    return "\n".join(told) + "\n"
+
+
+def own(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Those of methods at their own settings."""
+    return [line for line in newest(lines) if not line.get("changed")]
+
+
+def _other(changed: list[dict[str, Any]], measured: list[dict[str, Any]]) -> Iterator[str]:
+    """Settings that differ from the methods' own, beside what those give; the largest gain first."""
+    if not changed:
+        return
+    defaults = {line["method"]: line for line in measured}
+    gains = [
+        (lowered(line) - lowered(defaults[line["method"]]), line) for line in changed if line["method"] in defaults
+    ]
+    yield from ["", "## Other settings", "", OTHER, ""]
+    yield from [
+        "| method | changed | loss after, its own settings | so | exact match | so | more is lowered by |",
+        "|---" * 7 + "|",
+    ]
+    for gain, line in sorted(gains, key=lambda one: -one[0]):
+        default = defaults[line["method"]]
+        cells = [
+            line["method"], f"`{line['changed']}`", f"{default['loss_after']:.3f}", f"{line['loss_after']:.3f}",
+            f"{default['accuracy_after']:.0%}", f"{line['accuracy_after']:.0%}", f"{100 * gain:+.1f} points",
+        ]  # fmt: skip
+        yield f"| {' | '.join(cells)} |"
 
 
 def _row(line: dict[str, Any]) -> str:
@@ -72,7 +107,7 @@ LEFT, WIDE, HIGH, RIGHT = 150, 380, 22, 210
 
 def chart(lines: list[dict[str, Any]]) -> str:
     """A bar per method: by how much the held-out loss is lower, best first; red where it is not."""
-    measured = sorted((line for line in newest(lines) if "refused" not in line), key=lowered, reverse=True)
+    measured = sorted((line for line in own(lines) if "refused" not in line), key=lowered, reverse=True)
     width, height = LEFT + WIDE + RIGHT, HIGH * (len(measured) + 2)
     drawn = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '

@@ -31,10 +31,10 @@ def rows(text: str) -> list[list[str]]:
 
 def test_a_method_is_run_again_for_other_code_or_another_length_only() -> None:
     wanted = ["adalora", "full", "lora", "vera"]
-    assert missing(wanted, LINES, 60, "abc") == ["vera"]
-    assert missing(wanted, LINES, 60, "def") == ["adalora", "full", "vera"]
-    assert missing(wanted, LINES, 60, None) == ["vera"]
-    assert missing(wanted, LINES, 30, None) == wanted
+    assert missing(wanted, LINES, "abc", steps=60) == ["vera"]
+    assert missing(wanted, LINES, "def", steps=60) == ["adalora", "full", "vera"]
+    assert missing(wanted, LINES, None, steps=60) == ["vera"]
+    assert missing(wanted, LINES, None, steps=30) == wanted
 
 
 def test_the_page_has_the_newest_line_of_each_by_loss_and_says_which_learned_nothing() -> None:
@@ -45,6 +45,23 @@ def test_the_page_has_the_newest_line_of_each_by_loss_and_says_which_learned_not
     assert "adalora is refused: too short" in text
     assert "Every method below lowers the loss" in page(LINES[2:4], 60)
     assert "Nothing is measured yet" in page([], 60)
+
+
+def test_other_settings_stand_apart_with_what_they_gain_and_out_of_the_chart() -> None:
+    tried = [*LINES, line("lora", 0.6, changed="optim.lr=1e-2"), line("full", 0.7, changed="optim.lr=1e-4")]
+    assert missing(["lora", "full"], tried, "abc", steps=60, changed="optim.lr=1e-2") == ["full"]
+    text = page(tried, 60)
+    assert rows(text) == rows(page(LINES, 60))
+    others = [row.split(" | ") for row in text.partition("## Other settings")[2].splitlines() if "`" in row]
+    assert [(row[0], row[-1]) for row in others] == [("| lora", "+20.0 points |"), ("| full", "-10.0 points |")]
+    assert chart(tried) == chart(LINES)
+
+
+def test_a_speed_that_was_timed_apart_takes_the_place_of_the_runs_own() -> None:
+    timed = {"method": "full", "steps": 60, "commit": "abc", "timed": True, "tokens_per_s": 777.0}
+    assert missing(["full"], [*LINES, timed], "def", steps=60, timed=True) == ["full"]
+    assert missing(["full"], [*LINES, timed], "abc", steps=60, timed=True) == []
+    assert [row[10] for row in rows(page([*LINES, timed], 60))] == ["777", "300", "300"]
 
 
 def test_the_chart_has_a_bar_for_each_and_red_ones_for_those_that_learned_nothing() -> None:
