@@ -128,7 +128,9 @@ class Peft(Bridged):
             return inject(model, config, on_meta=on_meta)
         except Exception as error:  # whatever one of PEFT's thirty tuners can raise over targets that do not suit it
             said = " ".join(str(error).split())[:300]
-            raise ValueError(f"method.type={self.type} does not fit method.target_modules here: {said}") from error
+            raise ValueError(
+                f"method.type={self.type} does not fit method.target_modules or method.options here: {said}"
+            ) from error
 
     def _class(self) -> Any:
         """The class that type names."""

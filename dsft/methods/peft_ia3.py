@@ -73,7 +73,7 @@ class IA3(Bridged):
         if self.feedforward_modules == ():
             return set()
         if self.feedforward_modules != "auto":
-            return chosen_linears(self.feedforward_modules, anatomy)
+            return chosen_linears(self.feedforward_modules, anatomy, "method.feedforward_modules")
         rest = [name for name, role in anatomy.linears.items() if role != "attention"]
         downs = _ending(rest, DOWNS)
         if anatomy.experts or not downs:

@@ -18,8 +18,8 @@ def resolve_targets(wanted: str | tuple[str, ...], model: nn.Module, anatomy: An
     return shortest(chosen_linears(wanted, anatomy), model)
 
 
-def chosen_linears(wanted: str | tuple[str, ...], anatomy: Anatomy) -> set[str]:
-    """Full names of the linears that wanted means; raises as resolve_targets does."""
+def chosen_linears(wanted: str | tuple[str, ...], anatomy: Anatomy, key: str = "method.target_modules") -> set[str]:
+    """Full names of the linears that wanted means; raises as resolve_targets does, and names the key."""
     words = (wanted,) if isinstance(wanted, str) else wanted
     modules = {*anatomy.linears, anatomy.head}
     chosen: set[str] = set()
@@ -27,17 +27,14 @@ def chosen_linears(wanted: str | tuple[str, ...], anatomy: Anatomy) -> set[str]:
         found = _matching(word, modules, anatomy)
         if not found:
             leaves = sorted({name.rpartition(".")[2] for name in modules})
-            choice = ["all-linear", *ROLES, *leaves]
-            raise ValueError(
-                f"method.target_modules: {word} matches no linear{nearest(word, choice)}; there are: "
-                f"{', '.join(choice)}"
-            )
+            choice = [each for each in ("all-linear", *ROLES, *leaves) if _matching(each, modules, anatomy)]
+            raise ValueError(f"{key}: {word} matches no linear{nearest(word, choice)}; there are: {', '.join(choice)}")
         chosen |= found
     if not chosen:
-        raise ValueError("method.target_modules must name something, got []; e.g. method.target_modules=all-linear")
+        raise ValueError(f"{key} must name something, got []; e.g. {key}=all-linear")
     if anatomy.tied and anatomy.head in chosen:
         raise ValueError(
-            f"method.target_modules must not name {anatomy.head}: it shares its weight with the embedding, which the "
+            f"{key} must not name {anatomy.head}: it shares its weight with the embedding, which the "
             "adapter would split; leave it out, or take method=freeze with method.trainable=[head]"
         )
     return chosen

@@ -36,6 +36,10 @@ SMALL = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
             r"rank_pattern\.q_proj must be a whole number of 1 or more, got 1\.5",
         ),
         (["method=lora", "method.target_modules=dwn_proj"], r"dwn_proj matches no linear, nearest: down_proj"),
+        (
+            ["method=ia3", "method.feedforward_modules=[dwn_proj]"],
+            r"method.feedforward_modules: dwn_proj matches no li",
+        ),
         (["method=lora", "method.target_modules=[]"], r"method\.target_modules must name something"),
         (["method=pissa", "+method.options.use_dora=true"], r"use_dora must be left out with PiSSA"),
         (["method=pissa", "method.iterations=0"], r"method\.iterations must be 1 or more, or null"),

@@ -42,6 +42,11 @@ def test_a_word_that_matches_nothing_is_refused_with_the_choice() -> None:
         resolve_targets("q_prj", *_bones("tiny"))
 
 
+def test_a_group_that_this_model_does_not_have_is_not_offered() -> None:
+    with pytest.raises(ValueError, match=r"mlp matches no linear; there are: all-linear, attention, k_proj"):
+        resolve_targets("mlp", *_bones("tiny_moe"))
+
+
 def test_freeze_takes_blocks_head_norms_and_patterns() -> None:
     model, anatomy = _bones("tiny")
     Freeze(trainable=(1, "head", "*.0.*.q_proj.weight")).attach(model, anatomy)
