@@ -45,6 +45,9 @@ class BitFit(Native):
                 assert isinstance(linear, nn.Linear)
                 add_bias(linear)
             model.get_parameter(name).requires_grad_(True)
+            owner = model.get_submodule(name.rpartition(".")[0])
+            if type(owner) is nn.LayerNorm:
+                owner.__class__ = ShiftedNorm
 
     def initial(self, model: nn.Module, name: str, param: Tensor, read: Callable[[str], Tensor]) -> Tensor:
         """Zeros."""
@@ -52,8 +55,21 @@ class BitFit(Native):
 
     def merge(self, model: nn.Module) -> nn.Module:
         """The model itself, where its family has a place for the biases."""
+        for module in model.modules():
+            if type(module) is ShiftedNorm:
+                module.__class__ = nn.LayerNorm  # type: ignore[assignment]
         merged: nn.Module = whole_with_biases(model)
         return merged
+
+
+class ShiftedNorm(nn.LayerNorm):
+    """A norm whose bias alone learns: kept in fp32, beside a scale that rests in the base's dtype."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """What both in the bias's dtype give; of the same shape as input."""
+        return nn.functional.layer_norm(
+            input, self.normalized_shape, self.weight.to(self.bias.dtype), self.bias, self.eps
+        )
 
 
 def _is_bias(name: str) -> bool:

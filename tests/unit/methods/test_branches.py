@@ -169,3 +169,18 @@ def test_ssf_scales_and_shifts_and_its_papers_start_is_not_the_base() -> None:
     drawn = torch.cat([param.detach().flatten() for param in paper.parameters() if param.requires_grad])
     assert float(drawn.std()) == pytest.approx(0.02, rel=0.05)
     assert abs(float(drawn.mean())) < 1e-3
+
+
+@pytest.mark.parametrize("family", ["opt", "gpt_neox"])
+def test_biases_of_norms_learn_in_fp32_beside_a_base_in_bf16(family: str) -> None:
+    model, anatomy = _model(family)
+    model.to(torch.bfloat16)
+    _method("method=bitfit").attach(model, anatomy)
+    for param in model.parameters():
+        param.data = param.data.float() if param.requires_grad else param.data
+    with torch.autocast("cpu", torch.bfloat16):
+        model(input_ids=torch.arange(8)[None]).logits.sum().backward()
+    learned = {name: param for name, param in model.named_parameters() if param.requires_grad and "norm" in name}
+    assert len(learned) == 2 * 2 + 1
+    assert all(param.grad is not None and param.grad.dtype == torch.float32 for param in learned.values())
+    assert {type(model.get_submodule(name.removesuffix(".bias"))).__base__ for name in learned} == {nn.LayerNorm}
