@@ -216,5 +216,3 @@ def _check(model: Any, stack: nn.Module) -> None:
             f"model must embed tokens once to hold a prompt, got {kind}, whose layers have an embedding each; take "
             "method=prefix"
         )
-    if any(getattr(module, "is_causal", True) is False for module in stack.modules()):
-        raise ValueError(f"model must be causal to hold a prompt, got {kind} with an encoder's attention")

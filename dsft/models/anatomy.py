@@ -12,7 +12,7 @@ CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 def dissect(model: Any) -> Anatomy:
     """Read the anatomy of a transformers causal language model (on any device, meta included).
 
-    Raises ValueError if it has no repeated blocks or no head.
+    Raises ValueError if it has no repeated blocks or no head, or if its blocks see what comes after a token.
     """
     lists = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) > 0]
     if not lists:
@@ -23,6 +23,10 @@ def dissect(model: Any) -> Anatomy:
         max(lists, key=lambda item: sum(p.numel() for p in item[1].parameters())),
     )
     blocks = tuple(f"{stack}.{index}" for index in range(len(layers)))
+    if any(getattr(module, "is_causal", True) is False for module in layers.modules()):
+        raise ValueError(
+            f"model must be causal, got {type(model).__name__}, an encoder, whose tokens see what follows them"
+        )
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     if head is None or embedding is None:
         raise ValueError(f"model must have a language-model head, got {type(model).__name__}")

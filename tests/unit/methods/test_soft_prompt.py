@@ -266,8 +266,8 @@ def test_models_that_would_not_see_the_rows_as_tokens_are_refused() -> None:
     method = METHODS["prompt"]
     bert = _model("bert")
     bert.bert.encoder.layer[0].attention.self.is_causal = False
-    with pytest.raises(ValueError, match=r"model must be causal to hold a prompt, got BertLMHeadModel"):
-        method.attach(bert, dissect(bert))
+    with pytest.raises(ValueError, match=r"model must be causal, got BertLMHeadModel, an encoder"):
+        dissect(bert)
     blocks = _model("llama")
     anatomy = replace(dissect(blocks), blocks=("lm_head.layers.0",))
     with pytest.raises(ValueError, match=r"model must take embedded tokens to hold a prompt, got LlamaForCausalLM"):
