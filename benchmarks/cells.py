@@ -1,11 +1,13 @@
 """One process of the equality matrix: runs its cells in one warm process group and writes what it measured."""
 
+import faulthandler
 import gc
 import json
-import math
+import os
+import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,16 +18,27 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from benchmarks.collectives import Counted, Volume, fake_world
+from benchmarks.groups import Job, Journal, Progress, Spec
+from benchmarks.refusals import refusal, refused
+from benchmarks.routing import Routing
 from dsft.comm.world import World, join, leave
-from dsft.compose import compose
+from dsft.compose import build, compose
+from dsft.config import Run
 from dsft.data.open import open_data
 from dsft.engine.assemble import Session, assemble
 from dsft.engine.loop import step_batches
 from dsft.engine.step import train_step
 
 STEPS, PLANTED = 10, 2
+MOVES = 0.01
+"""Of the loss, in those steps: one that moves less proves nothing."""
 COUNTED = 3
 """Steps on a fake group: under ZeRO-3 the first two still look at what the model does."""
+
+AT_ONCE = 16
+"""Cells that the ranks compose together."""
+
+ALONE = World(0, 1, 0, torch.device("cpu"))
 
 
 class LocalCounts(World):
@@ -39,16 +52,26 @@ class LocalCounts(World):
 class Measured:
     """One cell. base_bytes: summed over ranks; label_ratio: largest over smallest rank's labels.
 
-    examples: fewest and most in a micro-batch of any rank; collectives: what this rank handed to them in the last step.
+    gaps: how near a router was to another choice, per step, on this rank (see Routing).
+    examples: fewest and most in a micro-batch of any rank; collectives: what this rank handed to them in the last step;
+    rate: the learning rate that was taken; seconds: by the clock; cpu: those of this process.
     """
 
     losses: list[float]
     norms: list[float]
+    gaps: list[float]
     base_bytes: int
     label_ratio: float
     examples: tuple[int, int]
     collectives: Volume
+    rate: float
     seconds: float
+    cpu: float
+
+    @property
+    def moved(self) -> float:
+        """How far the loss went, of what it was."""
+        return abs(self.losses[0] - self.losses[-1]) / self.losses[0]
 
 
 def write_rows(path: Path, batches: int) -> None:
@@ -68,32 +91,42 @@ def write_rows(path: Path, batches: int) -> None:
                 out.write(json.dumps(row) + "\n")
 
 
-def measure(overrides: list[str], world: World, fault: str | None, steps: int) -> Measured:
+def measure(run: Run, world: World, job: Job, fault: str | None = None) -> Measured:
     """So many optimizer steps of one configuration. Collective."""
-    started = time.monotonic()
-    composed = compose(overrides)
-    files = composed.run.model.resolve()
-    data = open_data(composed.run.data, files.tokenizer(), max_length=composed.run.train.max_length, seed=0)
-    session = assemble(composed.run, files, world)
-    session = _plant(session, fault)
-    losses, norms, held, base, ratio, counted = [], [], [], 0, math.inf, Counted()
-    for step in range(1, steps + 1):
-        _, batches = step_batches(session, data, step)
-        labels = float(sum(composed.run.objective.count(batch).sum() for batch in batches))
-        counts, sizes = zip(*world.gather((labels, [len(batch.lengths) for batch in batches])), strict=True)
-        ratio = min(ratio, max(counts) / max(1.0, min(counts)))
-        held += [size for part in sizes for size in part]
-        with counted if step == steps else nullcontext():
+    started, before = time.monotonic(), time.process_time()
+    files = run.model.resolve()
+    data = open_data(run.data, files.tokenizer(), max_length=run.train.max_length, seed=0)
+    session = _plant(assemble(run, files, world), fault)
+    steps = PLANTED if fault else COUNTED if job.fake else STEPS
+    micro = [step_batches(session, data, step)[1] for step in range(1, steps + 1)]
+    labels = [max(1.0, float(sum(run.objective.count(batch).sum() for batch in batches))) for batches in micro]
+    labels, sizes = zip(*world.gather((labels, [len(b.lengths) for batches in micro for b in batches])), strict=True)
+    losses, norms, gaps, base, counted = [], [], [], 0, Counted()
+    for step, batches in enumerate(micro, start=1):
+        with counted if job.counted and step == steps else nullcontext(), Routing(session.model) as routing:
             result = train_step(session, batches, step, 1.0)
+        gaps.append(routing.gap)
         losses.append(result.loss)
         norms.append(result.grad_norm)
         if step == 1:
             base = sum(world.gather(base_bytes(session.model)))
-    composed.run.strategy.close()
+    run.strategy.close()
     del session
     gc.collect()
-    examples = (min(held), max(held))
-    return Measured(losses, norms, base, ratio, examples, counted.found, time.monotonic() - started)
+    gc.freeze()  # what is left is the libraries' own, and large: the next collections need not look at it
+    held = [size for part in sizes for size in part]
+    return Measured(
+        losses=losses,
+        norms=norms,
+        gaps=gaps,
+        base_bytes=base,
+        label_ratio=min(max(counts) / min(counts) for counts in zip(*labels, strict=True)),
+        examples=(min(held), max(held)),
+        collectives=counted.found,
+        rate=run.optim.lr,
+        seconds=time.monotonic() - started,
+        cpu=time.process_time() - before,
+    )
 
 
 def _plant(session: Session, fault: str | None) -> Session:
@@ -104,6 +137,10 @@ def _plant(session: Session, fault: str | None) -> Session:
         strategy = session.run.strategy
         whole = strategy.backward
         object.__setattr__(strategy, "backward", lambda loss, *, last: whole(loss * 0, last=last))
+    if fault == "raises" and world.rank == 1:
+        raise RuntimeError("planted\nwith a second line")
+    if fault == "dies" and world.rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
     return session
 
 
@@ -129,25 +166,94 @@ def _local(value: Tensor) -> Tensor:
     return value.to_local() if isinstance(value, DTensor) else value
 
 
-def main() -> None:
-    """cells.py JOB: JOB is JSON with cells {name: [overrides, planted fault or null]}, out, and fake.
+def cell(spec: Spec, tree: dict[str, Any], world: World, job: Job) -> dict[str, Any]:
+    """What the journal keeps of a cell: measured at the first rate that moves the loss, else at the last; or refused.
 
-    fake: the number of ranks of a fake group whose first this process plays; 0: it joins the others.
+    Only what refuses a run before its weights are loaded is a refusal. Any other ValueError is a crash, and raised.
     """
-    job = json.loads(Path(sys.argv[1]).read_text())
-    torch.set_num_threads(1)
-    world = fake_world(job["fake"]) if job["fake"] else join()
-    gc.collect()
-    gc.freeze()  # what was imported stays: collections between cells need not look at it
-    results: dict[str, Any] = {}
-    for name, (overrides, fault) in job["cells"].items():
+    for rate in spec.rates:
+        tree["optim"]["lr"] = rate
         try:
-            steps = PLANTED if fault else COUNTED if job["fake"] else STEPS
-            results[name] = vars(measure(overrides, world, fault, steps))
-        except ValueError as error:  # a refused combination is a result
-            results[name] = {"refused": str(error)}
+            found = measure(build(tree), world, job, spec.fault)
+        except ValueError as error:
+            said = refusal(spec.words)
+            if said is None or said["refused"] != str(error):
+                raise
+            return said
+        if found.moved >= MOVES:
+            break
+    return vars(found)
+
+
+def _trees(specs: list[Spec], world: World) -> list[dict[str, Any]]:
+    """What each was composed to, or {"refused": why} or {"crashed": error}: the ranks share them out, as Hydra takes
+    a tenth of a cell's time. Collective.
+    """
+    mine = {index: _tree(specs[index].words) for index in range(world.rank, len(specs), world.size)}
+    found = {index: tree for part in world.gather(mine) for index, tree in part.items()}
+    return [found[index] for index in range(len(specs))]
+
+
+def _tree(words: Sequence[str]) -> dict[str, Any]:
+    try:
+        return compose(words).resolved
+    except ValueError as error:
+        return refused(error)
+    except Exception as error:  # of any library
+        return {"crashed": _line(error)}
+
+
+def _line(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+
+
+def _join(job: Job) -> World:
+    """The world of this process. alone: of its own, and what composes a run is told of no other."""
+    if job.alone:
+        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+            os.environ.pop(name, None)
+    return fake_world(job.ranks) if job.fake else join()
+
+
+def _run(job: Job, rank: int, world: World) -> None:
+    """All cells of this process, each noted as begun before and in the journal after it."""
+    specs = {name: Spec(**spec) for name, spec in job.cells.items()}
+    names = list(specs)[rank :: job.ranks] if job.alone else list(specs)
+    journal, folder = Journal(Path(job.journal), job.code), Path(job.folder)
+    progress = Progress(len(names), job.later, time.monotonic())
+    for index, name in enumerate(names):
+        if index % AT_ONCE == 0:
+            some = names[index : index + AT_ONCE]
+            trees = _trees([specs[one] for one in some], ALONE if job.fake else world)
+        (folder / f"rank-{rank}.began").write_text(name)
+        faulthandler.dump_traceback_later(job.hung, exit=True)
+        found = trees[index % AT_ONCE]
+        try:
+            if "refused" not in found and "crashed" not in found:
+                found = cell(specs[name], found, world, job)
+        except Exception as error:  # of any library: the cell is lost, the matrix is not
+            found = {"crashed": _line(error)}
+            if not job.alone:  # the others may wait for what this rank will never send
+                told = {"name": name, "line": _line(error), "at": time.time()}
+                (folder / f"rank-{rank}.error").write_text(json.dumps(told))
+                raise
         if world.rank == 0:
-            Path(job["out"]).write_text(json.dumps(results))
+            journal.write(name, found)
+        if rank == 0:
+            progress.tell(index + 1, name)
+    faulthandler.cancel_dump_traceback_later()
+
+
+def main() -> None:
+    """cells.py JOB: JOB is the JSON of a groups.Job."""
+    job = Job(**json.loads(Path(sys.argv[1]).read_text()))
+    torch.set_num_threads(1)
+    rank = int(os.environ["RANK"])
+    world = _join(job)
+    gc.collect()
+    gc.freeze()
+    gc.disable()  # a cell is collected at its end, and no cell is large
+    _run(job, rank, world)
     leave()
 
 

@@ -1,45 +1,53 @@
 """The equality matrix: every method and quantizer under every strategy against one process.
 
-python -m benchmarks.matrix [--out docs/matrix.md]   writes dsft/matrix.json as well
+python -m benchmarks.matrix   writes dsft/matrix.json, and docs/matrix.md from it; 1 if a cell is red
 """
 
 import argparse
-import json
-import math
+import re
 import sys
 import tempfile
-import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from dsft_launchers.local import launch
-
-from benchmarks.matrix_text import BOUND, write
+from benchmarks.cells import write_rows
+from benchmarks.groups import COSTS, Crew, Journal, Spec, run
+from benchmarks.matrix_text import merge, origin
+from benchmarks.verdicts import verdict
 from dsft.wording import OWN_CONF
+
+ROOT = Path(__file__).parents[1]
+FOLDER = ROOT / "runs" / "matrix"
+"""Where a run keeps its journal and its rows."""
 
 MODELS = ("tiny", "tiny_moe")
 FILES = sorted((OWN_CONF / "method").glob("*.yaml"))
+BASES = {path.stem: found[1] for path in FILES if (found := re.search(r"/quantization: (\w+)", path.read_text()))}
+"""Method -> the quantization that it brings itself."""
+
 METHODS = {path.stem: [f"method={path.stem}"] for path in FILES}
 METHODS |= {
     f"{path.stem}+{packing}": [f"method={path.stem}", f"quantization={packing}"]
-    for path in FILES if "/quantization" not in path.read_text() for packing in ("nf4", "int8")
+    for path in FILES if path.stem not in BASES for packing in ("nf4", "int8")
 }  # fmt: skip
 """Every method on its own base, and on each packed one unless it brings that itself."""
 
-NEEDED = {"tiny vera": ["method.rank=16"], "tiny_moe vera": ["method.rank=16"]}
-NEEDED |= {"tiny_moe ia3": ["method.feedforward_modules=[]"]}
+NEEDED = {f"{model} vera": ["method.rank=8"] for model in MODELS}
+NEEDED |= {"tiny_moe ia3": ["method.feedforward_modules=[]"], "tiny qat": ["optim.eps=1e-5"]}
 NEEDED |= {f"{model} adalora": ["method.alpha=1024", "method.interval=2"] for model in MODELS}
 NEEDED |= {
     f"{model} diff_pruning": ["method.density=0.3", "method.gate_start=1", "method.penalty=1e-3"] for model in MODELS
 }
-"""Of some cells: shared projections, whole on every rank, that are small beside the model; experts without linears; a
+"""Of some cells: shared projections, whole on every rank, that are small beside the model; experts without linears; no
+steps of AdamW along gradients that are but rounding, where a weight that crosses a level of the grid makes a jump; a
 start slow by design that 10 steps move; gates of which many are closed, and a penalty that the norm shows.
 """
 
-FASTER = {"vera": 30, "ia3": 10, "p_tuning_v2": 5, "prompt": 100}
-"""Methods that want a higher rate, and how much of it: their loss would hardly move."""
+RATES = {"adamw": 1e-3, "sgd": 0.05}
+LADDER = (1, 5, 10, 30, 100, 300)
+"""Multiples of the optimizer's rate. A cell takes the first at which the single process's loss moves."""
 
 PACKED = 1024
 """Tokens of a micro-batch that holds all examples of a rank: two, or four."""
@@ -76,35 +84,36 @@ COLUMNS = (
     Column("zero3 x2", "zero3", 2, 1),
     Column("fsdp x2 kept sgd", "fsdp", 2, 1, ("strategy.keep_unsharded=true",), optim="sgd"),
 )
+SIZES = sorted({column.size for column in COLUMNS})
+
+Alone = Mapping[str, Mapping[str, Any]]
+"""Optimizer -> row -> what one process measured."""
 
 
-def cells(
-    column: Column, data: Path, models: tuple[str, ...], methods: tuple[str, ...], variants: tuple[str, ...]
-) -> dict[str, list[str]]:
-    """Cell name -> overrides, for one column."""
+def words(column: Column, row: str, data: Path) -> tuple[str, ...]:
+    """Overrides of a cell, without its rate."""
+    model, method, variant = row.split()
     sgd = column.optim == "sgd"
-    rate = 0.05 if sgd else 1e-3
-    shared = [
+    return (
+        f"model={model}", *METHODS[method], *NEEDED.get(f"{model} {method.partition('+')[0]}", []), *VARIANTS[variant],
         "data=local", f"data.path={data}", "data.shuffle=false", "train.precision=fp32", "train.steps=10",
-        "train.max_length=512", "tracker=[]",
-        f"optim.name={column.optim}", "optim.schedule=constant",
+        "train.max_length=512", "tracker=[]", f"optim.name={column.optim}", "optim.schedule=constant",
         f"train.max_grad_norm={'inf' if sgd else 1.0}", f"strategy={column.strategy}", *column.extra,
+        f"train.micro_batch_tokens={PACKED if variant == 'none' and column.size > 1 else 1}",
+    )  # fmt: skip
+
+
+def rows(
+    models: Sequence[str] = MODELS, methods: Sequence[str] = tuple(METHODS), variants: Sequence[str] = tuple(VARIANTS)
+) -> list[str]:
+    """Rows of the matrix: model, method, recomputation."""
+    return [
+        f"{model} {method} {variant}"
+        for model in models for method in methods for variant in variants if _wanted(model, method, variant)
     ]  # fmt: skip
-    return {
-        f"{model} {method} {variant}": [
-            f"model={model}", *METHODS[method], *_needed(model, method), *VARIANTS[variant], *shared,
-            f"optim.lr={rate * FASTER.get(method.partition('+')[0], 1)}",
-            f"train.micro_batch_tokens={PACKED if variant == 'none' and column.size > 1 else 1}",
-        ]
-        for model in models for method in methods for variant in variants if wanted(model, method, variant)
-    }  # fmt: skip
 
 
-def _needed(model: str, method: str) -> list[str]:
-    return NEEDED.get(f"{model} {method.partition('+')[0]}", [])
-
-
-def wanted(model: str, method: str, variant: str) -> bool:
+def _wanted(model: str, method: str, variant: str) -> bool:
     """Whether the matrix has this row: a packed base once, nf4 without recomputation and int8 with it; few of them on
     the experts, which stay as they are.
     """
@@ -114,112 +123,124 @@ def wanted(model: str, method: str, variant: str) -> bool:
     return not packing or variant == {"nf4": "none", "int8": "full"}[packing]
 
 
-def run_columns(
-    columns: Sequence[Column], data: Path, *, models: tuple[str, ...] = MODELS,
-    methods: tuple[str, ...] = tuple(METHODS), variants: tuple[str, ...] = tuple(VARIANTS), only: tuple[str, ...] = (),
-    planted: tuple[str, ...] = (), fake: bool = False,
-) -> dict[str, dict[str, Any]]:  # fmt: skip
-    """Run the cells of columns of one size in one warm group of processes, or each planted fault in them instead.
+def specs(pairs: Sequence[tuple[Column, str]], data: Path, alone: Alone | None = None) -> dict[str, Spec]:
+    """Name of a cell, COLUMN|ROW -> what is run.
 
-    only: names of the cells to run, all if empty. fake: one process plays rank 0 of the group; its collectives are
-    those of a real one, its numbers are not.
-
-    Returns column name -> cell name -> measured or refused; with planted faults the cell's name ends in "!FAULT".
+    A process alone looks for the rate that moves its loss, unless alone has it already; the others take that.
     """
-    (size,) = {column.size for column in columns}
-    todo: dict[str, Any] = {}
-    for column in columns:
-        for name, words in cells(column, data, models, methods, variants).items():
-            if only and name not in only:
-                continue
-            for fault in planted or (None,):
-                todo[f"{column.name}|{name}{f'!{fault}' if fault else ''}"] = [words, fault]
-    measured = run_cells(todo, size, fake=fake)
-    results: dict[str, dict[str, Any]] = {column.name: {} for column in columns}
-    for name, cell in measured.items():
-        results[name.split("|")[0]][name.split("|")[1]] = cell
-    return results
-
-
-def run_cells(todo: Mapping[str, Any], size: int, *, fake: bool = False) -> dict[str, Any]:
-    """Run cells {name: [overrides, planted fault or None]} in one warm group of size processes; what each measured."""
-    with tempfile.TemporaryDirectory() as folder:
-        job, out, logs = (Path(folder) / name for name in ("job.json", "out.json", "logs"))
-        job.write_text(json.dumps({"cells": todo, "out": str(out), "fake": size if fake else 0}))
-        command = [sys.executable, "-m", "benchmarks.cells", str(job)]
-        code = launch(command, num_processes=1 if fake else size, log_dir=logs, env={"OMP_NUM_THREADS": "1"})
-        if code != 0:
-            raise RuntimeError(f"{', '.join(todo)} ended with {code}: {_tail(logs)}")
-        measured: dict[str, Any] = json.loads(out.read_text())
-    return measured
-
-
-def _tail(logs: Path) -> str:
-    return "\n".join(path.read_text()[-1500:] for path in sorted(logs.iterdir()))
-
-
-def difference(cell: dict[str, Any], single: dict[str, Any]) -> float:
-    """Largest relative difference of any step's loss or gradient norm; inf if a value is not finite.
-
-    A planted fault's cell has fewer steps, and is compared in those.
-    """
-    worst = 0.0
-    for key in ("losses", "norms"):
-        for mine, theirs in zip(cell[key], single[key], strict=False):
-            off = abs(mine - theirs) / abs(theirs)
-            worst = max(worst, off if math.isfinite(off) else math.inf)
-    return worst
-
-
-def faults(name: str, cell: dict[str, Any], single: dict[str, Any], column: Column) -> list[str]:
-    """What keeps a cell from being green; empty if nothing does."""
-    found = []
-    if difference(cell, single) > BOUND:
-        found.append(f"differs by {difference(cell, single):.1e}")
-    if column.copies and cell["base_bytes"] > 1.1 * column.copies * single["base_bytes"]:
-        found.append(f"holds {cell['base_bytes'] / single['base_bytes']:.2f} x the model")
-    moved = abs(single["losses"][0] - single["losses"][-1]) / single["losses"][0]
-    if moved < 0.01:
-        found.append(f"proves nothing: the loss moves by {moved:.1%}")
-    if single["examples"][1] > 1 or (name.endswith(" none") and column.size > 1 and cell["examples"][0] < 2):
-        found.append("proves nothing: the single process packed, or a rank did not")
-    if column.size > 1 and cell["label_ratio"] < 2:
-        found.append(f"proves nothing: label counts differ by {cell['label_ratio']:.1f} x")
+    found = {}
+    for column, row in pairs:
+        taken = (alone or {}).get(column.optim, {}).get(row, {}).get("rate")
+        ladder = tuple(RATES[column.optim] * times for times in (LADDER if column.size == 1 else LADDER[:1]))
+        found[f"{column.name}|{row}"] = Spec(words(column, row, data), ladder if taken is None else (taken,))
     return found
 
 
-def verdict(name: str, cell: dict[str, Any], single: dict[str, Any], column: Column) -> dict[str, Any]:
-    """What the matrix says of a cell: {"off": difference}, {"refused": reason} or {"red": what is wrong}."""
-    if "refused" in cell:
-        return {"refused": cell["refused"]}
-    wrong = faults(name, cell, single, column)
-    return {"red": "; ".join(wrong)} if wrong else {"off": difference(cell, single)}
+def run_columns(
+    columns: Sequence[Column], data: Path, *, models: Sequence[str] = MODELS,
+    methods: Sequence[str] = tuple(METHODS), variants: Sequence[str] = tuple(VARIANTS), only: Sequence[str] = (),
+    alone: Alone | None = None, planted: Sequence[str] = (), fake: bool = False, counted: bool = False,
+) -> dict[str, dict[str, Any]]:  # fmt: skip
+    """Run the rows of columns of one size in one warm group of processes, or each planted fault in them instead.
+
+    only: rows to run, all if empty. Returns column name -> row -> measured, refused or crashed; with planted faults the
+    row's name ends in "!FAULT".
+    """
+    (size,) = {column.size for column in columns}
+    wanted = [row for row in rows(models, methods, variants) if not only or row in only]
+    todo = specs([(column, row) for row in wanted for column in columns], data, alone)
+    if planted:
+        todo = with_faults(todo, planted)
+    with tempfile.TemporaryDirectory() as folder:
+        journal = Journal(Path(folder) / "cells.jsonl", "")
+        return by_column(run(crew(size, fake=fake, counted=counted), todo, journal))
+
+
+def with_faults(todo: Mapping[str, Spec], planted: Sequence[str]) -> dict[str, Spec]:
+    """Each cell with each fault, by the name COLUMN|ROW!FAULT."""
+    return {f"{name}!{fault}": replace(spec, fault=fault) for name, spec in todo.items() for fault in planted}
+
+
+def crew(size: int, *, fake: bool = False, counted: bool = False) -> Crew:
+    """Who runs the cells of a column: of one process, two such at a time."""
+    return Crew(2, alone=True, counted=counted) if size == 1 else Crew(size, fake=fake, counted=counted)
+
+
+def by_column(cells: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Column name -> row -> cell."""
+    found: dict[str, dict[str, Any]] = {}
+    for name, cell in cells.items():
+        column, _, row = name.partition("|")
+        found.setdefault(column, {})[row] = cell
+    return found
+
+
+def run_alone(pairs: Sequence[tuple[Column, str]], data: Path, journal: Journal, *, later: float = 0.0) -> Alone:
+    """Optimizer -> row -> what one process measured, for cells of SINGLE and SINGLE_SGD."""
+    found = by_column(run(crew(1), specs(pairs, data), journal, later=later))
+    return {column.optim: found[column.name] for column in dict(pairs)}
+
+
+def told(names: Sequence[str], cells: Mapping[str, Any], code: str) -> dict[str, Any]:
+    """What matrix.json keeps of each row whose cells are all there. times: of the optimizer's rate, what was taken;
+    seconds: of all its cells, those of one process two at a time.
+    """
+    found: dict[str, Any] = {}
+    for row in names:
+        mine = {column: cells.get(f"{column.name}|{row}") for column in (SINGLE, SINGLE_SGD, *COLUMNS)}
+        if None in mine.values():
+            continue
+        alone = {column.optim: mine.pop(column) for column in (SINGLE, SINGLE_SGD)}
+        model, method, variant = row.split()
+        name, _, packing = method.partition("+")
+        found[row] = {
+            "model": model,
+            "method": name,
+            "quantization": packing or BASES.get(name, "none"),
+            "recompute": variant,
+            "code": code,
+            "times": {optim: round(cell["rate"] / RATES[optim]) for optim, cell in alone.items() if "rate" in cell},
+            "seconds": round(_seconds(mine) + _seconds(alone) / 2, 1),
+            "cells": {column.name: verdict(row, cell, alone[column.optim], column) for column, cell in mine.items()},
+        }
+    return found
+
+
+def _seconds(cells: Mapping[Any, Any]) -> float:
+    return float(sum(cell["seconds"] for cell in cells.values() if "seconds" in cell))
+
+
+def measure(names: Sequence[str], data: Path, journal: Journal) -> None:
+    """Run what the journal lacks of these rows: alone, then on two processes, then on four."""
+    later = len(names) * sum(COSTS[column.size] for column in COLUMNS)
+    both = [(column, row) for row in names for column in (SINGLE, SINGLE_SGD)]
+    alone = run_alone(both, data, journal, later=later)
+    for size in SIZES:
+        pairs = [(column, row) for row in names for column in COLUMNS if column.size == size]
+        later -= COSTS[size] * len(pairs)
+        run(crew(size), specs(pairs, data, alone), journal, later=later)
 
 
 def main() -> int:
-    """Run all columns, write the table; 1 if a cell is red."""
+    """Measure the rows that are asked for, put them among the others, write data and page."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path("docs/matrix.md"))
+    parser.add_argument("--methods", help="of these methods alone, as lora,ssf: all others stay as they are")
+    parser.add_argument("--resume", action="store_true", help="keep what was measured on this very code")
     args = parser.parse_args()
-    started = time.monotonic()
-    from benchmarks.cells import write_rows
-
-    with tempfile.TemporaryDirectory() as folder:
-        data = Path(folder) / "rows.jsonl"
-        write_rows(data, 10)
-        alone = run_columns((SINGLE, SINGLE_SGD), data)
-        results: dict[str, dict[str, Any]] = {}
-        for size in sorted({column.size for column in COLUMNS}):
-            results |= run_columns([column for column in COLUMNS if column.size == size], data)
-            print(f"{size} processes: {time.monotonic() - started:.0f} s", flush=True)
-    single = {SINGLE.optim: alone[SINGLE.name], SINGLE_SGD.optim: alone[SINGLE_SGD.name]}
-    table = {column: results[column.name] for column in COLUMNS}
-    found = {
-        name: {column.name: verdict(name, results[name], single[column.optim][name], column)
-               for column, results in table.items()}
-        for name in single["adamw"]
-    }  # fmt: skip
-    return write(found, args.out, time.monotonic() - started)
+    chosen = args.methods.split(",") if args.methods else [path.stem for path in FILES]
+    if unknown := set(chosen) - {path.stem for path in FILES}:
+        parser.error(f"--methods must be names of conf/method, got {', '.join(sorted(unknown))}")
+    names = [row for row in rows() if row.split()[1].partition("+")[0] in chosen]
+    here = origin()
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    data, journal = FOLDER / "rows.jsonl", Journal(FOLDER / "cells.jsonl", here["code"])
+    write_rows(data, 10)
+    journal.forget(names, keep=args.resume)
+    try:
+        measure(names, data, journal)
+    finally:  # asked to stop, too
+        code = merge(told(names, journal.read(), here["code"]), here, order=rows())
+    return code
 
 
 if __name__ == "__main__":

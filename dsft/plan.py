@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from dsft.compose import Composed, compose, hydra_flags
 from dsft.config import Run
 from dsft.entry import enter
+from dsft.proven import proven
 
 if TYPE_CHECKING:
     from dsft.models.files import ModelFiles
@@ -36,22 +37,36 @@ def make_plan(composed: Composed, files: "ModelFiles") -> dict[str, Any]:
     from dsft.models.census import census
 
     run = composed.run
+    check_positions(run, files)
     bones = skeleton(run, files)
     counts = census(bones.model, bones.anatomy)
     accelerator = composed.start.place.gpus > 0
     memory = estimate(run, bones, composed.start.size, accelerator=accelerator).as_dict()
     memory["available"] = _available(composed, accelerator=accelerator)
+    names = {choice.group: choice.option for choice in composed.choices}
+    providers = {choice.group: choice.provider for choice in composed.choices if choice.provider != "dsft"}
     return {
         "model": files.name_or_path,
-        "choices": {choice.group: choice.option for choice in composed.choices},
-        "providers": {choice.group: choice.provider for choice in composed.choices if choice.provider != "dsft"},
+        "choices": names,
+        "providers": providers,
         "repaired": list(composed.repairs),
         "parameters": counts,
         "quantization": run.quantization.report(bones.model),
         "memory": memory,
+        "proven": proven(run, names, providers, experts=bool(bones.anatomy.experts)),
         "notes": list(_notes(run, memory, accelerator=accelerator)),
         "global_batch_size": run.train.global_batch_size,
     }
+
+
+def check_positions(run: Run, files: "ModelFiles") -> None:
+    """Raise ValueError where the method leaves no position for a token."""
+    shape, before = files.config, run.method.positions
+    reach = getattr(shape, "max_position_embeddings", None)
+    if reach is not None and before >= reach:
+        raise ValueError(
+            f"method.num_virtual_tokens must be below {reach}, the positions of the model, got {before}; lower it"
+        )
 
 
 def _available(composed: Composed, *, accelerator: bool) -> int | None:
@@ -107,6 +122,7 @@ def as_text(plan: dict[str, Any]) -> str:
     ]
     lines += [f"quantization {plan['quantization']}"] if plan["quantization"] else []
     lines += _memory(plan["memory"])
+    lines += [f"proven       {plan['proven']}"] if plan["proven"] else []
     lines += [f"provided by  {group}: {provider}" for group, provider in plan["providers"].items()]
     lines += [f"repaired     {line}" for line in plan["repaired"]]
     lines += [f"note         {line}" for line in plan["notes"]]

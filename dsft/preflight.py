@@ -49,12 +49,11 @@ def preflight(composed: Composed) -> dict[str, Any] | None:
 
 def _check_fit(run: Run, files: "ModelFiles", data: "Dataset") -> None:
     """Refuse rows beyond the model's reach, and a metric that these data do not give."""
+    from dsft.plan import check_positions
+
+    check_positions(run, files)
     shape, longest = files.config, int(data.train.lengths.max())
     reach, before = getattr(shape, "max_position_embeddings", None), run.method.positions
-    if reach is not None and before >= reach:
-        raise ValueError(
-            f"method.num_virtual_tokens must be below {reach}, the positions of the model, got {before}; lower it"
-        )
     if reach is not None and longest + before > reach:
         taken = f" less {before} that the method takes" if before else ""
         raise ValueError(

@@ -31,6 +31,14 @@ class Rule:
     why: str
 
 
+class RefusedError(ValueError):
+    """The refusal of a rule. rule: its name."""
+
+    def __init__(self, rule: str, why: str) -> None:
+        super().__init__(why)
+        self.rule = rule
+
+
 SHARDED = ("fsdp", "hsdp", "zero1", "zero2", "zero3")
 SHARD_WISE = ("adamw", "sgd")
 """Optimizers that update each element from itself alone: right on any shard of a tensor."""
@@ -170,11 +178,12 @@ REFUSED = (
 
 
 def refuse(run: Run, names: Mapping[str, str], at: Place) -> None:
-    """Raise ValueError for the first rule that refuses this run there."""
+    """Raise RefusedError for the first rule that refuses this run there."""
     for rule in REFUSED:
         if rule.holds(run, names, at):
             capacity, compiler = _over_capacity(run, at), missing_compiler(at.gpus)
-            raise ValueError(rule.why.format(run=run, names=names, size=at.size, capacity=capacity, compiler=compiler))
+            why = rule.why.format(run=run, names=names, size=at.size, capacity=capacity, compiler=compiler)
+            raise RefusedError(rule.name, why)
 
 
 def repair(tree: Mapping[str, Any], at: Place) -> tuple[dict[str, Any], tuple[str, ...]]:

@@ -1,11 +1,14 @@
 """A run that starts from an adapter equals one process on any ranks: what was stored is cut like all else."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from benchmarks.matrix import COLUMNS, SINGLE, cells, run_cells, verdict
+from benchmarks.groups import Journal, run
+from benchmarks.matrix import COLUMNS, SINGLE, Column, by_column, crew, specs
+from benchmarks.verdicts import verdict
 from tests.contract.sessions import left_by
 
 STARTS: dict[str, list[str]] = {
@@ -25,24 +28,21 @@ RANKS = [column for column in COLUMNS if column.name in ("ddp x2", "fsdp x2", "z
 def test_a_run_from_an_adapter_equals_one_process_under_every_strategy(rows: Path, tmp_path: Path) -> None:
     for method, words in STARTS.items():
         left_by(tmp_path / method, method, *words)
+    found = {f"tiny {method} none": method for method in STARTS}
 
-    def todo(column: Any) -> dict[str, Any]:
-        made = cells(column, rows, ("tiny",), tuple(STARTS), ("none",))
-        method_of = {name: name.split()[1] for name in made}
-        return {
-            f"{column.name}|{name}": [
-                [*words, *STARTS[method_of[name]], f"method.init_from={tmp_path / method_of[name]}"],
-                None,
-            ]
-            for name, words in made.items()
-        }
+    def ran(columns: list[Column], alone: Any = None) -> dict[str, dict[str, Any]]:
+        todo = specs([(column, row) for column in columns for row in found], rows, alone)
+        for name, spec in todo.items():
+            method = found[name.partition("|")[2]]
+            own = (*STARTS[method], f"method.init_from={tmp_path / method}")
+            todo[name] = replace(spec, words=(*spec.words, *own))
+        size = columns[0].size
+        return by_column(run(crew(size), todo, Journal(tmp_path / f"{size}.jsonl", "")))
 
-    alone = run_cells(todo(SINGLE), 1)
-    on_ranks = run_cells({name: cell for column in RANKS for name, cell in todo(column).items()}, 2)
-    assert len(on_ranks) == len(RANKS) * len(STARTS)
+    alone = {SINGLE.optim: ran([SINGLE])[SINGLE.name]}
+    on_ranks = ran(RANKS, alone)
+    assert on_ranks.keys() == {column.name for column in RANKS}
     for column in RANKS:
-        for method in STARTS:
-            cell = f"tiny {method} none"
-            single = alone[f"{SINGLE.name}|{cell}"]
-            said = verdict(cell, on_ranks[f"{column.name}|{cell}"], single, column)
-            assert "off" in said, (column.name, cell, said)
+        for row in found:
+            said = verdict(row, on_ranks[column.name][row], alone[SINGLE.optim][row], column)
+            assert "off" in said, (column.name, row, said)

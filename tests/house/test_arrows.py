@@ -25,7 +25,7 @@ FLOORS = (
     ("strategy",),
     LEAVES,
     ("engine",),
-    ("rules", "options", "wording", "entry"),
+    ("rules", "options", "proven", "wording", "entry"),
     ("compose",),
     ("folder", "recorder", "snapshot", "results"),
     VERBS,

@@ -12,7 +12,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from benchmarks import faults
+from benchmarks import faults, matrix
+from benchmarks.verdicts import verdict
 from tests.launch.processes import dsft
 
 SOURCE = Path(__file__).parents[1] / "plugin"
@@ -69,6 +70,19 @@ def test_it_trains_resumes_to_the_bit_and_says_whose_it_is(run_dir: Path) -> Non
     assert kept["packages"]["dsft-loudness"] == "1.2.3"
     assert json.loads((run_dir / "adapter" / "verified.json").read_text())["same"] is True
     assert faults.events(run_dir, "start")[0]["versions"]["dsft-loudness"] == "1.2.3"
+
+
+def test_it_equals_one_process_under_every_strategy(
+    installed: Path, rows: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 21 numbers, each a tensor: fewer than fit evenly on ranks, and odd."""
+    monkeypatch.setitem(matrix.METHODS, "loudness", ["method=loudness"])
+    columns = [column for column in matrix.COLUMNS if column.size == 2 and column.optim == "adamw"]
+    row = "tiny loudness none"
+    alone = {"adamw": matrix.run_columns((matrix.SINGLE,), rows, methods=("loudness",), only=(row,))["single"]}
+    found = matrix.run_columns(columns, rows, methods=("loudness",), only=(row,), alone=alone)
+    said = {column.name: verdict(row, found[column.name][row], alone["adamw"][row], column) for column in columns}
+    assert {tuple(each) for each in said.values()} == {("off",)}, said
 
 
 def test_it_exports_as_an_adapter_and_merged(run_dir: Path, installed: Path, tmp_path: Path) -> None:

@@ -1,0 +1,42 @@
+"""What the equality matrix (matrix.json beside this file, written by `make matrix`) says of a combination; no torch."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dsft.config import Run
+
+MATRIX = Path(__file__).with_name("matrix.json")
+PAGE = "docs/matrix.md"
+
+
+def proven(run: Run, names: Mapping[str, str], theirs: Mapping[str, str], *, experts: bool) -> str | None:
+    """One line; None of one process, which all others are compared to.
+
+    names: group -> option; theirs: those of them that are not ours, which the matrix does not know whatever their name;
+    experts: whether the model has them. The matrix is of our smallest models, with each method's own defaults.
+    """
+    if names["strategy"] == "single":
+        return None
+    asked = {
+        "model": "tiny_moe" if experts else "tiny",
+        **{group: names[group] for group in ("method", "quantization")},
+        "recompute": run.train.gradient_checkpointing,
+    }
+    what = " ".join(asked.values()) + f" under {names['strategy']}"
+    if foreign := [f"{group}={names[group]}" for group in ("method", "quantization", "strategy") if group in theirs]:
+        return f"not in the matrix: {foreign[0]} is not dsft's own"
+    rows = json.loads(MATRIX.read_text(encoding="utf-8"))["rows"].values()
+    row = next((row for row in rows if all(row[key] == value for key, value in asked.items())), None)
+    cells = {name: cell for name, cell in row["cells"].items() if name.split()[0] == names["strategy"]} if row else {}
+    return f"{_said(cells)}: {what}" if cells else f"not in the matrix: {what}"
+
+
+def _said(cells: Mapping[str, Any]) -> str:
+    """Of the columns of one strategy, the worst."""
+    for kind in ("red", "refused"):
+        if found := [f"{kind} in {PAGE}, {cell[kind]}" for cell in cells.values() if kind in cell]:
+            return found[0]
+    worst = max(cell["off"] for cell in cells.values())
+    return f"equal to one process within {worst:.0e} ({PAGE}), the method's defaults in fp32"
