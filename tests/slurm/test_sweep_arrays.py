@@ -53,8 +53,8 @@ def spawn() -> Iterator[Start]:
 
     yield spawn
     for process in spawned:
-        process.kill()
-        process.communicate()
+        with process:  # closes what is still open, and waits
+            process.kill()
 
 
 @pytest.fixture
