@@ -15,13 +15,14 @@ from typing import Any
 
 from dsft_launchers.codes import STOPPED
 from dsft_launchers.local import launch
+from dsft_launchers.verdict import CONSEQUENCE
 
 HUNG_S = 300.0
 """After so long a cell hangs. The slowest takes some seconds, and a first use of DeepSpeed compiles nothing."""
 
 MOST = 60
 """Cells of a group before a new one takes over: each mesh leaves process groups whose threads wake a hundred times a
-second, so that after 200 cells on four ranks they were most of the load.
+second, after 200 cells on four ranks most of the load. They cannot be left sooner: DTensor's caches hold them by name.
 """
 
 COSTS = {1: 0.7, 2: 1.0, 4: 2.2}
@@ -153,11 +154,13 @@ def _launch(crew: Crew, todo: Mapping[str, Spec], journal: Journal, folder: Path
 def _blame(folder: Path, todo: Mapping[str, Spec], journal: Journal, code: int) -> None:
     """Write down as crashed the cell that a group ended in, with the error of the rank that failed first.
 
-    A rank that dies without a word (a signal, no memory, a hang) has only said which cell it began.
+    A rank that dies without a word (a signal, no memory, a hang) has only said which cell it began; a peer that lost
+    it is not the cause.
     """
     logs = {path.stem: path.read_text(errors="replace") for path in sorted((folder / "logs").glob("rank-*.log"))}
     began = {path.stem: path.read_text() for path in sorted(folder.glob("rank-*.began"))}
-    told = sorted((json.loads(path.read_text()) for path in folder.glob("rank-*.error")), key=lambda one: one["at"])
+    said = (json.loads(path.read_text()) for path in folder.glob("rank-*.error"))
+    told = sorted((one for one in said if not CONSEQUENCE.search(one["line"])), key=lambda one: one["at"])
     done = journal.read()
     if told:
         journal.write(told[0]["name"], {"crashed": told[0]["line"]})

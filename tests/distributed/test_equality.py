@@ -1,7 +1,6 @@
 """A corner of the equality matrix, and two planted faults that must turn it red; the whole is `make matrix`."""
 
 import os
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -147,8 +146,7 @@ def test_a_cell_that_crashes_is_red_and_the_others_are_measured(rows: Path, tmp_
     ends = {"raises": replace(good, fault="raises"), "dies": replace(good, fault="dies")}
     found = run(crew(2), {**ends, "good": good}, journal)
     assert found["raises"] == {"crashed": "RuntimeError: planted"}
-    assert found["dies"].keys() == {"crashed"}  # its peer may have seen the connection close before it was ended
-    assert re.search(r"the group ended with 76|Connection (closed|reset) by peer", found["dies"]["crashed"])
+    assert found["dies"] == {"crashed": "the group ended with 76"}
     assert len(found["good"]["losses"]) == 10
     assert journal.read() == found
     said = verdict(CORNER[0], found["raises"], found["good"], column)
