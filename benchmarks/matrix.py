@@ -90,12 +90,18 @@ Alone = Mapping[str, Mapping[str, Any]]
 """Optimizer -> row -> what one process measured."""
 
 
+def needed(row: str) -> list[str]:
+    """What of a row's settings is not the method's own."""
+    model, method, _ = row.split()
+    return NEEDED.get(f"{model} {method.partition('+')[0]}", [])
+
+
 def words(column: Column, row: str, data: Path) -> tuple[str, ...]:
     """Overrides of a cell, without its rate."""
     model, method, variant = row.split()
     sgd = column.optim == "sgd"
     return (
-        f"model={model}", *METHODS[method], *NEEDED.get(f"{model} {method.partition('+')[0]}", []), *VARIANTS[variant],
+        f"model={model}", *METHODS[method], *needed(row), *VARIANTS[variant],
         "data=local", f"data.path={data}", "data.shuffle=false", "train.precision=fp32", "train.steps=10",
         "train.max_length=512", "tracker=[]", f"optim.name={column.optim}", "optim.schedule=constant",
         f"train.max_grad_norm={'inf' if sgd else 1.0}", f"strategy={column.strategy}", *column.extra,
@@ -198,6 +204,7 @@ def told(names: Sequence[str], cells: Mapping[str, Any], code: str) -> dict[str,
             "method": name,
             "quantization": packing or BASES.get(name, "none"),
             "recompute": variant,
+            "changed": needed(row),
             "code": code,
             "times": {optim: round(cell["rate"] / RATES[optim]) for optim, cell in alone.items() if "rate" in cell},
             "seconds": round(_seconds(mine) + _seconds(alone) / 2, 1),

@@ -1,7 +1,7 @@
 """What the equality matrix (matrix.json beside this file, written by `make matrix`) says of a combination; no torch."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,8 @@ def proven(run: Run, names: Mapping[str, str], theirs: Mapping[str, str], *, exp
     """One line; None of one process, which all others are compared to.
 
     names: group -> option; theirs: those of them that are not ours, which the matrix does not know whatever their name;
-    experts: whether the model has them. The matrix is of our smallest models, with each method's own defaults.
+    experts: whether the model has them. The matrix is of our smallest models; the line says which settings of its row
+    are not the method's own.
     """
     if names["strategy"] == "single":
         return None
@@ -30,13 +31,14 @@ def proven(run: Run, names: Mapping[str, str], theirs: Mapping[str, str], *, exp
     rows = json.loads(MATRIX.read_text(encoding="utf-8"))["rows"].values()
     row = next((row for row in rows if all(row[key] == value for key, value in asked.items())), None)
     cells = {name: cell for name, cell in row["cells"].items() if name.split()[0] == names["strategy"]} if row else {}
-    return f"{_said(cells)}: {what}" if cells else f"not in the matrix: {what}"
+    return f"{_said(cells, row['changed'])}: {what}" if row and cells else f"not in the matrix: {what}"
 
 
-def _said(cells: Mapping[str, Any]) -> str:
-    """Of the columns of one strategy, the worst."""
+def _said(cells: Mapping[str, Any], changed: Sequence[str]) -> str:
+    """Of the columns of one strategy, the worst. changed: settings that are not the method's own."""
     for kind in ("red", "refused"):
         if found := [f"{kind} in {PAGE}, {cell[kind]}" for cell in cells.values() if kind in cell]:
             return found[0]
     worst = max(cell["off"] for cell in cells.values())
-    return f"equal to one process within {worst:.0e} ({PAGE}), the method's defaults in fp32"
+    settings = " ".join(changed) or "the method's defaults"
+    return f"equal to one process within {worst:.0e} ({PAGE}), {settings} in fp32"
