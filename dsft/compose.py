@@ -87,10 +87,11 @@ def build(tree: Mapping[str, Any]) -> config.Run:
 
 
 def read(run_dir: Path) -> config.Run:
-    """The Run that a run folder's config.yaml describes."""
+    """Return the Run that a run folder's config.yaml describes, which stores nothing that acts for one start alone."""
     from omegaconf import OmegaConf
 
-    return build(plain(OmegaConf.load(run_dir / "config.yaml")))
+    tree = plain(OmegaConf.load(run_dir / "config.yaml"))
+    return build({**tree, "resume": {**tree["resume"], "anew": False, "takeover": False}})
 
 
 def plain(node: Any) -> Any:

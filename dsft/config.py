@@ -181,9 +181,15 @@ class Checkpoint:
 
 @dataclass(frozen=True, kw_only=True)
 class Resume:
-    """Keys that may differ from those of the run being resumed, although they change its numbers."""
+    """What a start of a run that is there already may do. anew and takeover act once and are never stored.
+
+    allow: keys that may differ although they change the numbers; anew: begin at step 1, records and checkpoints move to
+    RUN/before-N/; takeover: go on although another process works on the run.
+    """
 
     allow: tuple[str, ...]
+    anew: bool
+    takeover: bool
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,11 +8,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from dsft_launchers import cluster, submit
+from dsft_launchers.attempt import SUPERVISED
 from dsft_launchers.codes import DONE
 from dsft_launchers.files import replace_text
 from dsft_launchers.follow import follow
 
 from dsft import snapshot
+from dsft.checkpoint import lease
 from dsft.compose import Composed
 from dsft.config import Slurm
 from dsft.telemetry.record import Status, read_status, write_status
@@ -24,7 +26,6 @@ def check(composed: Composed) -> None:
     """Refuse what this cluster would, or a folder that another job works on. Raises ValueError; writes nothing."""
     if not _asked(composed).dry_run:
         submit.check(request(composed, None, _folder(composed)), _folder(composed))
-        _refuse_second(_folder(composed))
 
 
 def dispatch(composed: Composed, create: Callable[[], None]) -> int:
@@ -40,6 +41,8 @@ def dispatch(composed: Composed, create: Callable[[], None]) -> int:
         return DONE
     job_id = submit.submit(asked, command, run_dir / "slurm")
     try:
+        if composed.run.resume.takeover:  # in the name of the job, whose ranks have it then
+            lease.claim(run_dir / "checkpoints", {SUPERVISED: "1", "SLURM_JOB_ID": job_id}, takeover=True)
         create()
         snapshot.copy(code)
         queued(run_dir, job_id, code)
@@ -99,18 +102,23 @@ def _text(value: str | int | None) -> str | None:
     return None if value is None else str(value)
 
 
-def _refuse_second(run_dir: Path) -> None:
-    """A folder is one job's at a time."""
-    if (job_id := job_of(run_dir)) is not None:
-        try:
-            now = cluster.job(job_id)
-        except cluster.ClusterError as error:
-            raise ValueError(f"run_dir {run_dir} is job {job_id}'s, and SLURM does not answer: {error}") from error
-        if now is not None and not now.over:
-            raise ValueError(
-                f"run_dir {run_dir} is job {job_id}'s, which is {now.state}; wait for it, scancel {job_id}, or choose "
-                "another run_dir"
-            )
+def refuse_second(run_dir: Path) -> None:
+    """Refuse a folder that a job of SLURM still has or waits for; none is looked for where no SLURM answers."""
+    job_id = job_of(run_dir)
+    if job_id is None or not cluster.answers():
+        return
+    try:
+        now = cluster.job(job_id)
+    except cluster.ClusterError as error:
+        raise ValueError(
+            f"run_dir {run_dir} is job {job_id}'s, and SLURM does not answer: {error}; try again, or go on without its "
+            "word by resume.takeover=true"
+        ) from error
+    if now is not None and not now.over:
+        raise ValueError(
+            f"run_dir {run_dir} is job {job_id}'s, which is {now.state}; wait for it, scancel {job_id}, or choose "
+            "another run_dir"
+        )
 
 
 def job_of(run_dir: Path) -> str | None:

@@ -1,9 +1,13 @@
 """How a process of ours begins and ends: the garbage collector stays out of its imports and of its end."""
 
+import contextlib
+import errno
 import gc
+import io
+import os
 import sys
 from collections.abc import Callable
-from typing import NoReturn
+from typing import Any, NoReturn
 
 
 def enter(main: Callable[[], int]) -> NoReturn:
@@ -14,7 +18,19 @@ def enter(main: Callable[[], int]) -> NoReturn:
     gc.disable()
     code = main()
     gc.freeze()
+    if code and _in_a_group():
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError):
+                stream.flush()
+        # An interpreter that ends while threads of gloo or NCCL wait for a peer is aborted, which hides the code.
+        os._exit(code)
     sys.exit(code)
+
+
+def _in_a_group() -> bool:
+    """Return True if this process is still in a process group of torch, which is not imported for it."""
+    group = sys.modules.get("torch.distributed")
+    return group is not None and group.is_available() and group.is_initialized()
 
 
 def collect_again() -> None:
@@ -22,3 +38,37 @@ def collect_again() -> None:
     gc.collect()
     gc.freeze()
     gc.enable()
+
+
+class LossyStream(io.TextIOBase):
+    """Wraps stdout or stderr, and ignores that its disk is full or its terminal gone: lines are lost, no run ends."""
+
+    def __init__(self, stream: Any) -> None:
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        """Pass on."""
+        with self._forgiven():
+            self.stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        """Pass on."""
+        with self._forgiven():
+            self.stream.flush()
+
+    def fileno(self) -> int:
+        """The stream's."""
+        return int(self.stream.fileno())
+
+    def isatty(self) -> bool:
+        """The stream's."""
+        return bool(self.stream.isatty())
+
+    @contextlib.contextmanager
+    def _forgiven(self) -> Any:
+        try:
+            yield
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EPIPE, errno.EIO):
+                raise

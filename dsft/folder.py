@@ -7,9 +7,7 @@ import json
 import os
 import platform
 import re
-import shutil
 import subprocess
-import tempfile
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -17,22 +15,17 @@ from typing import Any
 
 from dsft_launchers.files import replace_text
 
-from dsft import __version__
+from dsft import __version__, earlier, published
 from dsft.checkpoint import manifest
 from dsft.checkpoint.manifest import Identity
 from dsft.checkpoint.store import Store
 from dsft.compose import Composed, dump_yaml, load_yaml
+from dsft.door import at_the_door
+from dsft.door import check_place as check_place
+from dsft.earlier import begin_anew as begin_anew
+from dsft.earlier import set_records_aside as set_records_aside
+from dsft.likeness import FREE, WAY_ANEW, differences, is_free, leaves, refuse_others, stored, typed
 from dsft.wording import suggest
-
-FREE = (
-    "run_dir", "launcher", "tracker", "strategy", "checkpoint", "resume",
-    "train.steps", "train.epochs", "train.max_minutes", "train.micro_batch_tokens", "train.log_samples",
-    "train.profile", "train.offload_activations", "train.compile", "train.hang_after", "optim.in_backward",
-)  # fmt: skip
-"""Keys that may differ from those that a folder was made with: none of them changes the maths."""
-
-OTHER_PARAMETERS = ("model.", "method.rank", "method.target_modules", "method.trainable", "method.options", "method._")
-"""Beginnings of keys that change which parameters learn, or their shapes: resume.allow could not help."""
 
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "deepspeed", "hydra-core", "numpy")
 
@@ -40,32 +33,28 @@ PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "deepspeed", "hydra
 def check(run_dir: Path, resolved: Mapping[str, Any]) -> None:
     """Refuse a folder that cannot be written or holds another configuration; nothing is created."""
     check_place(run_dir)
-    paths = [path for path, _ in _leaves(resolved)]
+    paths = [path for path, _ in leaves(resolved)]
     for key in resolved["resume"]["allow"]:
-        if key not in ("model", "data") and not any(_free(path, [key]) for path in paths):
+        if key not in ("model", "data") and not any(is_free(path, [key]) for path in paths):
             raise ValueError(f"resume.allow must hold keys of the configuration, got {key}{suggest(key, paths)}")
-    if (run_dir / "config.yaml").is_file():
+    if not (run_dir / "config.yaml").is_file():
+        if run_dir.is_dir() and any(_foreign(each) for each in run_dir.iterdir()):
+            raise ValueError(f"run_dir must be empty or a run's folder, got {run_dir} with other files; choose another")
+    elif not anew(run_dir, resolved):
         allowed = (*FREE, *resolved["resume"]["allow"])
-        _refuse_others(run_dir, list(_differences(_config(run_dir), resolved, allowed)))
-    elif run_dir.is_dir() and any(not re.fullmatch(r"\.config\.yaml\.\d+", each.name) for each in run_dir.iterdir()):
-        raise ValueError(f"run_dir must be empty or a run's folder, got {run_dir} with other files; choose another")
+        refuse_others(run_dir, list(differences(_config(run_dir), resolved, allowed)))
 
 
-def check_place(run_dir: Path) -> None:
-    """Refuse a folder that cannot be made or written; nothing is created."""
-    place = run_dir
-    while not place.exists():
-        place = place.parent
-    if not place.is_dir():
-        raise ValueError(f"run_dir must be a folder, got {run_dir}: {place} is a file; choose another run_dir")
-    try:
-        for probed in (place, place / "checkpoints"):  # os.access tells nothing to root, nor of an odd file system
-            if probed.is_dir():
-                with tempfile.TemporaryFile(dir=probed) as probe:
-                    probe.write(bytes(4096))
-    except OSError as error:
-        reason = error.strerror or error
-        raise ValueError(f"run_dir must be writable, got {run_dir}: {reason} in {place}; choose another") from error
+def anew(run_dir: Path, resolved: Mapping[str, Any]) -> bool:
+    """Return True if the run in run_dir is to be moved: resume.anew=true, or such a start was killed meanwhile."""
+    return bool(resolved["resume"].get("anew")) or earlier.unfinished(run_dir)
+
+
+def _foreign(path: Path) -> bool:
+    """Return False for what a start leaves that is killed before it has written config.yaml."""
+    if path.name == "checkpoints" and path.is_dir():
+        return any(not each.name.startswith(("lease-", ".")) for each in path.iterdir())
+    return not re.fullmatch(r"\.config\.yaml\.\d+", path.name)
 
 
 def check_parameters(run_dir: Path, plan: Mapping[str, Any]) -> None:
@@ -81,50 +70,70 @@ def check_parameters(run_dir: Path, plan: Mapping[str, Any]) -> None:
 
 def check_digests(run_dir: Path, digests: Mapping[str, str], resolved: Mapping[str, Any]) -> None:
     """Refuse to resume on a base model or data whose content has changed under its name."""
-    old = _known(run_dir)
+    old = {} if anew(run_dir, resolved) else _known(run_dir)
     different = [
         f"{group} was {old[key][:12]}, is {digest[:12]} by its content"
         for (key, digest), group in zip(digests.items(), ("model", "data"), strict=True)
         if key in old and old[key] != digest and group not in resolved["resume"]["allow"]
     ]
-    _refuse_others(run_dir, different)
-
-
-def _refuse_others(run_dir: Path, different: list[str]) -> None:
-    if different:
-        shown = "; ".join(different[:5]) + (f"; and {len(different) - 5} more" if len(different) > 5 else "")
-        keys = [line.split(" was ")[0] for line in different]
-        allow = f", or go on with it all the same by resume.allow=[{','.join(keys)}]"
-        never = any(key.startswith(OTHER_PARAMETERS) for key in keys)
-        raise ValueError(
-            f"run_dir {run_dir} holds another configuration ({shown}); choose another run_dir{'' if never else allow}"
-        )
+    refuse_others(run_dir, different)
 
 
 def check_length(run_dir: Path, resolved: Mapping[str, Any]) -> bool:
-    """True if the run is done and as long as asked for. Refuses one that is shorter than what was trained already."""
+    """True if the run is done and as long as asked for: its result is there, published.check reads its content.
+
+    Refuses a run that is shorter than what was trained already, and one that has nothing to go on from.
+    """
+    if not (run_dir / "config.yaml").is_file():
+        return False
     old, new, status = _config(run_dir), resolved, state(run_dir)
     lengths = [[tree["train"][key] for key in ("steps", "epochs")] for tree in (old, new)]
     steps = new["train"]["steps"]
     if steps is not None and steps < status.get("step", 0):
         raise ValueError(
-            f"train.steps must be at least {status['step']}, the steps of {run_dir} so far, got {steps}; raise "
-            "it or choose another run_dir"
+            f"train.steps must be at least {status['step']}, the steps of {run_dir} so far, got {steps}; raise it, "
+            f"choose another run_dir, or {WAY_ANEW}"
         )
     if status.get("state") == "done" and lengths[0] == lengths[1]:
+        published.check(run_dir, contents=False)
         return True
-    there = any(Store(run_dir).newest_first())
+    there = Store(run_dir).newest_first()
     if not there and (status.get("state") == "done" or status.get("checkpoint") is not None):
         raise ValueError(
             f"run_dir {run_dir} has trained {status['step']} steps and holds no checkpoint to go on from; put its "
-            "checkpoints back, or choose another run_dir"
+            f"checkpoints back, choose another run_dir, or {WAY_ANEW}"
         )
+    _refuse_newer(run_dir, there)
     return False
+
+
+def _refuse_newer(run_dir: Path, newest_first: Sequence[Path]) -> None:
+    """Refuse a run whose newest checkpoint was made by a later dsft, or may not be read by this user."""
+    for checkpoint in newest_first:
+        try:
+            manifest.read(checkpoint)
+        except manifest.NewerError as error:
+            raise ValueError(
+                f"run_dir {run_dir} must be gone on with by the dsft that wrote it: {error}; take that one, choose "
+                f"another run_dir, or {WAY_ANEW}"
+            ) from error
+        except manifest.DamagedError:  # it is set aside by the ranks, which read all of it
+            continue
+        except OSError as error:
+            raise ValueError(
+                f"run_dir {run_dir} must hold checkpoints that can be read, got {checkpoint.name}: {error.strerror}; "
+                "give this user the right to, or choose another run_dir"
+            ) from error
+        return
 
 
 def notes(run_dir: Path, resolved: Mapping[str, Any]) -> Iterator[str]:
     """What a person should know before this folder's run goes on."""
     if not (run_dir / "config.yaml").is_file():
+        return
+    if anew(run_dir, resolved):
+        if moved := ", ".join(earlier.movable(run_dir)):
+            yield f"resume.anew=true: the run begins at step 1; {moved} move to {earlier.target(run_dir)}"
         return
     old = _config(run_dir)
     schedule = resolved["optim"]["schedule"]
@@ -137,8 +146,15 @@ def notes(run_dir: Path, resolved: Mapping[str, Any]) -> Iterator[str]:
 
 
 def create(run_dir: Path, composed: Composed, plan: Mapping[str, Any], digests: Mapping[str, str]) -> None:
-    """Write config.yaml, overrides.yaml, plan.json and provenance.json."""
-    run_dir.mkdir(parents=True, exist_ok=True)
+    """Write config.yaml, overrides.yaml, plan.json and provenance.json; what resume.anew moves is moved before."""
+    with at_the_door(run_dir):
+        run_dir.mkdir(parents=True, exist_ok=True)
+        if anew(run_dir, composed.resolved):
+            earlier.begin_anew(run_dir)
+        _write(run_dir, composed, plan, digests)
+
+
+def _write(run_dir: Path, composed: Composed, plan: Mapping[str, Any], digests: Mapping[str, str]) -> None:
     content = {
         "run": _known(run_dir).get("run", uuid.uuid4().hex),
         "dsft": __version__,
@@ -150,34 +166,17 @@ def create(run_dir: Path, composed: Composed, plan: Mapping[str, Any], digests: 
         "job": {key: value for key, value in os.environ.items() if key in ("SLURM_JOB_ID", "SLURM_ARRAY_TASK_ID")},
         **digests,
     }
-    replace_text(run_dir / "config.yaml", dump_yaml(composed.resolved))  # first: it makes the folder a run's
-    replace_text(run_dir / "overrides.yaml", dump_yaml(list(composed.overrides)))
+    replace_text(run_dir / "config.yaml", dump_yaml(stored(composed.resolved)))  # first: it makes the folder a run's
+    replace_text(run_dir / "overrides.yaml", dump_yaml(typed(composed.overrides)))
     replace_text(run_dir / "plan.json", json.dumps(plan, indent=1) + "\n")
     replace_text(run_dir / "provenance.json", json.dumps(content, indent=1) + "\n")
-
-
-def result_place(run_dir: Path, token: int) -> Path:
-    """Where the writer that holds token writes the result, before it takes its place."""
-    return run_dir / f"adapter.tmp-{token}"
-
-
-def publish(place: Path, target: Path) -> None:
-    """Give a result that is whole its name; an earlier one, and what other writers left unfinished, go."""
-    for file in place.iterdir():
-        with file.open("rb") as content:
-            os.fsync(content.fileno())
-    if target.exists():
-        target.rename(target.with_name(f"{target.name}.tmp-old"))
-    place.rename(target)
-    for leftover in target.parent.glob(f"{target.name}.tmp-*"):
-        shutil.rmtree(leftover)
 
 
 def _known(run_dir: Path) -> dict[str, str]:
     """run, base_digest and data_digest as they were: by provenance.json, else by the newest manifest; {} if nowhere."""
     found = provenance(run_dir)
     for checkpoint in [] if found else Store(run_dir).newest_first():
-        with contextlib.suppress(manifest.DamagedError):
+        with contextlib.suppress(manifest.DamagedError, manifest.NewerError, OSError):
             who = manifest.read(checkpoint).identity
             return {"run": who.run, "base_digest": who.base, "data_digest": who.data}
     return found
@@ -189,8 +188,10 @@ def _config(run_dir: Path) -> dict[str, Any]:
     try:
         tree = load_yaml(path)
         return {**tree, "train": {**tree["train"]}}
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error.strerror}); give this user the right to") from error
     except Exception as error:  # YAML's, OmegaConf's, or a file with something else in it
-        raise ValueError(f"{path} is damaged; restore it, or choose another run_dir") from error
+        raise ValueError(f"{path} is damaged; restore it, choose another run_dir, or {WAY_ANEW}") from error
 
 
 def provenance(run_dir: Path) -> dict[str, Any]:
@@ -201,14 +202,17 @@ def provenance(run_dir: Path) -> dict[str, Any]:
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         content: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
-    except ValueError as error:
+        content.keys()
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error.strerror}); give this user the right to") from error
+    except (ValueError, AttributeError) as error:
         raise ValueError(f"{path} is damaged; remove it, the run goes on without") from error
     return content
 
 
 def identity(run_dir: Path, resolved: Mapping[str, Any]) -> Identity:
     """What this run's checkpoints belong to; config is the SHA-256 of all keys that decide its numbers."""
-    decisive = {path: value for path, value in _leaves(resolved) if not _free(path, FREE)}
+    decisive = {path: value for path, value in leaves(resolved) if not is_free(path, FREE)}
     digest = hashlib.sha256(json.dumps(decisive, sort_keys=True, default=str).encode()).hexdigest()
     known = provenance(run_dir)
     return Identity(run=known["run"], config=digest, base=known["base_digest"], data=known["data_digest"])
@@ -216,27 +220,11 @@ def identity(run_dir: Path, resolved: Mapping[str, Any]) -> Identity:
 
 def state(run_dir: Path) -> dict[str, Any]:
     """The run's status.json, or {} if it never started."""
-    return _read_json(run_dir / "status.json")
-
-
-def _differences(old: Mapping[str, Any], new: Mapping[str, Any], allowed: Sequence[str]) -> Iterator[str]:
-    """One line per key whose value differs, allowed ones left out."""
-    before, after = dict(_leaves(old)), dict(_leaves(new))
-    for path in [*before, *(path for path in after if path not in before)]:
-        if before.get(path) != after.get(path) and not _free(path, allowed):
-            yield f"{path} was {before.get(path)}, is {after.get(path)}"
-
-
-def _leaves(tree: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in tree.items():
-        if isinstance(value, Mapping) and value:
-            yield from _leaves(value, f"{path}{key}.")
-        else:
-            yield f"{path}{key}", value
-
-
-def _free(path: str, allowed: Sequence[str]) -> bool:
-    return any(path == key or path.startswith(f"{key}.") for key in allowed)
+    path = run_dir / "status.json"
+    content = _read_json(path)
+    if content and not {"state", "step"} <= content.keys():
+        raise ValueError(f"{path} is damaged; remove it, the run goes on without")
+    return content
 
 
 def versions() -> dict[str, str]:

@@ -1,25 +1,23 @@
 """python -m dsft.job RUN: one process of a run, from its folder alone; the launchers start it on every rank."""
 
 import contextlib
-import errno
-import io
+import math
 import os
 import socket
 import sys
-import traceback
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dsft_launchers import verdict
 from dsft_launchers.attempt import SUPERVISED
-from dsft_launchers.codes import CRASHED, DONE, STOPPED
+from dsft_launchers.codes import CRASHED, DONE, STOPPED, USER_ERROR
 from dsft_launchers.join import resolve
 
-from dsft import folder
+from dsft import folder, published
 from dsft.compose import load_yaml, read
-from dsft.entry import collect_again, enter
-from dsft.telemetry.record import State, read_status, write_status
+from dsft.ending import Attempt, crashed, note
+from dsft.entry import LossyStream, collect_again, enter
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -29,31 +27,20 @@ if TYPE_CHECKING:
     from dsft.config import Run
     from dsft.data.open import Dataset
     from dsft.engine.assemble import Session
-    from dsft.engine.keep import Keeper
-    from dsft.engine.progress import Watch
+    from dsft.engine.patience import Patience
+    from dsft.engine.progress import Progress
+    from dsft.engine.stop import StopFlag
     from dsft.models.files import ModelFiles
+    from dsft.recorder import Recorder
 
-
-@dataclass
-class Attempt:
-    """What a crash is counted against. started: the step of the checkpoint resumed from, 0 for none."""
-
-    number: int = 0
-    started: int = 0
-    keeper: "Keeper | None" = None
-    lease: "Lease | None" = None
-    training: bool = False
-
-    def blames(self, error: Exception) -> bool:
-        """True if error may be the checkpoint's doing: training from it raised before it was saved again.
-
-        Not the disk's, not the memory's, not a lost peer's.
-        """
-        import torch
-
-        innocent = isinstance(error, OSError | MemoryError | torch.OutOfMemoryError)
-        no_progress = self.started > 0 and self.keeper is not None and self.keeper.saved == self.started
-        return self.training and no_progress and not innocent and not verdict.CONSEQUENCE.search(str(error))
+DAY_S = 86400.0
+"""Limit of a collective where train.hang_after limits every phase; torch's own half hour cuts long ones short."""
+HALF_AN_HOUR_S = 1800.0
+"""Limit of a collective without one: torch's default for gloo."""
+TRACKER_S = 120.0
+"""Of opening the trackers: wandb waits for its server for up to 90 s."""
+TOKENISING_S = 7200.0
+"""Of opening data that are not in the token cache of every node."""
 
 
 def main() -> int:
@@ -66,101 +53,139 @@ def main() -> int:
 def guarded(run_dir: Path) -> int:
     """Work, and turn what happened into the exit code; a crash leaves its traceback on stderr and in status.json."""
     from dsft.checkpoint.lease import LeaseLostError
-    from dsft.checkpoint.store import Store
 
     attempt = Attempt()
-    sys.stdout, sys.stderr = Spoken(sys.stdout), Spoken(sys.stderr)
+    sys.stdout, sys.stderr = LossyStream(sys.stdout), LossyStream(sys.stderr)
     try:
         return work(run_dir, attempt)
     except verdict.CannotBeginError as error:  # the cluster's state, not an error of this process: no traceback
         print(f"{verdict.CANNOT_BEGIN}{error}", file=sys.stderr)
+        note(run_dir, attempt, f"cannot begin: {error}")
+    except verdict.RefusedError as error:  # the user decides how it goes on
+        print(f"{verdict.REFUSED}{error}", file=sys.stderr)
+        note(run_dir, attempt, str(error))
+        return USER_ERROR
     except LeaseLostError as error:  # the folder is another's now: say so, write nothing
         print(f"dsft: {error}", file=sys.stderr)
     except Exception as error:  # the last fence: whatever went wrong is this attempt's end
-        traceback.print_exc()
-        print(f"{verdict.CRASH}{type(error).__name__}: {' '.join(str(error).split())}", file=sys.stderr)
-        try:
-            if attempt.lease is not None:
-                attempt.lease.check()
-                fail(run_dir, f"{type(error).__name__}: {error}")
-            if attempt.blames(error):
-                Store(run_dir).mark_crash(attempt.started, attempt.number)
-        except (OSError, LeaseLostError) as why:
-            print(f"dsft: nothing more is written to {run_dir}: {why}", file=sys.stderr)
+        crashed(run_dir, attempt, error)
     return CRASHED
-
-
-def fail(run_dir: Path, reason: str) -> None:
-    """Leave the state failed with its reason in status.json, if the run had begun."""
-    status = read_status(run_dir)
-    if status is not None:
-        write_status(run_dir, replace(status, state="failed", reason=reason))
-
-
-def settle(run_dir: Path, code: int, attempt: int) -> None:
-    """After the ranks of attempt have gone: a run that still says running did not end by itself."""
-    try:
-        _settle(run_dir, code, attempt)
-    except OSError as error:
-        print(f"dsft: {run_dir / 'status.json'} could not be brought up to date: {error}", file=sys.stderr)
-
-
-def _settle(run_dir: Path, code: int, attempt: int) -> None:
-    status = read_status(run_dir)
-    if status is not None and status.state == "running" and status.attempts == attempt:
-        state: State = "stopped" if code == STOPPED else "failed"
-        write_status(run_dir, replace(status, state=state, reason=f"the launcher ended with code {code}"))
 
 
 def work(run_dir: Path, attempt: Attempt) -> int:
     """Resume or begin, train, write the result, and return the exit code. Collective over the ranks."""
     _quiet()
-    from dsft.checkpoint import lease as leases
     from dsft.comm.hello import greet
+    from dsft.comm.meeting import LIMIT_S
     from dsft.comm.world import join, leave
     from dsft.data.order import total_steps
-    from dsft.engine.assemble import assemble
-    from dsft.engine.loop import fit
+    from dsft.engine.limits import limits_of
+    from dsft.engine.patience import Patience
     from dsft.engine.progress import STOPPED as ASKED
-    from dsft.engine.resume import keeper_for, resume
     from dsft.engine.stop import StopFlag
     from dsft.recorder import Recorder
 
     run = _asked(run_dir)
     stop = StopFlag(run.train.max_minutes)
     stop.bind()
-    world = join()
-    hello = greet(world, folder.versions(), socket.gethostname())
-    lease, holder = leases.acquire(run_dir / "checkpoints") if world.rank == 0 else (None, None)
-    attempt.lease = lease
-    files, data = find(run, world, hello)
-    total = total_steps(run.train, len(data.train))
-    with Recorder(run, run_dir, world, total, lease, hello) as recorder:
-        attempt.number = recorder.attempt
-        if holder is not None and recorder.overtakes:
-            recorder.event("takeover", 0, {"holder": holder})
-        session = assemble(run, files, world, total)
-        if session.compiler and run.train.compile == "auto":
-            recorder.event("compile", 0, {"steps": total})
-        who = folder.identity(run_dir, load_yaml(run_dir / "config.yaml"))
-        at = resume(session, run_dir, who, lease, total, recorder)
-        attempt.started = at.step
-        recorder.begin(at.step)
-        recorder.event("assembled", at.step, {})
-        attempt.keeper = keeper = keeper_for(session, run_dir, who, lease, saved=at.step)
-        attempt.training = True
-        collect_again()
-        at = fit(session, data, recorder, stop, keeper, at)
-        attempt.training = False
-        if at.state != ASKED:
-            give_result(session, data, run_dir, lease, recorder)
-        elif run.checkpoint.every and keeper.saved != at.step:
-            raise RuntimeError(f"stopped at step {at.step}, which could not be saved; step {keeper.saved} was")
-        recorder.end(at, data, keeper.saved)
-    session.run.strategy.close()
-    leave()
+    world = join(DAY_S if math.isfinite(run.train.hang_after) else HALF_AN_HOUR_S)
+    margin_s = run.train.hang_after if world.size > 1 else math.inf  # one process waits for nobody
+
+    def leaves(reason: str) -> None:
+        note(run_dir, attempt, reason)
+
+    with Patience(margin_s, limits_of(run_dir, world.device.type), leaves=leaves) as patience:
+        with patience.phase("greeting", LIMIT_S):  # which has a limit of its own
+            hello = greet(world, folder.versions(), socket.gethostname())
+        with patience.phase("data", _data_s(run_dir)):
+            files, data = find(run, world, hello)
+        total = total_steps(run.train, len(data.train))
+        with _held(run_dir, world, attempt) as holder:
+            with patience.phase("trackers", TRACKER_S):
+                recorder = Recorder(run, run_dir, world, total, attempt.lease, hello)
+                world.barrier()
+            with recorder:
+                attempt.number = recorder.attempt
+                if holder is not None and recorder.overtakes:
+                    recorder.event("takeover", 0, {"holder": holder})
+                at = _train(run_dir, files, data, attempt, recorder, total=total, stop=stop, patience=patience)
+                recorder.end(at, data, attempt.keeper.saved if attempt.keeper else recorder.saved)
+            with patience.phase("leave", 0.0):
+                run.strategy.close()
+                leave()
     stop.ignore()
     return STOPPED if at.state == ASKED else DONE
+
+
+def _train(
+    run_dir: Path, files: "ModelFiles", data: "Dataset", attempt: Attempt, recorder: "Recorder",
+    *, total: int, stop: "StopFlag", patience: "Patience",
+) -> "Progress":  # fmt: skip
+    """Load, resume, train, and write the result where the run was not stopped before; where it is then. Collective."""
+    from dsft.engine.assemble import assemble
+    from dsft.engine.loop import fit
+    from dsft.engine.progress import STOPPED as ASKED
+    from dsft.engine.resume import keeper_for, resume
+    from dsft.engine.stop import in_vain
+
+    run, world, lease = recorder.run, recorder.world, attempt.lease
+    with patience.phase("loading", patience.limits.loading_s):
+        session = assemble(run, files, world, total)
+        asked = next(filter(None, world.gather(stop.reason)), None)
+    if session.compiler and run.train.compile == "auto":
+        recorder.event("compile", 0, {"steps": total})
+    if asked is not None:
+        return recorder.given_up(in_vain(asked))
+    who = folder.identity(run_dir, load_yaml(run_dir / "config.yaml"))
+    with patience.phase("resume", 3 * patience.limits.state_s):
+        at = attempt.at = resume(session, run_dir, who, lease, total, recorder)
+    attempt.started = at.step
+    recorder.begin(at.step)
+    recorder.event("assembled", at.step, {})
+    if at.over and at.step < total:
+        recorder.event("early_stop_holds", at.step, {})
+    attempt.keeper = keeper = keeper_for(session, run_dir, who, lease, saved=at.step)
+    attempt.training = True
+    collect_again()
+    at = fit(session, data, recorder, stop, keeper, at, patience=patience)
+    attempt.training = False
+    if at.state != ASKED:
+        give_result(session, data, run_dir, lease, recorder, patience=patience)
+    elif run.checkpoint.every and keeper.saved != at.step:
+        raise RuntimeError(f"stopped at step {at.step}, which could not be saved; step {keeper.saved} was")
+    return at
+
+
+def _data_s(run_dir: Path) -> float:
+    """Return the seconds that opening the data may take: more where this node has to tokenise them."""
+    from dsft.data.cache import cache_root, token_folder
+
+    digest = folder.provenance(run_dir).get("data_digest")
+    return 0.0 if digest and token_folder(cache_root(), digest).is_dir() else TOKENISING_S
+
+
+@contextlib.contextmanager
+def _held(run_dir: Path, world: "World", attempt: Attempt) -> Iterator[str | None]:
+    """Hold the run folder inside, and give who held it before. Collective; rank 0 has the lease, in attempt.
+
+    Raises RefusedError on every rank if the process of another start works on the run.
+    """
+    from dsft.checkpoint import lease as leases
+
+    holder = refusal = None
+    if world.rank == 0:
+        try:
+            attempt.lease, holder = leases.acquire(run_dir / "checkpoints", os.environ)
+        except leases.HeldError as error:
+            refusal = str(error)
+    if refusal := world.gather(refusal)[0]:
+        raise verdict.RefusedError(refusal)
+    if attempt.lease is None:
+        yield None
+        return
+    published.clear_leftovers(run_dir)
+    with attempt.lease.beating():
+        yield holder
 
 
 def _asked(run_dir: Path) -> "Run":
@@ -184,18 +209,25 @@ def find(run: "Run", world: "World", hello: "Mapping[str, Any]") -> "tuple[Model
     return files, data
 
 
-def give_result(session: "Session", data: "Dataset", run_dir: Path, lease: "Lease | None", watch: "Watch") -> None:
+def give_result(
+    session: "Session", data: "Dataset", run_dir: Path, lease: "Lease | None", watch: "Recorder",
+    *, patience: "Patience",
+) -> None:  # fmt: skip
     """Write the result aside, have it read back, and give it its name if the run is still ours. Collective."""
     from dsft.engine.result import write_result
     from dsft.verify import prove
 
-    place = folder.result_place(run_dir, session.world.gather(lease.token if lease else 0)[0])
-    digest = write_result(session, place)
+    with patience.phase("result", patience.limits.result_s):
+        place = published.result_place(run_dir, session.world.gather(lease.token if lease else 0)[0])
+        digest = write_result(session, place)
     if session.run.checkpoint.verify_result:
-        prove(session, data, run_dir, place, digest, watch)
-    if lease is not None:
-        lease.check(strict=True)
-        folder.publish(place, run_dir / "adapter")
+        prove(session, data, run_dir, place, digest, watch, phase=patience.phase)
+    with patience.phase("publishing", 2 * patience.limits.result_s):
+        if lease is not None:
+            published.describe(place)
+            lease.check(strict=True)
+            published.publish(place, run_dir / "adapter")
+        session.world.barrier()
 
 
 def _quiet() -> None:
@@ -204,40 +236,6 @@ def _quiet() -> None:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-
-
-class Spoken(io.TextIOBase):
-    """A rank's output: a log on a full disk or a terminal that went away loses lines and does not end the run."""
-
-    def __init__(self, stream: Any) -> None:
-        self.stream = stream
-
-    def write(self, text: str) -> int:
-        """Pass on."""
-        with self._forgiven():
-            self.stream.write(text)
-        return len(text)
-
-    def flush(self) -> None:
-        """Pass on."""
-        with self._forgiven():
-            self.stream.flush()
-
-    def fileno(self) -> int:
-        """The stream's."""
-        return int(self.stream.fileno())
-
-    def isatty(self) -> bool:
-        """The stream's."""
-        return bool(self.stream.isatty())
-
-    @contextlib.contextmanager
-    def _forgiven(self) -> Any:
-        try:
-            yield
-        except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EPIPE, errno.EIO):
-                raise
 
 
 if __name__ == "__main__":

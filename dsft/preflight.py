@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from dsft import folder, offline
+from dsft import folder, offline, published
 from dsft.compose import Composed
 from dsft.config import Run
 
@@ -24,7 +24,8 @@ def preflight(composed: Composed) -> dict[str, Any] | None:
     if composed.start.kind == "slurm":
         offline.unplug()  # what the nodes would lack is missed here
     folder.check(run_dir, composed.resolved)
-    done = bool(folder.state(run_dir)) and folder.check_length(run_dir, composed.resolved)
+    anew = folder.anew(run_dir, composed.resolved)
+    done = not anew and folder.check_length(run_dir, composed.resolved)
     run.model.check()
     for tracker in run.tracker.values():
         tracker.check()
@@ -39,11 +40,13 @@ def preflight(composed: Composed) -> dict[str, Any] | None:
     digests = {"base_digest": files.digest(), "data_digest": data.digest}
     folder.check_digests(run_dir, digests, composed.resolved)
     if done:
+        published.check(run_dir)
         return None
     from dsft.plan import make_plan
 
     plan = make_plan(composed, files)
-    folder.check_parameters(run_dir, plan)
+    if not anew:
+        folder.check_parameters(run_dir, plan)
     return {"plan": plan, "digests": digests, "audit": data.audit}
 
 

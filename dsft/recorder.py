@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
+from dsft import folder
 from dsft.checkpoint.lease import Lease, LeaseLostError
 from dsft.comm.hello import odd
 from dsft.comm.world import World
@@ -12,10 +13,10 @@ from dsft.compose import load_yaml
 from dsft.config import Run
 from dsft.data.open import Dataset
 from dsft.engine.evaluate import Evaluation
-from dsft.engine.progress import Progress
+from dsft.engine.progress import STOPPED, Progress
 from dsft.telemetry.meter import Meter, peak_memory_bytes
 from dsft.telemetry.progress import ProgressLine
-from dsft.telemetry.record import RunRecord, State, Status, read_status
+from dsft.telemetry.record import METRICS, RunRecord, Saved, State, Status, read_lines, read_status, timestamp
 from dsft.telemetry.trackers import Trackers
 
 SAID = {
@@ -27,13 +28,19 @@ SAID = {
     "slow_node": "SLOW NODE {host}: an all-reduce {what} takes {seconds:.3f} s, {median:.3f} s on the median node",
     "takeover": "took the run folder over from {holder}",
     "quarantine": "CHECKPOINT SET ASIDE: {checkpoint}: {reason}; it is in {moved_to} now",
+    "put_back": "CHECKPOINT PUT BACK: {checkpoint}: {reason}",
+    "condemned": "{checkpoint} stays set aside: {reason}; it is in {moved_to}",
     "verified": "the result was read back in a fresh process: it is the model that was trained",
     "unverified": "the result was not read back: {reason}",
     "compile": "train.compile=auto: {steps:,} steps are worth it, blocks are compiled",
     "compiled": "{graphs} graphs compiled in {seconds:.0f} s",
     "profile": "{what}\n{table}",
     "profile_short": "train.profile={wanted}: {steps} steps are left to be profiled",
-    "save_failed": "SAVE FAILED: {error}; training goes on, the newest checkpoint is step {newest}",
+    "save_failed": "SAVE FAILED: {error}; {then}, the newest checkpoint is step {newest}",
+    "save_late": "SAVE LATE: that of step {of} has taken {seconds:.0f} s so far, the longest before {longest:.1f} s; "
+    "until it ends nothing else is saved, and the newest checkpoint is step {newest}",
+    "early_stop_holds": "stopped early at this step before, which still holds; train.early_stop_metric=null goes on",
+    "records_aside": "begins again at step 1: metrics.jsonl and samples.jsonl of before are in {moved_to}",
 }
 """Events that a person should see, in words."""
 
@@ -68,6 +75,7 @@ class Recorder:
             checkpoint=before.checkpoint if before else None,
             reason=None,
             wandb_id=wandb_id,
+            saved=before.saved if before else None,
         )
         self.record.status(self.status)
         self.record.event("start", 0, {**hello, "steps": total, "attempt": self.attempt})
@@ -85,14 +93,32 @@ class Recorder:
         try:
             self.lease.check()
             self.record.close()
-        except (OSError, LeaseLostError) as error:  # lines that can no longer be written
+        except LeaseLostError:
+            if kind is None:
+                raise
+        except OSError as error:  # lines that can no longer be written
             if kind is None:
                 raise
             self.line.say(str(error))
 
+    @property
+    def saved(self) -> int:
+        """The step of the newest checkpoint that status.json knows of; 0 for none, and on other ranks than 0."""
+        if self.lease is None or self.status.checkpoint is None:
+            return 0
+        return int(self.status.checkpoint.removeprefix("step-"))
+
+    def given_up(self, reason: str) -> Progress:
+        """Where the run is if it was asked to stop before it resumed: where the last attempt left it. Collective."""
+        step = self.world.gather(self.status.step if self.lease else 0)[0]
+        self.event("stopping", step, {"reason": reason})
+        return Progress(total=self.total, step=step, state=STOPPED, reason=reason)
+
     def begin(self, step: int) -> None:
         """The loop begins after step: what was recorded of later steps is dropped, since they are run again."""
         if self.lease is not None:
+            if step == 0 and any("loss" in line for line in read_lines(self.run_dir / METRICS)):
+                self.event("records_aside", 0, {"moved_to": str(folder.set_records_aside(self.run_dir))})
             self.record.resume(step)
             self.line.begin(step)
             self.status = replace(self.status, step=step)
@@ -137,7 +163,12 @@ class Recorder:
             where = f"step {step}  " if step else ""
             self.line.say(where + SAID[event].format(**details))
         if event in ("save", "resume"):
-            self.status = replace(self.status, checkpoint=str(details["checkpoint"]))
+            checkpoint = str(details["checkpoint"])
+            saved = Saved(step=step, time=_committed(self.run_dir, checkpoint))
+            self.status = replace(self.status, checkpoint=checkpoint, saved=saved)
+            self.record.status(self.status)
+        if event == "stopping":
+            self.status = replace(self.status, state="stopping", reason=str(details["reason"]))
             self.record.status(self.status)
 
     def end(self, at: Progress, data: Dataset, saved: int) -> None:
@@ -151,6 +182,14 @@ class Recorder:
         self.line.close()
         for line in closing(self.run_dir, data, at, saved):
             print(line, flush=True)
+
+
+def _committed(run_dir: Path, checkpoint: str) -> str:
+    """Return when a checkpoint was committed: the manifest is written last. Now, where that cannot be read."""
+    try:
+        return timestamp((run_dir / "checkpoints" / checkpoint / "manifest.json").stat().st_mtime)
+    except OSError:
+        return timestamp()
 
 
 def closing(run_dir: Path, data: Dataset, at: Progress, saved: int) -> Iterator[str]:
@@ -172,4 +211,6 @@ def closing(run_dir: Path, data: Dataset, at: Progress, saved: int) -> Iterator[
             row = before_answer.row
             yield f"  right answer {data.eval.reference(row)!r}"
             yield f"    before {before_answer.text[:70]!r}  after {after_answer.text[:70]!r}"
+    if saved and saved < at.step:
+        yield f"not saved      step {at.step}: more steps would go on from the newest checkpoint, step {saved}"
     yield f"result         {run_dir / 'adapter'}"

@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from dsft.compose import load_yaml
+from dsft.door import shown
 from dsft.folder import provenance, state
 from dsft.models.files import check_folder
 from dsft.models.source import local_folder
+from dsft.published import damages
 
 BASE = "base"
 """Name of the base without a result on it."""
@@ -84,6 +86,16 @@ def find(paths: Sequence[Path | str], *, names: Sequence[str] | None = None) -> 
 
 def _folder(path: Path) -> tuple[Path, Path | None]:
     """The folder of a result, and of its run."""
+    try:
+        return _found(path)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise ValueError(
+            f"RUN must be a folder that can be read, got {shown(path)}: {reason}; give the run_dir of a run"
+        ) from error
+
+
+def _found(path: Path) -> tuple[Path, Path | None]:
     if (path.parent / "config.yaml").is_file() and path.name == "adapter":
         path = path.parent
     if (path / "config.yaml").is_file():
@@ -154,6 +166,9 @@ def _check_tensors(result: Result) -> None:
 
     for file in sorted(result.folder.glob("*.safetensors")):
         shapes(file, "RUN")
+    for name, what in damages(result.folder, contents=False) if result.run_dir else ():
+        if name.endswith(".safetensors"):  # another file may have been edited since, such as its README
+            raise ValueError(f"RUN must hold its whole result, got {result.folder / name} {what}; put it back")
 
 
 def _told(result: Result) -> str:

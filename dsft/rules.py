@@ -31,12 +31,16 @@ class Rule:
     why: str
 
 
-class RefusedError(ValueError):
-    """The refusal of a rule. rule: its name."""
+class RuleError(ValueError):
+    """The refusal of a rule. Its arguments are the name of the rule and why it refuses."""
 
-    def __init__(self, rule: str, why: str) -> None:
-        super().__init__(why)
-        self.rule = rule
+    @property
+    def rule(self) -> str:
+        """The name of the rule."""
+        return str(self.args[0])
+
+    def __str__(self) -> str:
+        return str(self.args[1])
 
 
 SHARDED = ("fsdp", "hsdp", "zero1", "zero2", "zero3")
@@ -183,7 +187,7 @@ def refuse(run: Run, names: Mapping[str, str], at: Place) -> None:
         if rule.holds(run, names, at):
             capacity, compiler = _over_capacity(run, at), missing_compiler(at.gpus)
             why = rule.why.format(run=run, names=names, size=at.size, capacity=capacity, compiler=compiler)
-            raise RefusedError(rule.name, why)
+            raise RuleError(rule.name, why)
 
 
 def repair(tree: Mapping[str, Any], at: Place) -> tuple[dict[str, Any], tuple[str, ...]]:

@@ -1,14 +1,18 @@
 """python -m dsft.run [overrides]: compose, check, launch, train, evaluate, export, report."""
 
 import os
+import signal
 import sys
+import uuid
 from collections.abc import Sequence
 from pathlib import Path
+from types import FrameType
 
 from dsft_launchers.codes import CRASHED, STOPPED, USER_ERROR
 from dsft_launchers.verdict import CANNOT_BEGIN, CannotBeginError
 
 from dsft import dispatch, folder
+from dsft.checkpoint import lease
 from dsft.compose import Composed, compose, hand_to_hydra, hydra_flags
 from dsft.entry import enter
 from dsft.preflight import announce, preflight
@@ -18,6 +22,8 @@ from dsft.wording import refuse
 def main(argv: Sequence[str] | None = None) -> int:
     """Run what was typed; returns the exit code (see the README)."""
     words = list(sys.argv[1:] if argv is None else argv)
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, _interrupt)
     try:
         flags, overrides = hydra_flags(words)
         if flags:
@@ -33,11 +39,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         return STOPPED
 
 
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    """Before the ranks are bound to a signal it stops the start as Ctrl-C does."""
+    raise KeyboardInterrupt
+
+
 def _start(composed: Composed) -> int:
     """Check, make the run folder, and start the processes: in this one if it is alone."""
+    run_dir = Path(composed.run.run_dir)
+    folder.check_place(run_dir)
+    os.environ[lease.START] = uuid.uuid4().hex  # what this start holds is its ranks' at once
     if composed.start.kind == "slurm":
         dispatch.check(composed)
-    prepared, run_dir = preflight(composed), Path(composed.run.run_dir)
+    _refuse_living(composed)
+    prepared = preflight(composed)
     if prepared is None:
         return _done(run_dir)
 
@@ -47,18 +62,40 @@ def _start(composed: Composed) -> int:
 
     if composed.start.kind == "slurm":
         return dispatch.dispatch(composed, begin)
-    begin()
-    from dsft import job
+    with _claim(composed).beating():
+        begin()
+        return _launch(run_dir, composed.start.size)
 
-    if composed.start.size == 1:
+
+def _launch(run_dir: Path, size: int) -> int:
+    """Run the processes of this machine, in this one if it is alone; the exit code."""
+    if size == 1:
+        from dsft import job
+
         return job.guarded(run_dir)
-    from dsft_launchers.local import launch
+    from dsft_launchers.local import run_ranks
+
+    from dsft.ending import settle
 
     command = [sys.executable, "-m", "dsft.job", str(run_dir)]
     attempt = folder.state(run_dir).get("attempts", 0) + 1
-    code = launch(command, num_processes=composed.start.size, log_dir=run_dir / "logs", env={})
-    job.settle(run_dir, code, attempt)
-    return code
+    ending = run_ranks(command, num_processes=size, log_dir=run_dir / "logs", env={})
+    settle(run_dir, ending, attempt)
+    return ending.code
+
+
+def _refuse_living(composed: Composed) -> None:
+    """Refuse a folder that the process of another start works on, or that a SLURM job waits to work on."""
+    run_dir = Path(composed.run.run_dir).absolute()
+    if composed.run.resume.takeover:
+        return
+    dispatch.refuse_second(run_dir)
+    lease.refuse_living(run_dir / "checkpoints", os.environ)
+
+
+def _claim(composed: Composed) -> lease.Lease:
+    """Take the run folder for this start, so that a second one that is typed in the same moment is refused."""
+    return lease.claim(Path(composed.run.run_dir) / "checkpoints", os.environ, takeover=composed.run.resume.takeover)
 
 
 def _done(run_dir: Path) -> int:
@@ -73,18 +110,21 @@ def _join(composed: Composed) -> int:
     from dsft.comm.world import join, leave
 
     try:
-        world = join()
+        world = join(job.DAY_S)  # rank 0 may tokenise for long; each phase after it has a limit of its own
     except CannotBeginError as error:
         print(f"{CANNOT_BEGIN}{error}", file=sys.stderr)
         return CRASHED
     refusal, run_dir, done = None, "", False
     if world.rank == 0:
         try:
+            folder.check_place(Path(composed.run.run_dir))
+            _refuse_living(composed)
             prepared = preflight(composed)
             done, run_dir = prepared is None, str(Path(composed.run.run_dir).absolute())
             if prepared is None:
                 _done(Path(run_dir))
             else:
+                _claim(composed)
                 announce(composed, prepared)
                 folder.create(Path(run_dir), composed, prepared["plan"], prepared["digests"])
         except ValueError as error:

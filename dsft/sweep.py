@@ -16,7 +16,7 @@ from dsft.entry import enter
 from dsft.sweeps import ledger
 from dsft.sweeps.ledger import Ledger
 from dsft.sweeps.points import bring
-from dsft.sweeps.standing import Standing, look
+from dsft.sweeps.standing import ALIVE, Standing, look
 from dsft.sweeps.table import as_text, check_metric, write_csv
 from dsft.telemetry.record import read_status, write_status
 from dsft.wording import refuse
@@ -67,7 +67,7 @@ def _raise(message: str) -> NoReturn:
 def _status(book: Ledger, points: Sequence[Standing]) -> int:
     for point in points:
         changed = " ".join(book.changed(point.index))
-        print(f"{point.index:<6} {point.shown:<8} {point.step:>7}  {changed}  {point.why}".rstrip())
+        print(f"{point.index:<6} {point.shown:<10} {point.step:>7}  {changed}  {point.why}".rstrip())
     print(
         "  ".join(
             f"{sum(p.state == state for p in points)} {state}" for state in dict.fromkeys(p.state for p in points)
@@ -118,7 +118,8 @@ def _go_on(sweep: Path, book: Ledger, points: Sequence[Standing], args: argparse
 
 def _cancel(sweep: Path, book: Ledger, points: Sequence[Standing]) -> int:
     """Have SLURM end the points' jobs; those that did not begin are stopped by our word, since SLURM forgets them."""
-    jobs = {point.index: point.job for point in points if point.job and point.state in ("queued", "held", "running")}
+    alive = tuple(state for state in ALIVE if state != "ending")
+    jobs = {point.index: point.job for point in points if point.job and point.state in alive}
     if not jobs:
         print("nothing to cancel: no point is a job that waits or runs")
         return DONE

@@ -3,11 +3,17 @@
 A run starts this by itself when it has written its result, and leaves what was found in RUN/adapter/verified.json.
 """
 
+import contextlib
+import ctypes
 import json
 import os
+import signal
 import subprocess
 import sys
 import warnings
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +21,7 @@ from dsft.compose import read
 from dsft.config import Run
 from dsft.imports import uncompiled
 from dsft.protocols import Method
+from dsft.published import FOUND, PROBE, note
 from dsft.wording import refuse
 
 if TYPE_CHECKING:
@@ -22,14 +29,29 @@ if TYPE_CHECKING:
     from dsft.engine.assemble import Session
     from dsft.engine.progress import Watch
 
-FOUND, PROBE = "verified.json", "probe.safetensors"
 DIFFERENT = 3
-PATIENCE_S = 1200.0
-"""How long the other ranks wait for the fresh process; their collectives wait 1,800 s."""
+READS = 2
+"""Starts of the fresh process, if a signal kills it."""
+START_S, BYTES_PER_S = 45.0, 20e6
+"""What the fresh process may take: its imports on a busy machine, and the base, read and computed on a slow one."""
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
 RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 BOUNDS = {"fp32": 1e-4, "bf16": 5e-2}
 """Largest difference of the logits allowed, relative to the largest logit: another attention and batch layout round
 otherwise (fp32 differs by 1e-6 where both are the same; bf16 has 8 bits)."""
+
+
+Phase = Callable[[str, float], AbstractContextManager[None]]
+"""Limits what happens inside: its name, and the seconds that it may take."""
+
+
+@dataclass(frozen=True)
+class Ended:
+    """The end of the fresh process. code: None if it ran out of time; said: its last line; found: what it wrote."""
+
+    code: int | None
+    said: str = ""
+    found: dict[str, Any] = field(default_factory=dict)
 
 
 def main() -> int:
@@ -41,55 +63,118 @@ def main() -> int:
                 "see RUN/adapter/verified.json"
             )
         )
+    with contextlib.suppress(OSError, AttributeError):  # without that call it ends by itself, later
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     run_dir, result = Path(sys.argv[1]), Path(sys.argv[2])
     found = compare(read(run_dir), result)
-    (result / FOUND).write_text(json.dumps(found, indent=1) + "\n")
+    note(result, found)
     return 0 if found["same"] else DIFFERENT
 
 
-def prove(session: "Session", data: "Dataset", run_dir: Path, result: Path, digest: str, watch: "Watch") -> None:
+def _unlimited(name: str, seconds: float) -> AbstractContextManager[None]:
+    return contextlib.nullcontext()
+
+
+def prove(
+    session: "Session", data: "Dataset", run_dir: Path, result: Path, digest: str, watch: "Watch",
+    *, phase: Phase = _unlimited,
+) -> None:  # fmt: skip
     """Have a fresh process read the result back and compare it with the live model. Collective.
 
-    Raises RuntimeError if it is another one. What could not be compared is said: a base that would take more than half
-    of the free memory, a random one that is nowhere to load from, a process that ended otherwise.
+    What was found is noted in the result: it is the same, or, known beforehand, the base cannot be loaded for a
+    comparison; then only the tensors in its files are compared. Raises RuntimeError for everything else.
     """
     from dsft.data.batch import build_batch
     from dsft.engine.result import write_probe
 
-    world = session.world
-    if why_not := world.gather(_cannot(session, run_dir))[0]:
-        watch.event("unverified", 0, {"reason": why_not})
-        return
-    write_probe(session, build_batch(data.train, [0]).tokens, result / PROBE, digest)
-    code, said = world.gather(_in_a_fresh_process(run_dir, result) if world.rank == 0 else (0, ""))[0]
-    if code == DIFFERENT:
-        raise RuntimeError(f"{result}, read back in a fresh process, is not the model that was trained: {said}")
-    if code != 0:
-        watch.event("unverified", 0, {"reason": f"the process that read it ended with {code}: {said}"})
-        return
+    world, needed = session.world, _base_bytes(session, run_dir)
+    seconds = START_S + needed / BYTES_PER_S
+    with phase("verification", seconds):
+        why_not = world.gather(_cannot(session, needed))[0]
+        if why_not is not None:
+            wrong = world.gather(_as_written(result, digest, why_not) if world.rank == 0 else None)[0]
+            if wrong is not None:
+                raise RuntimeError(_unpublished(result, wrong))
+            watch.event("unverified", 0, {"reason": why_not})
+            return
+        write_probe(session, build_batch(data.train, [0]).tokens, result / PROBE, digest)
+    for _ in range(READS):
+        with phase("verification", seconds):
+            ended = world.gather(_in_a_fresh_process(run_dir, result, seconds) if world.rank == 0 else Ended(None))[0]
+        if ended.code is None or ended.code >= 0:
+            break
+    if world.rank == 0:
+        (result / PROBE).unlink(missing_ok=True)
+    if ended.code != 0 or ended.found.get("same") is not True:
+        raise RuntimeError(_unpublished(result, _why(ended, seconds)))
     watch.event("verified", 0, {})
 
 
-def _in_a_fresh_process(run_dir: Path, result: Path) -> tuple[int, str]:
-    """Its exit code and what it found or said; a signal to this process group does not reach it."""
+def _in_a_fresh_process(run_dir: Path, result: Path, seconds: float) -> Ended:
+    """Start the reader and wait for its end; a signal to this process group does not reach it."""
     alone = {key: value for key, value in os.environ.items() if key not in RANK_VARIABLES}
     command = [sys.executable, "-m", "dsft.verify", str(run_dir), str(result)]
     try:
         done = subprocess.run(
-            command, env={**alone, "CUDA_VISIBLE_DEVICES": ""}, timeout=PATIENCE_S, start_new_session=True,
-            capture_output=True, text=True, check=False,
+            command, env={**alone, "CUDA_VISIBLE_DEVICES": ""}, timeout=seconds, start_new_session=True,
+            capture_output=True, text=True, errors="replace", check=False,
         )  # fmt: skip
     except subprocess.TimeoutExpired:
-        return -1, f"nothing after {PATIENCE_S:g} s"
-    (result / PROBE).unlink()
-    return done.returncode, (result / FOUND).read_text() if done.returncode == DIFFERENT else done.stderr[-500:]
+        return Ended(None)
+    said = [line.strip() for line in done.stderr.splitlines() if line.strip()]
+    try:
+        found = json.loads((result / FOUND).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        found = {}
+    return Ended(done.returncode, said[-1][:500] if said else "", found)
 
 
-def _cannot(session: "Session", run_dir: Path) -> str | None:
+def _why(ended: Ended, seconds: float) -> str:
+    if ended.code is None:
+        return f"the process that read it back was not done after {seconds:.0f} s"
+    if ended.code == DIFFERENT:
+        found = ", ".join(f"{key} {value}" for key, value in ended.found.items())
+        return f"read back in a fresh process, it is not the model that was trained: {found}"
+    if ended.code < 0:
+        return f"the process that read it back was killed by {_signal(-ended.code)} {READS} times"
+    return f"the process that read it back ended with {ended.code}: {ended.said}"
+
+
+def _signal(number: int) -> str:
+    return signal.Signals(number).name if number in set(signal.Signals) else f"signal {number}"
+
+
+def _unpublished(result: Path, why: str) -> str:
+    return (
+        f"{result} is not published as the run's result: {why}; start the run again, which writes it anew, or with "
+        "checkpoint.verify_result=false"
+    )
+
+
+def _as_written(result: Path, digest: str, why_not: str) -> str | None:
+    """What is wrong with the files of a result whose base cannot be loaded, None if nothing; why_not is noted."""
+    try:
+        for path in sorted(result.glob("*.json")):
+            json.loads(path.read_text(encoding="utf-8"))
+        found, tensors = _digest(result)
+    except Exception as error:  # safetensors' and the file system's, whatever a torn file leads to
+        return f"its files cannot be read ({type(error).__name__}: {' '.join(str(error).split())})"
+    if found != digest:
+        return f"its files hold other tensors than were trained: digest {found}, expected {digest}"
+    note(result, {"same": None, "why": why_not, "digest": found, "tensors": tensors})
+    return None
+
+
+def _base_bytes(session: "Session", run_dir: Path) -> int:
+    """Bytes of the base model as the fresh process loads it."""
+    parameters: int = json.loads((run_dir / "plan.json").read_text())["parameters"]["total"]
+    return parameters * (4 if session.run.train.precision == "fp32" else 2)
+
+
+def _cannot(session: "Session", needed: int) -> str | None:
+    """Why the base, of so many bytes, cannot be loaded for a comparison; None if it can."""
     if session.files.init == "random":
         return "the base is random, so there is nothing to load it from"
-    parameters = json.loads((run_dir / "plan.json").read_text())["parameters"]["total"]
-    needed = parameters * (4 if session.run.train.precision == "fp32" else 2)
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if needed > free / 2:
         return f"the base takes {needed / 2**30:.1f} GiB of this machine's free {free / 2**30:.1f}"
@@ -101,19 +186,15 @@ def compare(run: Run, result: Path) -> dict[str, Any]:
     import torch
     from safetensors import safe_open
 
-    from dsft.checkpoint.digests import of_all, of_tensor
     from dsft.models.anatomy import dissect
 
     with safe_open(result / PROBE, "pt") as probe:
         expected = {name: probe.get_tensor(name) for name in probe.keys()}  # no dict
         digest = probe.metadata()["digest"]
-    written = {path.name: path for path in result.glob("*.safetensors") if path.name != PROBE}
-    tensors: dict[str, str] = {}
-    for path in written.values():
-        with safe_open(path, "pt") as file:
-            tensors |= {name: of_tensor(file.get_tensor(name)) for name in file.keys()}
-    found: dict[str, Any] = {"digest": of_all(tensors), "tensors": len(tensors), "expected_digest": digest}
-    same = found["digest"] == digest
+    read_digest, tensors = _digest(result)
+    found: dict[str, Any] = {"digest": read_digest, "tensors": tensors, "expected_digest": digest}
+    if read_digest != digest:
+        return {**found, "same": False}
     model = load(run, result)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=run.train.precision == "bf16"):
         logits = model(input_ids=expected["tokens"]).logits.float()
@@ -121,7 +202,21 @@ def compare(run: Run, result: Path) -> dict[str, Any]:
     off = float((logits - expected["logits"]).abs().max() / expected["logits"].abs().max())
     # a router whose two best experts are nearly equal may choose otherwise once bf16 has rounded: the tensors decide
     bound = None if run.train.precision == "bf16" and dissect(_base(model)).experts else BOUNDS[run.train.precision]
-    return {**found, "logits_off": off, "bound": bound, "same": same and (bound is None or off <= bound)}
+    return {**found, "logits_off": off, "bound": bound, "same": bound is None or off <= bound}
+
+
+def _digest(result: Path) -> tuple[str, int]:
+    """Digest and number of all tensors in the files of a result."""
+    from safetensors import safe_open
+
+    from dsft.checkpoint.digests import of_all, of_tensor
+
+    tensors: dict[str, str] = {}
+    for path in sorted(result.glob("*.safetensors")):
+        if path.name != PROBE:
+            with safe_open(path, "pt") as file:
+                tensors |= {name: of_tensor(file.get_tensor(name)) for name in file.keys()}  # no dict
+    return of_all(tensors), len(tensors)
 
 
 def _base(model: Any) -> Any:

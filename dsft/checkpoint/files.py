@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
-from dsft.checkpoint.manifest import DamagedError, Written, header
+from dsft.checkpoint.manifest import Damage, DamagedError, Written, header
 from dsft.strategy import Shape
 
 T = TypeVar("T")
@@ -85,8 +85,10 @@ def index(folder: Path) -> Metadata:
     """Which tensors a checkpoint holds and where. Unpickles: only after the file's digest has been compared."""
     try:
         return FileSystemReader(folder).read_metadata()
+    except (OSError, MemoryError):
+        raise
     except Exception as error:  # whatever a pickle can raise
-        raise DamagedError(INDEX, f"cannot be read ({error})") from error
+        raise DamagedError(Damage(INDEX, f"cannot be read ({error})")) from error
 
 
 def needed(state: Mapping[str, Tensor], found: Metadata) -> set[str]:
@@ -206,6 +208,9 @@ class _HashedFiles(FileSystem):
                 hashed.write(self.first)
             yield hashed
             self.written[Path(path).name] = Written(hashed.size, hashed.digest.hexdigest())
+
+    def mkdir(self, path: Any) -> None:
+        """Leave the folder to who made it: one that a newer writer has removed meanwhile must not come back."""
 
     def rename(self, path: Any, new_path: Any) -> None:
         """Rename a file that was written here."""

@@ -4,8 +4,9 @@ import errno
 import hashlib
 import json
 import os
+import stat
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,33 @@ FILE = "manifest.json"
 FORMAT = 1
 CHUNK = 2**22
 
+UNREADABLE = (errno.EIO, errno.ELOOP, errno.EISDIR, errno.ENOTDIR)
+"""Errors of reading a file that say that it is not what was written. Others (no right, too many open files) do not."""
+
+
+@dataclass(frozen=True)
+class Damage:
+    """What is wrong with a checkpoint: the file that is not what was written, and how. Ranks send it to each other."""
+
+    file: str
+    why: str
+
+    def __str__(self) -> str:
+        return f"{self.file}: {self.why}"
+
 
 class DamagedError(Exception):
-    """A file of a checkpoint is not what was written."""
+    """A file of a checkpoint is not what was written. It carries its Damage and stays in its process."""
 
-    def __init__(self, file: str, why: str) -> None:
-        super().__init__(f"{file}: {why}")
-        self.file, self.why = file, why
+    @property
+    def damage(self) -> Damage:
+        """The Damage that it was made of."""
+        found: Damage = self.args[0]
+        return found
+
+
+class NewerError(RuntimeError):
+    """A checkpoint was made by a later dsft: it is whole, and this dsft cannot read it."""
 
 
 @dataclass(frozen=True)
@@ -79,49 +100,100 @@ def write(folder: Path, manifest: Manifest) -> None:
 
 
 def read(folder: Path) -> Manifest:
-    """The manifest of folder. Raises DamagedError if it is absent, changed, or another step's."""
+    """Return the manifest of folder. Raises DamagedError if it is absent, changed, or another step's.
+
+    Raises NewerError if a later dsft has made it.
+    """
+    content = _whole(folder)
     try:
-        content = json.loads((folder / FILE).read_text(encoding="ascii"))
+        manifest = _understood(content)
+        other = folder.name.split(".")[0] != folder_name(manifest.step)
+    except (KeyError, ValueError, AttributeError, TypeError) as error:
+        raise DamagedError(Damage(FILE, f"is no manifest ({type(error).__name__}: {error})")) from error
+    except NewerError as error:
+        raise NewerError(f"{folder.name} was made by a later dsft ({error})") from None
+    if other:
+        raise DamagedError(Damage(FILE, f"belongs to step {manifest.step}"))
+    return manifest
+
+
+def _whole(folder: Path) -> dict[str, Any]:
+    """Return what the manifest of folder says, if its digest matches."""
+    path = folder / FILE
+    try:
+        if not folder.is_dir():
+            raise DamagedError(_no_folder(folder))
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise DamagedError(Damage(FILE, "is not a file"))
+        content: dict[str, Any] = json.loads(path.read_text(encoding="ascii"))
         digest = content.pop("digest")
-    except FileNotFoundError:
-        raise DamagedError(FILE, "is missing") from None
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise DamagedError(FILE, f"is no manifest ({error})") from error
     except OSError as error:
         raise _judged(FILE, error) from error
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+        raise DamagedError(Damage(FILE, f"is no manifest ({error})")) from error
     if digest != _digest(content):
-        raise DamagedError(FILE, "its digest does not match its content")
-    if content.pop("format") != FORMAT:
-        raise DamagedError(FILE, f"is of another format than {FORMAT}")
-    files = {name: Written(**written) for name, written in content.pop("files").items()}
-    manifest = Manifest(**{**content, "identity": Identity(**content["identity"]), "files": files})
-    if folder.name.split(".")[0] != folder_name(manifest.step):
-        raise DamagedError(FILE, f"belongs to step {manifest.step}")
-    return manifest
+        raise DamagedError(Damage(FILE, "its digest does not match its content"))
+    return content
+
+
+def _no_folder(folder: Path) -> Damage:
+    """Return what is in the place of a checkpoint's folder."""
+    if not folder.is_symlink() and folder.exists():
+        return Damage(folder.name, "is not a folder")
+    return Damage(folder.name, "is a link that leads nowhere" if folder.is_symlink() else "is missing")
+
+
+def _understood(content: Mapping[str, Any]) -> Manifest:
+    """Return the manifest that content spells. Raises NewerError if it holds more than this dsft knows."""
+    if content["format"] > FORMAT:
+        raise NewerError(f"its manifest is of format {content['format']}, this one knows {FORMAT}")
+    if content["format"] != FORMAT:
+        raise ValueError(f"format {content['format']}")
+    _refuse_unknown(content, ["format", *(field.name for field in fields(Manifest))])
+    for part, kind in [(content["identity"], Identity), *((each, Written) for each in content["files"].values())]:
+        _refuse_unknown(part, [field.name for field in fields(kind)])
+    if not isinstance(content["progress"], Mapping):
+        raise TypeError("its progress is none")
+    identity = Identity(**content["identity"])
+    files = {name: Written(**written) for name, written in content["files"].items()}
+    rest = {key: value for key, value in content.items() if key not in ("format", "identity", "files")}
+    return Manifest(**rest, identity=identity, files=files)
+
+
+def _refuse_unknown(content: Mapping[str, Any], known: Iterable[str]) -> None:
+    if more := sorted(content.keys() - set(known)):
+        raise NewerError(f"its manifest holds {', '.join(more)}, which this one does not know")
 
 
 def verify(folder: Path, manifest: Manifest, names: Iterable[str]) -> None:
     """Read the files called names from end to end. Raises DamagedError for the first that is not what was written."""
     for name in sorted(names):
-        written = manifest.files.get(name)
-        if written is None:
-            raise DamagedError(FILE, f"does not list {name}")
+        require_listed(manifest, [name])
+        written = manifest.files[name]
         try:
-            size = (folder / name).stat().st_size
-            if size != written.size:
-                raise DamagedError(name, f"has {size} bytes, {written.size} were written")
+            found = (folder / name).stat()
+            if not stat.S_ISREG(found.st_mode):
+                raise DamagedError(Damage(name, "is not a file"))
+            if found.st_size != written.size:
+                raise DamagedError(Damage(name, f"has {found.st_size} bytes, {written.size} were written"))
             if _sha256(folder / name) != written.sha256:
-                raise DamagedError(name, _what_changed(folder / name, manifest))
-        except FileNotFoundError:
-            raise DamagedError(name, "is missing") from None
+                raise DamagedError(Damage(name, _what_changed(folder / name, manifest)))
         except OSError as error:
             raise _judged(name, error) from error
 
 
+def require_listed(manifest: Manifest, names: Iterable[str]) -> None:
+    """Raise DamagedError if the manifest does not list files that belong to the checkpoint by its index."""
+    if missing := sorted(set(names) - manifest.files.keys()):
+        raise DamagedError(Damage(FILE, f"does not list {missing[0]}"))
+
+
 def _judged(name: str, error: OSError) -> Exception:
-    """Damage, if the disk cannot give the bytes; else (no right to read, too many open files) the error itself."""
-    if error.errno == errno.EIO:
-        return DamagedError(name, f"cannot be read ({os.strerror(errno.EIO)})")
+    """Return a DamagedError if the file called name is not there or gives no bytes, else the error itself."""
+    if error.errno == errno.ENOENT:
+        return DamagedError(Damage(name, "is missing"))
+    if error.errno in UNREADABLE:
+        return DamagedError(Damage(name, f"cannot be read ({os.strerror(error.errno)})"))
     return error
 
 

@@ -3,7 +3,7 @@
 import contextlib
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Event, Thread
@@ -18,6 +18,7 @@ from dsft.checkpoint.copies import Copies
 from dsft.checkpoint.lease import Lease, LeaseLostError
 from dsft.checkpoint.manifest import Identity, Manifest, Written
 from dsft.checkpoint.store import Store
+from dsft.checkpoint.trials import Settled
 from dsft.comm.world import World
 
 
@@ -25,7 +26,8 @@ from dsft.comm.world import World
 class Outcome:
     """What became of a save. error: why it failed (one line); lost: because another process writes this run now.
 
-    seconds: from request to commit; stall_s: of these, how long the training waited.
+    seconds: from request to commit; stall_s: of these, how long the training waited. settled: how the trial of another
+    checkpoint ended by this one.
     """
 
     step: int
@@ -33,13 +35,14 @@ class Outcome:
     seconds: float = 0.0
     stall_s: float = 0.0
     deleted: tuple[int, ...] = ()
+    settled: Settled | None = None
     error: str | None = None
     lost: bool = False
 
 
 @dataclass(frozen=True)
 class Retention:
-    """The newest keep checkpoints stay, and every multiple of keep_every steps (0: none besides)."""
+    """The newest keep checkpoints stay, and the first of each keep_every steps (0: none besides)."""
 
     keep: int
     keep_every: int
@@ -59,6 +62,10 @@ class Saver:
         self.thread: Thread | None = None
         self.outcome: Outcome | None = None
         self.crash: BaseException | None = None
+        self.in_flight_since: tuple[int, float] | None = None
+        """Step and time.monotonic() of the beginning of the save that this rank is in; None between saves."""
+        self.longest_s = 0.0
+        """Seconds of the longest save so far, whatever became of it."""
 
     @property
     def busy(self) -> bool:
@@ -74,8 +81,10 @@ class Saver:
         """
         assert self.thread is None, "take the last outcome first"
         begun = time.monotonic()
+        self.in_flight_since = step, begun
         if not background:
-            self.outcome = self._save(step, export(), progress)
+            with self._timed(begun):
+                self.outcome = self._save(step, export(), progress)
             self.stall = time.monotonic() - begun
             self.outcome = replace(self.outcome, seconds=self.stall)
             return
@@ -85,11 +94,12 @@ class Saver:
 
         def work() -> None:
             try:
-                with beside:
-                    copied = self.copies.take(lent.pop())
-                self.copied.set()
-                outcome = self._save(step, copied, progress)
-                self.outcome = replace(outcome, seconds=time.monotonic() - begun)
+                with self._timed(begun):
+                    with beside:
+                        copied = self.copies.take(lent.pop())
+                    self.copied.set()
+                    outcome = self._save(step, copied, progress)
+                    self.outcome = replace(outcome, seconds=time.monotonic() - begun)
             except BaseException as error:  # handed to the training's thread, which raises it
                 self.crash = error
             finally:
@@ -98,6 +108,14 @@ class Saver:
         self.thread = Thread(target=work, name=f"save-{step}", daemon=True)
         self.thread.start()
         self.stall = time.monotonic() - begun
+
+    @contextlib.contextmanager
+    def _timed(self, begun: float) -> Iterator[None]:
+        try:
+            yield
+        finally:
+            self.longest_s = max(self.longest_s, time.monotonic() - begun)
+            self.in_flight_since = None
 
     def settle(self) -> None:
         """Return once the state of a save in flight has been copied, so that it may change."""
@@ -163,7 +181,8 @@ class Saver:
         try:
             if outcome.error is None:
                 self.store.commit(place, content, lease)
-                return replace(outcome, nbytes=content.nbytes, deleted=self._tidy(content.step))
+                settled, deleted = self._tidy(content.step)
+                return replace(outcome, nbytes=content.nbytes, settled=settled, deleted=deleted)
         except OSError as error:
             outcome = replace(outcome, error=str(error))
         except LeaseLostError:
@@ -175,12 +194,14 @@ class Saver:
             outcome = replace(outcome, error=str(error), lost=True)
         return outcome
 
-    def _tidy(self, step: int) -> tuple[int, ...]:
-        """Delete what need not stay; what cannot be deleted stays, and the checkpoint counts all the same."""
-        try:
-            return tuple(self.store.retain(self.retention.keep, self.retention.keep_every, step))
-        except OSError:
-            return ()
+    def _tidy(self, step: int) -> tuple[Settled | None, tuple[int, ...]]:
+        """End a trial, delete what need not stay; what the disk does not let go of stays, and the save counts."""
+        settled, deleted = None, tuple[int, ...]()
+        with contextlib.suppress(OSError):
+            settled = self.store.settle_trial()
+        with contextlib.suppress(OSError):
+            deleted = tuple(self.store.retain(self.retention.keep, self.retention.keep_every, step))
+        return settled, deleted
 
 
 def _beside(device: torch.device) -> contextlib.AbstractContextManager[Any]:

@@ -1,20 +1,17 @@
 """The folder RUN/checkpoints: unfinished, committed, set aside, passed over, deleted. Rank 0 alone changes it."""
 
 import contextlib
-import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from dsft.checkpoint import manifest
 from dsft.checkpoint.lease import Lease
 from dsft.checkpoint.manifest import Manifest
-
-CRASHES = "crashes"
-PATIENCE = 2
-"""Starts that may crash by an exception before the checkpoint they started from is passed over."""
+from dsft.checkpoint.quarantine import Quarantine
+from dsft.checkpoint.trials import Settled, Trials
 
 
 class Store:
@@ -22,12 +19,13 @@ class Store:
 
     def __init__(self, run_dir: Path) -> None:
         self.folder = run_dir / "checkpoints"
-        self.aside = run_dir / "quarantine"
+        self.quarantine = Quarantine(run_dir / "quarantine")
+        self.trials = Trials(self.folder, self.quarantine)
 
     def begin(self, step: int) -> Path:
-        """A fresh folder to write step into."""
+        """Make a fresh folder to write step into. Raises OSError if the run's own folder is gone."""
         place = self.folder / f"{manifest.folder_name(step)}.tmp-{uuid.uuid4().hex[:8]}"
-        place.mkdir(parents=True)
+        place.mkdir()
         return place
 
     def commit(self, place: Path, content: Manifest, lease: Lease) -> Path:
@@ -45,9 +43,9 @@ class Store:
         return target
 
     def newest_first(self) -> list[Path]:
-        """Folders that bear a checkpoint's name, whatever is in them."""
-        named = (path for path in self._named("step-*") if path.name.removeprefix("step-").isdigit())
-        return sorted(named, key=lambda path: int(path.name.removeprefix("step-")), reverse=True)
+        """Return whatever bears a checkpoint's name: folders, and what else may be in their place."""
+        named = (path for path in self.folder.glob("step-*") if path.name.removeprefix("step-").isdigit())
+        return sorted(named, key=_step, reverse=True)
 
     def clear(self) -> None:
         """Remove what nobody finished: writing or deleting. Only after taking the lease."""
@@ -58,47 +56,62 @@ class Store:
         for leftover in self._named("step-*.old-*"):
             shutil.rmtree(leftover, ignore_errors=True)
 
-    def quarantine(self, checkpoint: Path, reason: str) -> Path:
-        """Set a checkpoint aside, with the reason beside its files."""
-        self.aside.mkdir(exist_ok=True)
-        target = self.aside / checkpoint.name
-        while target.exists():
-            target = self.aside / f"{checkpoint.name}-{uuid.uuid4().hex[:4]}"
-        checkpoint.rename(target)
-        (target / "reason.json").write_text(json.dumps({"reason": reason}) + "\n")
-        return target
+    def set_aside(self, checkpoint: Path, reason: str) -> Path:
+        """Move a checkpoint that is damaged into the quarantine; return where it is now."""
+        place = self.quarantine.place_for(checkpoint)
+        self.quarantine.take(checkpoint, place, reason)
+        self.trials.forget(_step(checkpoint), gone=True)
+        return place
 
     def retain(self, keep: int, keep_every: int, newest: int) -> list[int]:
-        """Delete all but the newest keep, the multiples of keep_every, and step newest; the steps deleted.
+        """Delete all but the newest keep, the milestones of keep_every, and step newest; the steps deleted.
 
-        newest: the step just committed. A folder is renamed first, so that it is never half a checkpoint.
+        A milestone is the first checkpoint of each keep_every steps from the first multiple on, so that one that was
+        saved late stays all the same. newest: the step just committed. A folder is renamed first, so that it is never
+        half a checkpoint.
         """
-        steps = {int(path.name.removeprefix("step-")): path for path in self.newest_first()}
-        kept = {newest, *sorted(steps, reverse=True)[:keep]}
-        doomed = [step for step in steps if step not in kept and not (keep_every and step % keep_every == 0)]
+        steps = {_step(path): path for path in self.newest_first() if path.is_dir()}
+        kept = {newest, *sorted(steps, reverse=True)[:keep], *_milestones(steps, keep_every)}
+        doomed = [step for step in steps if step not in kept]
         for step in doomed:
             leaving = steps[step].with_name(f"{steps[step].name}.old-{uuid.uuid4().hex[:8]}")
             steps[step].rename(leaving)
+            self.trials.forget(step, gone=True)
             shutil.rmtree(leaving)
         return doomed
 
-    def mark_crash(self, step: int, attempt: int) -> None:
-        """Note that an attempt which started from step crashed by an exception before it saved again."""
-        marks = self.folder / CRASHES
-        marks.mkdir(parents=True, exist_ok=True)
-        (marks / f"{manifest.folder_name(step)}.attempt-{attempt}").touch()
+    def mark_crash(self, step: int, attempt: int, at: int) -> None:
+        """Note that an attempt crashed at step `at` by an error that may be its checkpoint's doing. Any rank may.
 
-    def crashes(self, checkpoint: Path) -> int:
-        """Attempts that crashed by an exception after starting from checkpoint."""
-        return len(list((self.folder / CRASHES).glob(f"{checkpoint.name}.attempt-*")))
+        step: the checkpoint that it started from; 0 if it has saved another since, or there was none.
+        """
+        self.trials.mark(step, attempt, at)
+
+    def settle_trial(self) -> Settled | None:
+        """End the trial of a checkpoint if what happened since decides it: after each save, and after a crash.
+
+        Rank 0 calls it, under the lease. None if nothing is tried, or the trial goes on.
+        """
+        return self.trials.settle(newest=max(map(_step, self.newest_first()), default=0))
 
     def forget_crashes(self, step: int) -> None:
-        """The checkpoint is gone, or a start from it has saved another."""
-        for mark in (self.folder / CRASHES).glob(f"{manifest.folder_name(step)}.attempt-*"):
-            mark.unlink()
+        """Forget the crashes from a checkpoint, as a start from it has saved another."""
+        self.trials.forget(step, gone=False)
 
     def _named(self, pattern: str) -> Iterator[Path]:
         return (path for path in self.folder.glob(pattern) if path.is_dir())
+
+
+def _milestones(steps: Iterable[int], keep_every: int) -> set[int]:
+    """Return the first step of each window of keep_every steps, but for the window before the first multiple."""
+    first: dict[int, int] = {}
+    for step in sorted(steps) if keep_every else []:
+        first.setdefault(step // keep_every, step)
+    return {step for window, step in first.items() if window > 0}
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step-"))
 
 
 def _sync(folder: Path) -> None:

@@ -42,7 +42,7 @@ def greet(world: World, versions: Mapping[str, str], host: str) -> dict[str, Any
     same = {"code": code_digest(), "python": platform.python_version(), "dsft": dsft.__version__, **versions}
     cuda = world.device.type == "cuda"
     mine["device"] = torch.cuda.get_device_name(world.device) if cuda else "cpu"
-    with within("hello"):
+    with within("greeting"):
         world.barrier()
         said = world.gather((mine, same, time.time()))
         ranks = [{**who, "clock_s": round(clock - said[0][2], 3)} for who, _, clock in said]

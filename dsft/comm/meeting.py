@@ -40,7 +40,7 @@ def meet(rank: int, size: int) -> Store:
     serves = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"  # torchrun's agent else
     if not serves:
         _knock(address, port)
-    with within("the ranks meet", extra_s=2 * PARTING_S):  # a server that stops keeps torch waiting for ever
+    with within("meeting", extra_s=2 * PARTING_S):  # a server that stops keeps torch waiting for ever
         limit = timedelta(seconds=2 * LIMIT_S)
         server = dist.TCPStore(  # type: ignore[attr-defined]
             address, port, is_master=serves, timeout=limit, wait_for_workers=False
@@ -115,12 +115,35 @@ def within(what: str, *, extra_s: float = 0.0) -> Iterator[None]:
         timer.cancel()
 
 
-def last_word(why: str) -> None:
-    """Say what this rank waited for, with its stacks; the launcher names the ranks that said nothing."""
-    say(f"{WAITED}{why}")
+def last_word(why: str, word: str = WAITED) -> None:
+    """Say what this rank waited for, with its stacks; the launcher names the ranks that said nothing.
+
+    word: HANGS for a rank that did not wait for another.
+    """
+    say(f"{word}{why}")
     with suppress(OSError):
         faulthandler.dump_traceback(sys.__stderr__)  # type: ignore[arg-type]
     time.sleep(PARTING_S)
+
+
+def leave_cause(cause: str) -> None:
+    """Leave at the meeting place why this rank ends, for whoever only sees that it is gone. The first cause stays."""
+    if dist.is_initialized():
+        with suppress(RuntimeError):  # the store went with rank 0
+            store = PrefixStore("cause", dist.distributed_c10d._get_default_store())
+            store.set_timeout(timedelta(seconds=PARTING_S))
+            store.compare_set("first", "", cause)
+
+
+def cause_left() -> str | None:
+    """Return what the first rank that ended by itself left as its cause; None if none did."""
+    if dist.is_initialized():
+        with suppress(RuntimeError):
+            store = PrefixStore("cause", dist.distributed_c10d._get_default_store())
+            store.set_timeout(timedelta(seconds=PARTING_S))
+            if store.check(["first"]):
+                return str(store.get("first").decode())
+    return None
 
 
 def say(text: str) -> None:

@@ -1,9 +1,13 @@
 """Who is in this run: rank, size, device and the process group, as values that are passed."""
 
 import os
+import re
 import resource
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, fields, is_dataclass
 from datetime import timedelta
+from enum import Enum
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -16,6 +20,12 @@ T = TypeVar("T")
 
 BACKEND = "cpu:gloo,cuda:nccl"
 """Where there are GPUs."""
+GLOO = re.compile(r"\[\S*\bgloo/\S*:\d+\] ")
+"""How an error of gloo begins that reads from a peer or writes to it; its own mistakes begin with [enforce fail."""
+OWN_NCCL = re.compile(r"\bnccl(UnhandledCudaError|InvalidUsage|InvalidArgument)\b")
+"""NCCL's words for what went wrong in this process, and not with a peer."""
+ATOMS = (bool, int, float, str, bytes, Path, Enum)
+"""What gather sends, besides None and containers of these."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +58,13 @@ class World:
         return [float(value) for value in largest.tolist()]
 
     def gather(self, value: T) -> list[T]:
-        """Every rank's value, in rank order, on every rank; any picklable value."""
+        """Return every rank's value, in rank order, on every rank.
+
+        A value is data: None, a bool, a number, text, bytes, a path, a member of an enum, or a list, tuple, set, dict
+        or dataclass of such. Raises TypeError for anything else, as for an exception: some of them can be sent and
+        not be received.
+        """
+        _require_data(value)
         if self.size == 1:
             return [value]
         values: list[T] = [value] * self.size
@@ -59,6 +75,40 @@ class World:
         """Wait until every rank is here."""
         if self.size > 1:
             dist.barrier()
+
+
+def _require_data(value: object) -> None:
+    """Raise TypeError for what gather does not send."""
+    if value is None or (isinstance(value, ATOMS) and not isinstance(value, BaseException)):
+        return
+    parts: Iterable[object]
+    if isinstance(value, list | tuple | set | frozenset):
+        parts = value
+    elif isinstance(value, dict):
+        parts = (*value.keys(), *value.values())
+    elif is_dataclass(value) and not isinstance(value, type | BaseException):
+        parts = (getattr(value, field.name) for field in fields(value))
+    else:
+        raise TypeError(f"gather sends data between ranks, got {type(value).__name__}: {value!r:.200}")
+    for part in parts:
+        _require_data(part)
+
+
+def lost_peer(error: BaseException) -> bool:
+    """Return True if error says that another rank left, or comes from one that does.
+
+    By its type, or for gloo by the beginning of its message: what else times out or finds a broken pipe is the
+    program's own error.
+    """
+    seen = set[int]()
+    while id(error) not in seen:
+        seen.add(id(error))
+        if isinstance(error, dist.DistError):
+            return OWN_NCCL.search(str(error)) is None
+        if type(error) is RuntimeError and GLOO.match(str(error)):
+            return True
+        error = error.__cause__ or error.__context__ or error
+    return False
 
 
 def join(timeout_s: float = 1800.0) -> World:
@@ -78,7 +128,7 @@ def join(timeout_s: float = 1800.0) -> World:
         files = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
         resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))  # rank 0 has some sockets to each of the others
         store, backend = meet(rank, size), BACKEND if cuda else "gloo"
-        with within("the ranks join"):
+        with within("joining"):
             dist.init_process_group(
                 backend, timeout=timedelta(seconds=timeout_s), store=store, rank=rank, world_size=size
             )

@@ -1,5 +1,7 @@
 """Evaluation: loss on held-out rows, and exact match by greedy generation where the data can be verified."""
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,18 +35,35 @@ class Evaluation:
     answers: list[Answer]
 
 
-def evaluate(session: Session, data: Dataset) -> Evaluation:
-    """Measure the model on data.eval. Collective; the same result on every rank."""
+Asked = Callable[[], bool]
+"""Tells whether all ranks agree to stop. Collective: every rank asks at the same places."""
+
+Parts = Callable[[str], AbstractContextManager[object]]
+"""Gives the context in which a part of an evaluation is made."""
+
+
+class StoppedError(Exception):
+    """A stop was agreed on in the middle of an evaluation, of which nothing counts."""
+
+
+def evaluate(session: Session, data: Dataset, *, asked: Asked = lambda: False, part: Parts = nullcontext) -> Evaluation:
+    """Measure the model on data.eval. Collective; the same result on every rank. Raises StoppedError if asked says so.
+
+    part: a context for each of the two parts, called with its name.
+    """
     session.model.eval()
     with torch.no_grad(), autocast(session):
-        values = {"eval/loss": _loss(session, data)}
-        answers = _answers(session, data)
+        with part("evaluation"):
+            values = {"eval/loss": _loss(session, data, asked)}
+        with part("generation"):
+            answers = _answers(session, data, asked)
     if answers:
         values["eval/accuracy"] = sum(answer.correct for answer in answers) / len(answers)
     return Evaluation(values, answers)
 
 
-def _loss(session: Session, data: Dataset) -> float:
+def _loss(session: Session, data: Dataset, asked: Asked) -> float:
+    """Return the loss on data.eval in nats per supervised token. Raises StoppedError between two micro-batches."""
     assert data.eval is not None
     run, world = session.run, session.world
     ranks = run.strategy.data_ranks(world)
@@ -54,6 +73,8 @@ def _loss(session: Session, data: Dataset) -> float:
     plan = plan_step(lengths, ranks, run.train.micro_batch_tokens)
     totals = torch.zeros(2, dtype=torch.float64)
     for micro in plan[world.rank % ranks]:
+        if asked():
+            raise StoppedError
         silent = micro.silent or micro.examples[0] >= len(data.eval)
         batch = build_batch(data.eval, [rows[i] for i in micro.examples], silent=silent)
         sums, _ = run.objective.loss(session.module, batch.to(world.device))
@@ -62,8 +83,11 @@ def _loss(session: Session, data: Dataset) -> float:
     return float(totals[0] / totals[1])
 
 
-def _answers(session: Session, data: Dataset) -> list[Answer]:
-    """Greedy answers to all that can be verified; rows are dealt to ranks in turn, each as often as the others."""
+def _answers(session: Session, data: Dataset, asked: Asked) -> list[Answer]:
+    """Return greedy answers to all that can be verified, by row. Raises StoppedError between two groups of prompts.
+
+    Rows are dealt to ranks in turn, each as often as the others.
+    """
     rows, world = list(data.verifiable), session.world
     ranks = session.run.strategy.data_ranks(world)
     mine = rows[world.rank % ranks :: ranks]
@@ -73,6 +97,8 @@ def _answers(session: Session, data: Dataset) -> list[Answer]:
     session.model.set_attn_implementation(CACHED)  # a cache of keys needs padding, which the ragged one has none of
     try:
         for start in range(0, turns, ANSWERS_AT_ONCE):
+            if asked():
+                raise StoppedError
             texts += _generate(session, data, padded[start : start + ANSWERS_AT_ONCE])
     finally:
         session.model.set_attn_implementation(RAGGED)

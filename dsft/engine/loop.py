@@ -7,65 +7,85 @@ from dsft.data.open import Dataset
 from dsft.data.order import batch_rows
 from dsft.data.packing import plan_step
 from dsft.engine.assemble import Session
-from dsft.engine.evaluate import evaluate
+from dsft.engine.examine import Examiner
 from dsft.engine.keep import Keeper
 from dsft.engine.optimizers import rate
 from dsft.engine.parts import Part, mark
-from dsft.engine.patience import UNEVEN_S, Patience
+from dsft.engine.patience import Patience
 from dsft.engine.profile import profiled
 from dsft.engine.progress import STOPPED, Progress, Watch
 from dsft.engine.step import StepResult, train_step
-from dsft.engine.stop import StopFlag
+from dsft.engine.stop import StopFlag, in_vain
 from dsft.protocols import Batch
 
 
-def fit(session: Session, data: Dataset, watch: Watch, stop: StopFlag, keeper: Keeper, at: Progress) -> Progress:
-    """Train from where at is to its last step, or until a stop is agreed. Collective."""
-    if at.step == 0:
-        _evaluate(session, data, at, watch)
-    with (
-        profiled(session, watch, done=at.step, total=at.total) as watched,
-        _patience_for(session) as patience,
-    ):
+def fit(
+    session: Session, data: Dataset, watch: Watch, stop: StopFlag, keeper: Keeper, at: Progress,
+    *, patience: Patience | None = None,
+) -> Progress:  # fmt: skip
+    """Train from where at is to its last step, or until a stop is agreed. Collective. patience: None sets no limits."""
+    patience = patience or Patience(math.inf)
+    uneven = session.compiler is not None or session.run.train.profile > 0
+    at.owed = at.owed or (at.step == 0 and not at.evaluations)
+    patience.expect(session.run.strategy.data_ranks(session.world), uneven=uneven)
+    with profiled(session, watch, done=at.step, total=at.total) as watched:
         return _steps(session, data, watched, stop, keeper, at, patience=patience)
-
-
-def _patience_for(session: Session) -> Patience:
-    """Of one process none: it waits for nobody."""
-    train = session.run.train
-    uneven = session.compiler is not None or train.profile > 0
-    return Patience(math.inf if session.world.size == 1 else train.hang_after + uneven * UNEVEN_S)
 
 
 def _steps(
     session: Session, data: Dataset, watch: Watch, stop: StopFlag, keeper: Keeper, at: Progress, *, patience: Patience
 ) -> Progress:
+    begun = at.step
+
+    def asked() -> bool:
+        return session.world.max(stop.reason is not None)[0] > 0
+
+    examiner = Examiner(session, data, watch, asked, patience)
     while True:
         with patience.limit(at.step):
-            asked, busy = session.world.max(stop.reason is not None, keeper.busy)
-        ends = at.over or at.step >= at.total
-        keeper.tend(at, watch, busy=busy > 0, last=ends or asked > 0)
-        if ends:
-            return at
-        if asked:
-            at.state, at.reason = STOPPED, next(filter(None, session.world.gather(stop.reason)))
-            return at
+            stopping, busy = session.world.max(stop.reason is not None, keeper.busy)
+        ends = not at.owed and (at.over or at.step >= at.total)
+        if stopping and not ends:
+            at.state, at.reason = STOPPED, _reason(session, stop, made=at.step > begun)
+            watch.event("stopping", at.step, {"reason": at.reason})
+        if stopping or not at.owed:  # a checkpoint knows the evaluation after its step
+            last = ends or stopping > 0
+            with patience.phase("save", keeper.work_s(patience.limits.state_s)):
+                keeper.tend(at, watch, busy=busy > 0, last=last)
+            if last:
+                return at
+        if at.owed:
+            examiner.look(at)
+            continue
         at.step += 1
-        watch.begin_step()
-        scale = rate(session.run.optim, at.step, at.total)
-        with mark(Part.DATA):
-            rows, batches = step_batches(session, data, at.step)
-        with patience.limit(at.step, tokens=sum(int(data.train.lengths[row]) for row in rows)):
-            result = train_step(session, batches, at.step, scale, settle=patience.apart(keeper.settle))
-        with patience.limit(at.step):
-            watch.step(at.step, _values(session, result, scale), [data.train.id(row) for row in rows])
-        if session.compiler and (news := session.compiler.news()):
-            watch.event("compiled", at.step, news)
-        if session.guided and (told := session.guided.course.news()):
-            watch.event(told[0], at.step, told[1])
-        if not result.moved:
-            _survive(session, at, result, watch)
-        _look(session, data, at, watch, last=at.step == at.total)
+        _step(session, data, watch, keeper, at, patience=patience)
+        every = session.run.train.eval_every
+        at.owed = at.step == at.total or (every > 0 and at.step % every == 0)
+
+
+def _step(session: Session, data: Dataset, watch: Watch, keeper: Keeper, at: Progress, *, patience: Patience) -> None:
+    """Make one optimizer step, and record it."""
+    watch.begin_step()
+    scale = rate(session.run.optim, at.step, at.total)
+    with mark(Part.DATA):
+        rows, batches = step_batches(session, data, at.step)
+    settle = patience.apart(keeper.settle, "save", lambda: keeper.work_s(patience.limits.state_s))
+    with patience.limit(at.step, tokens=sum(int(data.train.lengths[row]) for row in rows)):
+        result = train_step(session, batches, at.step, scale, settle=settle)
+    with patience.limit(at.step):
+        watch.step(at.step, _values(session, result, scale), [data.train.id(row) for row in rows])
+    if session.compiler and (news := session.compiler.news()):
+        watch.event("compiled", at.step, news)
+    if session.guided and (told := session.guided.course.news()):
+        watch.event(told[0], at.step, told[1])
+    if not result.moved:
+        _survive(session, at, result, watch)
+
+
+def _reason(session: Session, stop: StopFlag, *, made: bool) -> str:
+    """Return why the first rank that wants to stop does; made: this start has made a step. Collective."""
+    reason = next(filter(None, session.world.gather(stop.reason)))
+    return reason if made else in_vain(reason)
 
 
 def step_batches(session: Session, data: Dataset, step: int) -> tuple[list[int], list[Batch]]:
@@ -107,37 +127,3 @@ def _survive(session: Session, at: Progress, result: StepResult, watch: Watch) -
         raise RuntimeError(f"{what}; train.on_nonfinite=skip goes on without such steps")
     if at.skipped > train.max_nonfinite:
         raise RuntimeError(f"{what}, and train.max_nonfinite={train.max_nonfinite} steps were skipped before")
-
-
-def _look(session: Session, data: Dataset, at: Progress, watch: Watch, *, last: bool) -> None:
-    """Evaluate where it is due, and see whether that ends the run."""
-    every = session.run.train.eval_every
-    due = every > 0 and at.step % every == 0
-    if due or last:
-        _evaluate(session, data, at, watch)
-    if due and _no_better(session, at):
-        at.over = True
-        if not last:
-            watch.event("early_stop", at.step, {"metric": session.run.train.early_stop_metric, "best": abs(at.best)})
-
-
-def _evaluate(session: Session, data: Dataset, at: Progress, watch: Watch) -> None:
-    if data.eval is None:
-        return
-    evaluation = evaluate(session, data)
-    at.evaluations.append((at.step, evaluation))
-    watch.evaluation(at.step, evaluation)
-
-
-def _no_better(session: Session, at: Progress) -> bool:
-    """True once the metric has not improved for early_stop_patience evaluations (accuracy up, all else down)."""
-    name = session.run.train.early_stop_metric
-    if name is None or not at.evaluations:
-        return False
-    values = at.evaluations[-1][1].values
-    if name not in values:
-        raise RuntimeError(f"train.early_stop_metric={name} was not measured; there are: {', '.join(values)}")
-    value = -values[name] if "accuracy" in name else values[name]
-    at.worse = 0 if value < at.best else at.worse + 1
-    at.best = min(at.best, value)
-    return at.worse >= session.run.train.early_stop_patience

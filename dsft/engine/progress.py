@@ -30,7 +30,8 @@ class Watch(Protocol):
 class Progress:
     """Where the loop is. total: steps in all; over: it ended before them (early stop).
 
-    state and reason: how it ended.
+    owed: the evaluation after this step is still to be made; a request to stop may come before or during it. state and
+    reason: how the loop ended.
     """
 
     total: int
@@ -39,6 +40,7 @@ class Progress:
     best: float = math.inf
     worse: int = 0
     over: bool = False
+    owed: bool = False
     state: str = DONE
     reason: str = ""
     evaluations: list[tuple[int, Evaluation]] = field(default_factory=list)

@@ -15,9 +15,10 @@ from dsft.engine.progress import Progress, Watch
 def resume(
     session: Session, run_dir: Path, identity: Identity, lease: Lease | None, total: int, watch: Watch
 ) -> Progress:
-    """Load the newest checkpoint that verifies into session, if there is one. Collective.
+    """Load the newest checkpoint that verifies into session, and return where the loop goes on. Collective.
 
-    Unfinished folders of earlier attempts are removed first, if the run is still ours (lease: rank 0's).
+    Unfinished folders of earlier attempts are removed first, if the run is still ours (lease: rank 0's). Raises
+    RefusedError if there are checkpoints that cannot be used.
     """
     store = Store(run_dir)
     if lease is not None:
@@ -39,7 +40,7 @@ def resume(
 
 
 def keeper_for(session: Session, run_dir: Path, identity: Identity, lease: Lease | None, *, saved: int) -> Keeper:
-    """What saves this run. saved: the step that was resumed from, 0 for none. Collective."""
+    """Return the Keeper that saves this run. saved: the step that was resumed from, 0 for none. Collective."""
     config = session.run.checkpoint
     retention = Retention(config.keep, config.keep_every)
     saver = Saver(Store(run_dir), lease, identity, session.world, retention)

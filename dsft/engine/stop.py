@@ -38,3 +38,10 @@ class StopFlag:
         if self.signal is None and self.deadline is not None and time.monotonic() > self.deadline:
             return f"train.max_minutes={self.max_minutes:g} are over"
         return self.signal
+
+
+def in_vain(reason: str) -> str:
+    """Return the reason of a stop that came before this start had made a step: by the clock, none ever will."""
+    if not reason.startswith("train.max_minutes"):
+        return reason
+    return f"{reason} before this start made its first step: loading alone takes longer, raise train.max_minutes"

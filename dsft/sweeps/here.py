@@ -96,7 +96,8 @@ def _ended(index: int, point: Point, *, stopped: bool) -> int:
         code = STOPPED if stopped else CRASHED
     print(f"point {index}: exit code {code}", flush=True)
     if point.log is not None and code not in (DONE, STOPPED):
-        lines = verdict.error_lines(point.log.read_text(errors="replace"))
+        text = point.log.read_text(errors="replace") if point.log.is_file() else f"its log, {point.log}, is gone"
+        lines = verdict.error_lines(text)
         shown = lines[-1:] if code == USER_ERROR else lines
         print("".join(f"dsft: point {index}: {line}\n" for line in shown), end="", file=sys.stderr, flush=True)
     return code

@@ -1,7 +1,5 @@
 """Where each point of a sweep stands: its folder held against what SLURM says of its job; no accounting is asked."""
 
-import os
-import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,14 +7,14 @@ from typing import Any
 
 from dsft_launchers import cluster, verdict
 from dsft_launchers.codes import CRASHED, DONE, STOPPED, USER_ERROR
-from dsft_launchers.follow import GONE_S, settled, tasks_of
+from dsft_launchers.follow import GONE_S, UNDER_WAY, settled, tasks_of
 
 from dsft import folder
+from dsft.checkpoint import lease
 from dsft.dispatch import job_of
 from dsft.sweeps.ledger import Ledger
-from dsft.telemetry.record import EVENTS, read_lines
 
-ALIVE = ("queued", "held", "running", "ending")
+ALIVE = (*UNDER_WAY, "held", "ending")
 """States in which SLURM or this machine still works on a point."""
 WRONG = ("failed", "lost", "refused")
 CODES = {
@@ -32,7 +30,7 @@ CODES = {
 
 @dataclass(frozen=True)
 class Standing:
-    """One point. state: as in status.json, or held, ending, missing (never started), refused, lost."""
+    """One point. state: as in status.json, or held, ending, missing (never started), refused, lost (nothing lives)."""
 
     index: int
     run_dir: Path
@@ -55,7 +53,7 @@ class Standing:
     @property
     def code(self) -> int:
         """Its exit code."""
-        return DONE if self.state in ALIVE else CODES[self.state]
+        return DONE if self.state in ALIVE else CODES.get(self.state, CRASHED)
 
 
 def look(sweep: Path, book: Ledger) -> list[Standing]:
@@ -82,28 +80,16 @@ def _state(
         return said, None
     if job is not None and not job.over:
         if job.state != "PENDING":
-            return "running", f"job {job_id} on {job.nodes}"
+            where, now = f"job {job_id} on {job.nodes}", said if said in ("restarting", "stopping") else "running"
+            return now, f"{where}: {reason}" if now == "restarting" else where
         return "held" if job.reason == cluster.HELD else "queued", f"job {job_id}: {job.reason}"
     if job is not None and not settled(job, disk) and -(job.left_s or 0.0) < GONE_S:
         return "ending", f"SLURM says {job.state} of job {job_id}"
-    if said not in ("queued", "running"):
+    if said not in UNDER_WAY:
         return said, reason
     if job is not None:
         return "stopped" if job.state == "CANCELLED" else "failed", f"SLURM says {job.state} of job {job_id}"
-    if said == "running" and breathes(run_dir):
-        return said, None
+    holder = lease.holder(run_dir) if said != "queued" else None
+    if holder is not None and holder.alive:
+        return said, holder.line
     return "lost", f"SLURM knows no job {job_id} any more" if job_id else "its process is gone"
-
-
-def breathes(run_dir: Path) -> bool:
-    """Whether rank 0 of a run's last start is a process of this machine."""
-    starts = [line for line in read_lines(run_dir / EVENTS) if line["event"] == "start"]
-    if not starts or starts[-1]["ranks"][0]["host"] != socket.gethostname():
-        return False
-    try:
-        os.kill(starts[-1]["ranks"][0]["pid"], 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True

@@ -41,13 +41,13 @@ def _worth(value: float) -> float:
 def as_text(book: Ledger, points: Sequence[Standing], by: str) -> str:
     """The table for a reader: state, step, the metric, what differs between the points, evaluations, errors."""
     width = max(10, len(by))
-    lines = [f"{'point':<6} {'state':<8} {'step':>7} {by:>{width}}  changed"]
+    lines = [f"{'point':<6} {'state':<10} {'step':>7} {by:>{width}}  changed"]
     for point, values in ranked(points, by):
         value = f"{values[by]:.4f}" if by in values else "-"
         others = [f"{key}={value:.4g}" for key, value in values.items() if key.startswith("eval/") and key != by]
         why = point.why if point.state in WRONG else ""
         said = "  ".join(filter(None, [" ".join(book.changed(point.index)), " ".join(others), why]))
-        lines.append(f"{point.index:<6} {point.shown:<8} {point.step:>7} {value:>{width}}  {said}".rstrip())
+        lines.append(f"{point.index:<6} {point.shown:<10} {point.step:>7} {value:>{width}}  {said}".rstrip())
     return "\n".join(lines)
 
 

@@ -17,10 +17,19 @@ from dsft_launchers.files import replace_text
 
 METRICS, SAMPLES, EVENTS, STATUS = "metrics.jsonl", "samples.jsonl", "events.jsonl", "status.json"
 
-State = Literal["queued", "running", "stopped", "done", "failed"]
+State = Literal["queued", "running", "restarting", "stopping", "stopped", "failed", "done"]
+"""restarting, queued: a supervisor starts the ranks again; stopping: a stop is agreed on and is being saved."""
 
 NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 """How numbers that JSON lacks are spelt."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Saved:
+    """The newest save. time: when it was committed, ISO 8601 in UTC."""
+
+    step: int
+    time: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +42,7 @@ class Status:
     checkpoint: str | None
     reason: str | None
     wandb_id: str | None
+    saved: Saved | None = None
 
     def __post_init__(self) -> None:
         """An unknown state is our mistake."""
@@ -51,7 +61,9 @@ def read_status(run_dir: Path) -> Status | None:
         return None
     try:
         values = json.loads(path.read_text(encoding="ascii"))
-        return Status(**{field.name: values[field.name] for field in fields(Status)})
+        known = {field.name: values[field.name] for field in fields(Status) if field.name != "saved"}
+        saved = values.get("saved")  # a status of an earlier version has none
+        return Status(**known, saved=None if saved is None else Saved(**saved))
     except (ValueError, KeyError, TypeError, AssertionError) as error:
         raise RuntimeError(f"{path} is damaged ({error}); remove it and start the run again, it resumes") from error
 
@@ -60,14 +72,14 @@ class RunRecord:
     """metrics.jsonl, samples.jsonl and events.jsonl of one attempt of a run.
 
     Lines that the disk does not take (it is full, it went away) wait in memory and follow when it takes them again, in
-    order and whole. troubled(error): told once when that begins.
+    order and whole. troubled(error): called when that begins, once until the disk has taken lines and status again.
     """
 
     def __init__(self, run_dir: Path, troubled: Callable[[OSError], None]) -> None:
         self.run_dir, self.troubled = run_dir, troubled
         self.files: dict[str, FileIO] = {}
         self.waiting: dict[str, bytes] = {}
-        self.in_trouble = False
+        self.refused = set[str]()
         if (run_dir / EVENTS).is_file():
             _rewrite(run_dir / EVENTS, _whole_lines(run_dir / EVENTS))
 
@@ -89,12 +101,11 @@ class RunRecord:
 
     def event(self, event: str, step: int, details: Mapping[str, Any]) -> None:
         """Append one line to events.jsonl, with the time in UTC."""
-        time = datetime.now(UTC).isoformat(timespec="milliseconds")
-        self._append(EVENTS, {"time": time, "event": event, "step": step, **details})
+        self._append(EVENTS, {"time": timestamp(), "event": event, "step": step, **details})
 
     def status(self, status: Status) -> None:
         """Replace status.json; one that the disk does not take is left as it is."""
-        self._tried(lambda: write_status(self.run_dir, status))
+        self._try(STATUS, lambda: write_status(self.run_dir, status))
 
     def close(self) -> None:
         """Write what waits, close the files. Raises OSError if lines would be lost."""
@@ -108,8 +119,7 @@ class RunRecord:
 
     def _append(self, name: str, values: Mapping[str, Any]) -> None:
         self.waiting[name] = self.waiting.get(name, b"") + _line(values).encode("ascii")
-        if self._tried(self._flush):
-            self.in_trouble = False
+        self._try(METRICS, self._flush)
 
     def _flush(self) -> None:
         for name in list(self.waiting):
@@ -119,15 +129,15 @@ class RunRecord:
                 self.waiting[name] = self.waiting[name][self.files[name].write(self.waiting[name]) or 0 :]
             del self.waiting[name]
 
-    def _tried(self, write: Callable[[], None]) -> bool:
+    def _try(self, what: str, write: Callable[[], None]) -> None:
         try:
             write()
         except OSError as error:
-            if not self.in_trouble:
-                self.in_trouble = True
+            if not self.refused:
                 self.troubled(error)
-            return False
-        return True
+            self.refused.add(what)
+        else:
+            self.refused.discard(what)
 
 
 def rewind(path: Path, step: int) -> None:
@@ -137,6 +147,12 @@ def rewind(path: Path, step: int) -> None:
     """
     if path.is_file():
         _rewrite(path, [line for line in _whole_lines(path) if _parsed(path, line)["step"] <= step])
+
+
+def timestamp(seconds: float | None = None) -> str:
+    """Return a moment, now unless seconds since the epoch are given, in ISO 8601 and UTC, to the millisecond."""
+    moment = datetime.now(UTC) if seconds is None else datetime.fromtimestamp(seconds, UTC)
+    return moment.isoformat(timespec="milliseconds")
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

@@ -1,40 +1,42 @@
-"""One start of a job's ranks by srun: how it ended, and on which node."""
+"""One start of a job's ranks by srun: what it failed of, and on which node."""
 
 import os
 import re
+import signal
 import subprocess
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
-from dsft_launchers import cluster, verdict
+from dsft_launchers import cause, cluster, verdict
+from dsft_launchers.cause import Cause
 
 SUPERVISED = "DSFT_SUPERVISED"
 """Tells a rank that its leaving on request is no failure: srun would end the others for it."""
 ENDED = re.compile(r"^srun: error: ([^\s:]+): tasks? ([\d,-]+): (.+)$", re.MULTILINE)
 """What srun says of tasks that ended wrongly: node, tasks, how."""
-TERMINATING = "Terminating StepId"
-"""What it says before it ends the others."""
-SIGNALS = re.compile(r"Killed|Segmentation fault|Bus error|Illegal instruction|Aborted|Floating point exception")
-"""How a rank ends that raised no error. Out of memory is not among them: that follows the job to any node."""
+TERMINATING = re.compile(r"Terminating StepId|Job step aborted")
+"""What it says before it, or SLURM, ends the others."""
+EXITED = re.compile(r"Exited with exit code (\d+)")
+OUT_OF_MEMORY = "Out Of Memory"
+"""How a rank ends that SLURM's own limit killed: that follows the job to any node."""
+NODE_LOST = re.compile(r"Node failure on ([^\s:]+)")
+SIGNALS = {str(signal.strsignal(number)): number for number in signal.valid_signals()}
+"""Signals by what srun calls them."""
+CRASHES = ("SIGKILL", "SIGSEGV", "SIGBUS", "SIGILL", "SIGABRT", "SIGFPE")
+"""How a rank ends that neither raised an error nor was asked to leave."""
 DEVICE = re.compile(
     r"ECC|unspecified launch failure|fallen off the bus|GPU is lost|CUDA-capable device|Input/output error"
 )
 """What an error says of a broken accelerator or disk, whatever the program."""
 
 
-@dataclass(frozen=True)
-class Attempt:
-    """How it ended: the error that a rank raised, whether another start took the folder, the node that it failed on.
+class Attempt(NamedTuple):
+    """What it failed of, None if it did not or nobody can tell; node: the one on which it failed."""
 
-    before: what ended a rank before it could say so, in the log's last lines.
-    """
-
-    error: str | None = None
-    before: str | None = None
-    overtaken: bool = False
-    node: str | None = None
+    cause: Cause | None
+    node: str | None
 
 
 def attempt(run_dir: Path, nodes: int, devices: int, python: list[str], *, fewer: bool) -> Attempt:
@@ -51,19 +53,47 @@ def attempt(run_dir: Path, nodes: int, devices: int, python: list[str], *, fewer
     sizes = [file.stat().st_size if file.exists() else 0 for file in files]
     said = _run(command, _rank_env(devices))
     texts = [_tail(file, start) for file, start in zip(files, sizes, strict=True)]
-    node = failed_on(said, texts, alone=nodes == 1)
-    if raised := [rank for rank, text in enumerate(texts) if verdict.raised(text)]:
-        return Attempt(f"rank {raised[0]}: " + _last(texts[raised[0]]), node=node)
-    if why := verdict.cannot_begin(texts):
-        tell(f"cannot begin: {why}")
-        return Attempt(why, node=node)
-    if verdict.OVERTAKEN in texts[0]:
-        return Attempt(overtaken=True)
-    if (silent := verdict.hung(texts)) is not None:
-        if not silent:
-            return Attempt("all ranks waited for each other; their stacks are in the logs")
-        tell(f"rank {', '.join(map(str, silent))} hangs; the stacks of those that waited are in {logs}")
-    return Attempt(node=node, before=next((_last(text) for text in texts if verdict.TRACEBACK in text), None))
+    found = cause_of(said, texts)
+    if found is not None:
+        tell(f"{found.reason}; the ranks' logs are in {logs}")
+    return Attempt(found, failed_on(said, texts, alone=nodes == 1))
+
+
+def cause_of(said: str, texts: Sequence[str]) -> Cause | None:
+    """Return what the ranks failed of. said: what srun wrote; texts: what each rank wrote.
+
+    A node that was lost is the cause where no rank raised an error or hung: the others have only lost its ranks.
+    """
+    found = cause.find(texts, _failures(said, texts))
+    lost = NODE_LOST.search(said)
+    if lost and (found is None or found.kind in ("died", "lost")):
+        return Cause("node lost", 0 if found is None else found.rank, f"node {lost[1]} was lost")
+    return found
+
+
+def _failures(said: str, texts: Sequence[str]) -> list[verdict.Failure]:
+    """The ranks that ended wrongly by themselves, in the order in which srun saw them end."""
+    return [
+        verdict.Failure(rank, code, float(at), texts[rank])
+        for at, (_, ranks, how) in enumerate(_ended_first(said))
+        for rank in cluster.numbers(ranks)
+        if (code := _code(how)) is not None and rank < len(texts)
+    ]
+
+
+def _ended_first(said: str) -> list[tuple[str, str, str]]:
+    """Node, tasks and how they ended, of those that ended before srun began to end the others."""
+    return ENDED.findall(TERMINATING.split(said, maxsplit=1)[0])
+
+
+def _code(how: str) -> int | None:
+    """The return code, as subprocess has it, of a task that ended as srun says; None for words that are not known."""
+    if exited := EXITED.match(how):
+        return int(exited[1])
+    if how.startswith(OUT_OF_MEMORY):
+        return -signal.SIGKILL
+    number = SIGNALS.get(how.partition(" (core dumped)")[0])
+    return None if number is None else -number
 
 
 def _run(command: Sequence[str], env: Mapping[str, str]) -> str:
@@ -79,24 +109,30 @@ def _run(command: Sequence[str], env: Mapping[str, str]) -> str:
 
 
 def failed_on(said: str, texts: Sequence[str], *, alone: bool) -> str | None:
-    """The one node whose ranks raised an error of their own, or hung, or died; None if they were on several or none.
+    """Return the one node whose ranks raised an error of their own, or hung, or died; None if several did or none.
 
     said: what srun wrote; texts: what each rank did. alone: there was no other node, so that an error that a rank
     raised speaks against the node only if its words are a device's.
     """
     places = {rank: node for node, ranks, _ in ENDED.findall(said) for rank in cluster.numbers(ranks)}
-    first = ENDED.findall(said.partition(TERMINATING)[0])
-    died = [rank for _, ranks, how in first if SIGNALS.match(how) for rank in cluster.numbers(ranks)]
     raised = [rank for rank, text in enumerate(texts) if verdict.raised(text)]
     if raised and alone and not any(DEVICE.search(texts[rank]) for rank in raised):
         return None
-    found = {places.get(rank) for rank in raised or verdict.hung(texts) or verdict.missing(texts) or died}
+    left = [failure.rank for failure in _failures(said, texts)]
+    blamed = raised or verdict.hung(texts, left) or verdict.missing(texts) or _crashed(said, texts)
+    found = {places.get(rank) for rank in blamed}
     return found.pop() if len(found) == 1 else None
 
 
-def _last(text: str) -> str:
-    """The error; what the interpreter writes after the rank's own last word, if its end goes wrong too, is not."""
-    return "\n".join(verdict.error_lines(text.partition(verdict.CRASH)[0]))
+def _crashed(said: str, texts: Sequence[str]) -> list[int]:
+    """Ranks that a signal ended before they said a last word; one that comes after it is the interpreter's end."""
+    return [
+        rank
+        for _, ranks, how in _ended_first(said)
+        if not how.startswith(OUT_OF_MEMORY) and -(_code(how) or 0) in [signal.Signals[name] for name in CRASHES]
+        for rank in cluster.numbers(ranks)
+        if rank >= len(texts) or verdict.last_word(texts[rank]) is None
+    ]
 
 
 def _tail(file: Path, start: int) -> str:

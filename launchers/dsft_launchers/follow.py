@@ -16,6 +16,8 @@ POINTS_PER_S = 50.0
 """Points of a sweep that a controller is asked for."""
 GONE_S = 30.0
 """How long a job may look ended before it is."""
+UNDER_WAY = ("queued", "running", "restarting", "stopping")
+"""States of a run that has not come to an end, in status.json."""
 OWN = (DONE, USER_ERROR, STOPPED, CRASHED, HOPELESS)
 """What the batch step exits with by itself."""
 
@@ -97,7 +99,7 @@ class Ending:
 def settled(job: cluster.Job | None, status: Mapping[str, Any]) -> bool:
     """Whether a job that is over stays so: it said so itself, or someone cancelled it."""
     if job is None:
-        return status.get("state") not in ("queued", "running")
+        return status.get("state") not in UNDER_WAY
     own = job.state in ("COMPLETED", "FAILED") and job.code in OWN
     return own or status.get("state") == "done" or job.state == "CANCELLED"
 
@@ -110,7 +112,10 @@ def _line(job_id: str, job: cluster.Job | None, status: Mapping[str, Any]) -> st
     step = f", step {status['step']}" if status.get("step") else ""
     again = f", started again {job.restarts}x" if job.restarts else ""
     _, put_back, reason = (status.get("reason") or "").partition(f"SLURM job {job_id}: ")
-    return f"job {job_id} {job.state}{waits}{where}{again}{step}{f': {reason}' if put_back else ''}"
+    why = f": {reason}" if put_back else ""
+    if job.state == "RUNNING" and status.get("state") == "restarting":
+        why = f", restarting: {status.get('reason')}"
+    return f"job {job_id} {job.state}{waits}{where}{again}{step}{why}"
 
 
 def _code(job: cluster.Job | None, status: Mapping[str, Any], who: str) -> int:

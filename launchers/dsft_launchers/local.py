@@ -11,8 +11,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Thread
+from typing import NamedTuple
 
-from dsft_launchers import orphans, verdict
+from dsft_launchers import cause, orphans, verdict
 from dsft_launchers.codes import CRASHED, DONE, STOPPED, USER_ERROR
 from dsft_launchers.ports import reserved_port
 from dsft_launchers.processes import Rank, defaults, pass_through, rank_env, start
@@ -21,6 +22,17 @@ from dsft_launchers.stop import FORWARDED, Stop, stop_signals
 POLL_S = 0.05
 SETTLE_S = 1.0
 """How long to watch, after the first failure, who else dies by itself: tells the cause from its consequences."""
+
+
+class Ending(NamedTuple):
+    """The exit code of a launch, and the cause of its end in one line or several; None if it is done or stopped."""
+
+    code: int
+    reason: str | None
+
+
+LINES = {"refused": verdict.REFUSED, "user error": "", "cannot begin": verdict.CANNOT_BEGIN, "gave up": "dsft: "}
+"""Causes that are a rank's own line, with how it begins."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +60,22 @@ def launch(
     grace_s: float = 300.0,
     kill_after_s: float = 5.0,
 ) -> int:
-    """Run num_processes of command on this machine, and return the launch's exit code.
+    """Run num_processes of command as run_ranks does, and return the exit code alone."""
+    return run_ranks(
+        command, num_processes=num_processes, log_dir=log_dir, env=env, grace_s=grace_s, kill_after_s=kill_after_s
+    ).code
+
+
+def run_ranks(
+    command: Sequence[str],
+    *,
+    num_processes: int,
+    log_dir: Path,
+    env: Mapping[str, str],
+    grace_s: float = 300.0,
+    kill_after_s: float = 5.0,
+) -> Ending:
+    """Run num_processes of command on this machine, and return the launch's exit code and the cause of its end.
 
     Each gets RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT; env is added to this process'
     environment. Output goes to log_dir/rank-<r>.log (appended), rank 0's to the terminal as well.
@@ -76,34 +103,49 @@ def launch(
             orphans.end(mark, patience_s=kill_after_s if all(rank.code == DONE for rank in ranks) else 0.0)
             for tee in tees:
                 tee.join(timeout=2.0)
-    return _conclude(outcome, ranks, stop, patience)
+    try:
+        return _conclude(outcome, ranks, stop, patience)
+    finally:
+        for rank in ranks:
+            rank.written.close()
 
 
 def _attend(ranks: list[Rank], stop: Stop, patience: _Patience) -> _Outcome:
     """Wait until every rank has ended, one has failed and the others were ended, or the grace of a stop is over."""
     while _running(ranks):
-        if any(_failed(rank, stop) for rank in ranks):
+        if _failures(ranks, stop):
             failures = _settle(ranks, stop)
             _end(ranks, patience)
             return _Outcome(failures=failures)
         _forward(ranks, stop, patience)
         if stop.deadline is not None and time.monotonic() > stop.deadline:
-            return _Outcome(overdue=_running(ranks))
+            return _Outcome(overdue=[] if _young(ranks, stop) else _running(ranks))
         time.sleep(POLL_S)
-    return _Outcome(failures=[rank for rank in ranks if _failed(rank, stop)])
+    return _Outcome(failures=_failures(ranks, stop))
 
 
 def _running(ranks: list[Rank]) -> list[Rank]:
     return [rank for rank in ranks if rank.poll()]
 
 
-def _failed(rank: Rank, stop: Stop) -> bool:
-    return rank.code is not None and rank.code not in (DONE, STOPPED) and not _obeyed(rank, stop)
+def _failures(ranks: list[Rank], stop: Stop) -> list[Rank]:
+    """The ranks that ended wrongly; not those that followed one that was too young to save when it was asked to."""
+    wrong = [rank for rank in ranks if rank.code not in (None, DONE, STOPPED) and not _obeyed(rank, stop)]
+    return [rank for rank in wrong if not verdict.followed(_failure(rank))] if _young(ranks, stop) else wrong
+
+
+def _failure(rank: Rank) -> verdict.Failure:
+    return verdict.Failure(rank.index, CRASHED if rank.code is None else rank.code, rank.at, rank.text())
 
 
 def _obeyed(rank: Rank, stop: Stop) -> bool:
     """Whether it died of the signal that was passed on: too young to have bound it, it had nothing to save."""
     return stop.deadline is not None and rank.code in (-signal.SIGINT, -signal.SIGTERM)
+
+
+def _young(ranks: list[Rank], stop: Stop) -> list[Rank]:
+    """The ranks that died of the request to stop. The others cannot save without them."""
+    return [rank for rank in ranks if _obeyed(rank, stop)]
 
 
 def _forward(ranks: list[Rank], stop: Stop, patience: _Patience) -> None:
@@ -116,7 +158,7 @@ def _forward(ranks: list[Rank], stop: Stop, patience: _Patience) -> None:
         _tell(f"dsft: {name}: asked {len(_running(ranks))} ranks to save and leave, {patience.grace_s:g} s at most\n")
         for rank in ranks:
             rank.send(FORWARDED[signal.Signals(stop.number)])
-    elif any(_obeyed(rank, stop) for rank in ranks):
+    elif _young(ranks, stop):
         stop.deadline = min(stop.deadline, time.monotonic() + patience.kill_after_s)
 
 
@@ -125,7 +167,7 @@ def _settle(ranks: list[Rank], stop: Stop) -> list[Rank]:
     until = time.monotonic() + SETTLE_S
     while _running(ranks) and time.monotonic() < until:
         time.sleep(POLL_S)
-    return [rank for rank in ranks if _failed(rank, stop)]
+    return _failures(ranks, stop)
 
 
 def _end(ranks: list[Rank], patience: _Patience) -> None:
@@ -137,31 +179,36 @@ def _end(ranks: list[Rank], patience: _Patience) -> None:
         time.sleep(POLL_S)
 
 
-def _conclude(outcome: _Outcome, ranks: list[Rank], stop: Stop, patience: _Patience) -> int:
-    """The exit code, and on stderr the reason if there is something to say."""
+def _conclude(outcome: _Outcome, ranks: list[Rank], stop: Stop, patience: _Patience) -> Ending:
+    """The exit code and the cause; on stderr the cause too, if there is something to say."""
     if outcome.failures:
-        found = [verdict.Failure(rank.index, rank.code or 0, rank.at, rank.text()) for rank in outcome.failures]
-        cause = verdict.cause(found)
-        if cause.code == USER_ERROR:
-            if all(failure.rank != 0 for failure in found if failure.code == USER_ERROR):  # rank 0's is on stderr
-                _tell("".join(f"{line}\n" for line in verdict.error_lines(cause.text)[-1:]))
-            return USER_ERROR
-        texts = [rank.text() for rank in ranks]
-        silent = verdict.hung(texts)
-        if why := verdict.cannot_begin(texts):
-            if verdict.cannot_begin(texts[:1]) is None:  # rank 0's is on stderr
-                _tell(f"{verdict.CANNOT_BEGIN}{why}\n")
-        elif silent is None or any(verdict.raised(failure.text) for failure in found):
-            _tell(verdict.report(cause, len(ranks), str(ranks[cause.rank].log)))
-        else:
-            who = f"rank {', '.join(map(str, silent))} hangs" if silent else "all ranks waited for each other"
-            _tell(f"dsft: {who}; the stacks of those that waited are in {ranks[cause.rank].log.parent}\n")
-        return CRASHED
+        found = cause.find([rank.text() for rank in ranks], map(_failure, outcome.failures))
+        assert found is not None, "some ranks ended by themselves"
+        _show(found, ranks)
+        return Ending(USER_ERROR if found.kind in ("refused", "user error") else CRASHED, found.reason)
     if outcome.overdue:
         names = ", ".join(str(rank.index) for rank in outcome.overdue)
-        _tell(f"dsft: killed rank {names}: still running {patience.grace_s:g} s after the request to stop\n")
-        return CRASHED
-    return DONE if all(rank.code == DONE for rank in ranks) else STOPPED
+        why = f"still running {patience.grace_s:g} s after the request to stop"
+        _tell(f"dsft: killed rank {names}: {why}\n")
+        return Ending(CRASHED, f"rank {names} was {why}, and was killed")
+    if young := _young(ranks, stop):
+        names = ", ".join(str(rank.index) for rank in young)
+        _tell(f"dsft: stopped without a save: rank {names} had only just begun\n")
+    return Ending(DONE if all(rank.code == DONE for rank in ranks) else STOPPED, None)
+
+
+def _show(found: cause.Cause, ranks: list[Rank]) -> None:
+    """Tell the cause on stderr, unless rank 0 said the same in a line of its own: that is there already."""
+    blamed = ranks[found.rank]
+    if found.kind in ("hangs", "stuck"):
+        _tell(f"dsft: {found.reason}; the stacks are in {blamed.log.parent}\n")
+    elif found.kind in LINES:
+        same = found.kind == "user error" and ranks[0].code == USER_ERROR
+        word = verdict.last_word(ranks[0].text())
+        if blamed.index != 0 and not same and (word is None or word.word != LINES[found.kind]):
+            _tell(f"{LINES[found.kind]}{found.reason.removeprefix('cannot begin: ')}\n")
+    else:
+        _tell(verdict.report(_failure(blamed), len(ranks), str(blamed.log)))
 
 
 def _tell(text: str) -> None:

@@ -24,11 +24,15 @@ _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 @dataclass
 class Rank:
-    """One process of the launch. code: None while it runs; at: when its end was seen."""
+    """One process of the launch. code: None while it runs; at: when its end was seen.
+
+    written: its log, open, so that it can be read when someone has removed it.
+    """
 
     index: int
     process: subprocess.Popen[bytes]
     log: Path
+    written: IO[bytes]
     log_start: int
     code: int | None = None
     at: float = 0.0
@@ -51,11 +55,12 @@ class Rank:
             os.killpg(self.process.pid, number)
 
     def text(self) -> str:
-        """The end of what it wrote in this launch."""
-        with self.log.open("rb") as file:
-            size = file.seek(0, os.SEEK_END)
-            file.seek(max(self.log_start, size - TAIL_BYTES))
-            return file.read().decode(errors="replace")
+        """The end of what it wrote in this launch; empty if the disk does not give it any more."""
+        with suppress(OSError):
+            size = self.written.seek(0, os.SEEK_END)
+            self.written.seek(max(self.log_start, size - TAIL_BYTES))
+            return self.written.read().decode(errors="replace")
+        return ""
 
 
 def defaults(num_processes: int) -> dict[str, str]:
@@ -86,7 +91,7 @@ def start(command: Sequence[str], index: int, log_dir: Path, env: Mapping[str, s
     """Start rank index with exactly env; rank 0 writes into pipes, the others into their logs."""
     log = log_dir / f"rank-{index}.log"
     with log.open("ab") as file:
-        log_start = file.tell()
+        written = log.open("rb", buffering=0)
         process = subprocess.Popen(
             list(command),
             env=dict(env),
@@ -96,7 +101,7 @@ def start(command: Sequence[str], index: int, log_dir: Path, env: Mapping[str, s
             start_new_session=True,
             preexec_fn=_tie_to(os.getpid()),
         )
-    return Rank(index=index, process=process, log=log, log_start=log_start)
+        return Rank(index=index, process=process, log=log, written=written, log_start=file.tell())
 
 
 def _tie_to(launcher: int) -> Callable[[], None]:

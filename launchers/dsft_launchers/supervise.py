@@ -65,6 +65,15 @@ def main() -> int:
         return USER_ERROR
     if elastic:
         Thread(target=_guarded, args=(run_dir,), daemon=True).start()
+    try:
+        return _attend(run_dir, nodes, devices, python, notice_s)
+    except OSError as error:
+        tell(f"the run folder does not take what the job has to write: {error}")
+        return CRASHED
+
+
+def _attend(run_dir: Path, nodes: int, devices: int, python: list[str], notice_s: int) -> int:
+    """Start the ranks until the run ends or SLURM takes the nodes; the job's exit code."""
     code, asked = None, nodes
     while code is None:
         now = _now()
@@ -81,32 +90,53 @@ def _once(run_dir: Path, nodes: int, devices: int, python: list[str], *, fewer: 
     """One attempt; the job's exit code, None to make another. fewer: nodes than the run was made for."""
     before = _read(run_dir / "status.json")
     ended = attempt(run_dir, nodes, devices, python, fewer=fewer)
-    error = ended.error
     status = _read(run_dir / "status.json")
     began = status["attempts"] > before["attempts"]  # else it tells of an attempt before
     if began and status["state"] == "done":
         return DONE
     if began and status["state"] == "stopped":
         return _stopped(run_dir, status["reason"])
-    if ended.overtaken:
+    cause = ended.cause
+    if cause and cause.kind == "gave up":  # the folder is another's, or gone
         return CRASHED
-    if not began:
-        error = error or f"the ranks could not begin: {ended.before or 'the logs say why'}"
-    if error and (tally := _count(run_dir, status, "crashes")).crashes >= ATTEMPTS:
-        if fewer:
-            return _put_back(run_dir, f"not on {nodes} nodes: {error.splitlines()[-1]}")
-        tell(f"giving up after {ATTEMPTS} attempts without a new checkpoint; the error is in status.json and above")
-        _amend(run_dir, state="failed", reason=f"{ATTEMPTS} attempts without a new checkpoint; {error}")
+    if cause and cause.kind == "refused":
+        _amend(run_dir, state="failed", reason=cause.reason)
         return HOPELESS
+    reason = cause.reason if cause else "the ranks ended without a word; the logs may say why"
     if not _ours():
-        return CRASHED
+        return _taken(run_dir, reason, CRASHED)
+    counts = cause is not None and cause.counts
+    if not (began or counts or (cause and cause.kind == "node lost")):
+        counts, reason = True, f"the ranks could not begin: {reason}"
+    if counts and _count(run_dir, status, "crashes").crashes >= ATTEMPTS:
+        return _give_up(run_dir, reason, nodes if fewer else None)
     tally = _count(run_dir, status, "restarts", ended.node)
     if ended.node and (others := _without(ended.node, tally)):
         return _put_back(run_dir, f"ranks failed twice on {ended.node}, which is left out from now on", others)
+    _amend(run_dir, state="restarting", reason=reason)
     pause = min(LONGEST_PAUSE_S, 2.0 ** (tally.restarts - 1) - 1)
     tell(f"starting the ranks again inside the allocation{f' in {pause:g} s' if pause else ''}")
     time.sleep(pause)
     return None
+
+
+def _give_up(run_dir: Path, reason: str, nodes: int | None) -> int:
+    """The end after too many errors. nodes: how many were left of those that the run was made for, None for all."""
+    if nodes is not None:
+        return _put_back(run_dir, f"not on {nodes} nodes: {reason}")
+    tell(f"giving up after {ATTEMPTS} attempts without a new checkpoint; the error is in status.json and above")
+    _amend(run_dir, state="failed", reason=f"{ATTEMPTS} attempts without a new checkpoint; {reason}")
+    return HOPELESS
+
+
+def _taken(run_dir: Path, reason: str, code: int) -> int:
+    """SLURM has taken the nodes: say what the run is now, if SLURM says it; else the state stays as it was."""
+    now = _now()
+    if now is not None and now.restarts > int(os.environ.get("SLURM_RESTART_COUNT", "0")):
+        _amend(run_dir, state="queued", reason=f"SLURM job {_job()}: {reason}")
+    elif now is not None and now.state == "CANCELLED" and code == CRASHED:
+        _amend(run_dir, state="stopped", reason=f"SLURM job {_job()} was cancelled before it had saved: {reason}")
+    return code
 
 
 def _without(node: str, tally: Tally) -> str | None:
@@ -143,9 +173,9 @@ def _guarded(run_dir: Path) -> None:
 def _stopped(run_dir: Path, reason: str) -> int:
     """The ranks saved and left: back into the queue if SLURM wants the nodes, else this is the end."""
     tell(f"stopped: {reason}")
-    if reason.startswith("train.max_minutes") or not _ours():  # cancelled, or SLURM has put it back already
+    if reason.startswith("train.max_minutes"):
         return STOPPED
-    return _put_back(run_dir, reason)
+    return _put_back(run_dir, reason) if _ours() else _taken(run_dir, reason, STOPPED)
 
 
 def _late(now: cluster.Job | None, notice_s: int) -> str | None:
@@ -190,8 +220,11 @@ def _ours() -> bool:
 
 
 def _now() -> cluster.Job | None:
-    """The job as SLURM sees it; waits for a controller that is busy or restarts."""
-    until = time.monotonic() + PATIENCE_S
+    """The job as SLURM sees it; waits for a controller that is busy or restarts.
+
+    At first not for long: a signal to the whole job ends the command that asks, and SIGKILL follows within seconds.
+    """
+    until, pause = time.monotonic() + PATIENCE_S, 0.5
     while True:
         try:
             return cluster.job(_job())
@@ -199,7 +232,8 @@ def _now() -> cluster.Job | None:
             tell(f"SLURM does not answer: {error}")
             if time.monotonic() > until:
                 return None
-            time.sleep(5.0)
+            time.sleep(pause)
+            pause = min(5.0, 2 * pause)
 
 
 def _count(run_dir: Path, status: Mapping[str, Any], what: str, node: str | None = None) -> Tally:

@@ -13,8 +13,8 @@ ROOT = Path(__file__).parents[2]
 
 LEAVES = ("models", "quantizers", "strategies", "methods", "objectives", "data", "telemetry", "checkpoint")
 VERBS = (
-    "run", "preflight", "dispatch", "job", "plan", "stage", "export", "verify", "adapters", "chat", "report", "sweep",
-    "sweeps",
+    "run", "preflight", "dispatch", "ending", "job", "plan", "stage", "export", "verify", "adapters", "chat", "report",
+    "sweep", "sweeps",
 )  # fmt: skip
 
 FLOORS = (
@@ -27,7 +27,7 @@ FLOORS = (
     ("engine",),
     ("rules", "options", "proven", "wording", "entry"),
     ("compose",),
-    ("folder", "recorder", "snapshot", "results"),
+    ("folder", "door", "likeness", "earlier", "published", "recorder", "snapshot", "results"),
     VERBS,
     ("__main__",),
 )

@@ -128,7 +128,7 @@ def test_a_rank_that_hangs_once_all_had_answered_is_named(tmp_path: Path) -> Non
     assert done.returncode == 76
     assert "dsft: rank 1 hangs" in done.stderr
     log = (tmp_path / "logs" / "rank-0.log").read_text()
-    assert "dsft: this rank waited too long for another: the ranks join: 4 s" in log
+    assert "dsft: this rank waited too long for another: joining: 4 s" in log
     assert "in init_process_group" in log
 
 

@@ -1,14 +1,17 @@
-"""Jobs whose ranks fail again and again: on one node, which is left out, or wherever they run."""
+"""Jobs whose ranks fail again and again, on one node, which is left out, or wherever they run; what they say of it."""
 
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from benchmarks.faults import events
-from tests.slurm.test_slurm import job_of, state, status, words
+from benchmarks.testbed import Testbed
+from tests.launch.processes import dsft
+from tests.slurm.test_slurm import job_of, losses, state, status, until, words
 
 pytestmark = pytest.mark.usefixtures("cluster")
 
@@ -42,21 +45,53 @@ if os.environ.get("DSFT_SUPERVISED"):
 """
 
 
+def start(rows: Path, run_dir: Path, broken: str, *more: str) -> "subprocess.CompletedProcess[str]":
+    """A run of two ranks on one node, with a loss that is broken by this line."""
+    (run_dir.parent / "broken.py").write_text(BROKEN.replace("WHAT", broken))
+    ranks = ("launcher=slurm", "launcher.nodes=1", "launcher.devices=2", "strategy=ddp", "checkpoint.every=0")
+    return subprocess.run(
+        [sys.executable, "-m", "dsft.run", *words(rows, run_dir, *ranks, "objective._target_=broken.Broken", *more)],
+        capture_output=True, text=True, check=False, env=os.environ | {"PYTHONPATH": str(run_dir.parent)},
+    )  # fmt: skip
+
+
+BROKEN = """
+import os
+from dataclasses import dataclass
+
+from dsft.objectives.sft import SFT
+from dsft_launchers.verdict import RefusedError
+
+calls = []
+rank = int(os.environ.get("RANK", "0"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Broken(SFT):
+    def loss(self, model, batch):
+        calls.append(batch)
+        if len(calls) == 5:
+            WHAT
+        return super().loss(model, batch)
+"""
+
+
+def history(run_dir: Path, seconds: float = 240.0) -> list[tuple[str, str | None]]:
+    """State and reason as they follow each other in status.json, until the run has ended."""
+    seen: list[tuple[str, str | None]] = []
+    end = time.monotonic() + seconds
+    while not seen or seen[-1][0] not in ("done", "failed", "stopped"):
+        assert time.monotonic() < end, seen
+        now = status(run_dir)
+        if not seen or seen[-1] != (now["state"], now["reason"]):
+            seen.append((now["state"], now["reason"]))
+        time.sleep(0.02)
+    return seen
+
+
 def test_a_run_that_always_crashes_stops_after_three_attempts_with_77(rows: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
-    (tmp_path / "broken.py").write_text(BROKEN)
-    more = (
-        "launcher=slurm",
-        "launcher.nodes=1",
-        "launcher.devices=2",
-        "strategy=ddp",
-        "checkpoint.every=0",
-        "objective._target_=broken.Broken",
-    )
-    done = subprocess.run(
-        [sys.executable, "-m", "dsft.run", *words(rows, run_dir, *more)], capture_output=True, text=True, check=False,
-        env=os.environ | {"PYTHONPATH": str(tmp_path)},
-    )  # fmt: skip
+    done = start(rows, run_dir, "1 // 0")
     assert done.returncode == 77, done.stdout + done.stderr
     assert status(run_dir)["state"] == "failed"
     assert "ZeroDivisionError" in status(run_dir)["reason"]
@@ -69,17 +104,46 @@ def test_a_run_that_always_crashes_stops_after_three_attempts_with_77(rows: Path
     assert (state(job_of(run_dir)), state(job_of(run_dir), "ExitCode")) == ("FAILED", "77:0")
 
 
-BROKEN = """
-from dataclasses import dataclass
+def test_the_error_of_another_rank_than_0_is_the_reason_and_the_run_restarts_meanwhile(
+    rows: Path, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    error = "rank 1: ValueError: planted on rank one, timed out"
+    raises = 'if rank == 1: raise ValueError("planted on rank one, timed out")'
+    assert start(rows, run_dir, raises, "launcher.wait=false").returncode == 0
+    seen = history(run_dir)
+    assert seen[-1] == ("failed", f"3 attempts without a new checkpoint; {error}")
+    assert [each for each in seen if each[0] == "restarting"] == [("restarting", error)] * 2
+    assert [name for name, _ in seen[1:]] == ["running", "restarting"] * 2 + ["running", "failed"]
+    until(lambda: state(job_of(run_dir)) == "FAILED")
 
-from dsft.objectives.sft import SFT
 
-calls = []
+def test_a_run_that_cannot_go_on_without_its_user_is_not_started_again(rows: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    line = "no checkpoint verifies; resume.anew=true begins anew"
+    done = start(rows, run_dir, f'raise RefusedError("{line}")')
+    assert done.returncode == 77, done.stdout + done.stderr
+    assert done.stderr == f"dsft: {line}\n"
+    assert (status(run_dir)["state"], status(run_dir)["reason"]) == ("failed", line)
+    assert (run_dir / "slurm" / f"{job_of(run_dir)}.log").read_text().count("srun ended") == 1
 
 
-@dataclass(frozen=True, kw_only=True)
-class Broken(SFT):
-    def loss(self, model, batch):
-        calls.append(batch)
-        return super().loss(model, batch) if len(calls) < 5 else 1 // 0
-"""
+def test_a_run_whose_node_is_lost_is_queued_and_never_failed(cluster: Testbed, rows: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    more = ("launcher=slurm", "launcher.wait=false", "launcher.nodes=2", "launcher.devices=1", "strategy=ddp",
+            "train.steps=100000", "train.compile=false")  # fmt: skip
+    assert dsft(*words(rows, run_dir, *more)).returncode == 0
+    until(lambda: (run_dir / "metrics.jsonl").is_file() and len(losses(run_dir)) >= 3)
+    cluster("kill-node", "n2")
+    seen = set[str]()
+
+    def resumed() -> bool:
+        seen.add(status(run_dir)["state"])
+        return len(events(run_dir, "resume")) == 1
+
+    until(resumed)
+    subprocess.run(["scancel", job_of(run_dir)], check=True)
+    cluster("start-node", "n2")
+    assert state(job_of(run_dir), "Restarts") == "1"
+    assert seen <= {"running", "restarting", "queued"}
+    assert "queued" in seen

@@ -95,6 +95,7 @@ def test_a_job_that_slurm_puts_back_goes_on_to_the_same_adapter_in_the_same_wand
     until(lambda: (cut / "metrics.jsonl").is_file() and len(losses(cut)) >= 3)
     wandb_id = status(cut)["wandb_id"]
     subprocess.run(["scontrol", "requeue", job_of(cut)], check=True)
+    until(lambda: status(cut)["state"] == "queued")
     until(lambda: status(cut)["state"] == "done" and state(job_of(cut)) == "COMPLETED")
     assert status(cut)["attempts"] == 2
     assert losses(cut) == losses(whole)
@@ -232,7 +233,8 @@ def test_what_ends_the_ranks_and_what_follows(how: str, rows: Path, tmp_path: Pa
         kill = ["srun", "--overlap", f"--jobid={job_id}", "--ntasks=1", "--nodes=1", "kill", number, str(rank["pid"])]
         subprocess.run(kill, check=True)
         until(lambda: len(events(run_dir, "resume")) == 1)
-        assert ("rank 1 hangs" in (run_dir / "slurm" / f"{job_id}.log").read_text()) is (how == "hang")
+        said = (run_dir / "slurm" / f"{job_id}.log").read_text()
+        assert {"kill": "rank 1 was killed by SIGKILL", "hang": "rank 1 hangs in step "}[how] in said
         assert state(job_id, "Restarts") == "0"
         assert not json.loads((run_dir / "supervisor.json").read_text())["crashes"]
     subprocess.run(["scancel", job_id], check=True)

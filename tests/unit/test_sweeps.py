@@ -1,6 +1,9 @@
 """Sweeps: who shares an array, which machine's accelerators a point gets, what a point's state is, the table."""
 
 import os
+import signal
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -71,17 +74,71 @@ RUNS, WAITS, HELD = Job("RUNNING", "None", nodes="n1"), Job("PENDING", "Priority
         ("failed", RUNS, "running"),  # its supervisor starts the ranks again
         ("failed", WAITS, "queued"),
         ("failed", Job("FAILED", "None", 77), "failed"),
+        ("restarting", RUNS, "restarting"),
+        ("stopping", RUNS, "stopping"),
+        ("running", WAITS, "queued"),  # it was lost with its node
+        ("restarting", WAITS, "queued"),
         ("running", None, "lost"),
+        ("restarting", None, "lost"),
+        ("stopping", None, "lost"),
         ("queued", None, "lost"),
         ("stopped", None, "stopped"),
         ("running", Job("NODE_FAIL", "None", left_s=-5.0), "ending"),  # SLURM puts it back within seconds
         ("running", Job("NODE_FAIL", "None", left_s=-50.0), "failed"),
+        ("restarting", Job("NODE_FAIL", "None", left_s=-5.0), "ending"),
+        ("stopping", Job("CANCELLED", "None"), "stopped"),
         ("queued", Job("CANCELLED", "None"), "stopped"),
     ],
 )
 def test_what_a_point_is_by_its_folder_and_by_slurm(disk: str | None, job: Job | None, expected: str) -> None:
     status = {} if disk is None else {"state": disk, "step": 3, "reason": "so"}
     assert _state(status, "12_3", job, Path("/nowhere"))[0] == expected
+
+
+HOLDS = """
+import sys
+from pathlib import Path
+
+from dsft.checkpoint.lease import acquire
+
+acquire(Path(sys.argv[1]))
+print(flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize("state", ["running", "stopping"])
+def test_a_run_of_this_machine_is_alive_while_its_process_is(state: str, tmp_path: Path) -> None:
+    status = {"state": state, "step": 3, "reason": None}
+    assert _state(status, None, None, tmp_path)[0] == "lost", "nobody ever held it"
+    program = (
+        "import sys; from pathlib import Path; from dsft.checkpoint.lease import acquire; acquire(Path(sys.argv[1])); \
+print(flush=True); sys.stdin.read()"
+    )
+    command = [sys.executable, "-c", program, str(tmp_path / "checkpoints")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as run:
+        assert run.stdout is not None
+        assert run.stdout.readline() == b"\n"
+        os.kill(run.pid, signal.SIGSTOP)
+        found, who = _state(status, None, None, tmp_path)
+        os.kill(run.pid, signal.SIGKILL)
+        run.wait()
+    assert found == state
+    assert f"process {run.pid} " in str(who)
+    assert _state(status, None, None, tmp_path)[0] == "lost"
+
+
+def test_points_in_every_state_are_shown_and_have_a_code(tmp_path: Path) -> None:
+    states = ("queued", "running", "restarting", "stopping", "stopped", "failed", "done", "held", "ending", "lost")
+    points = [Standing(index, tmp_path, state, 1, "why", None) for index, state in enumerate(states)]
+    book = ledger.begin("loss")
+    for index in range(len(points)):
+        book.put(index, Entry([f"b={index}"], None), keep=False)
+    shown = [line.split()[1] for line in as_text(book, points, "loss").splitlines()[1:]]
+    assert [word.lower() for word in shown] == list(states)
+    assert [word for word in shown if word.isupper()] == ["FAILED", "LOST"]
+    codes = {point.state: point.code for point in points if point.code}
+    assert codes == {"stopped": 75, "failed": 76, "lost": 76}
 
 
 def test_a_ledger_is_read_as_it_was_written_and_keeps_what_a_refused_point_was(tmp_path: Path) -> None:

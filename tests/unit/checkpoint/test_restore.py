@@ -1,77 +1,29 @@
 """No damaged checkpoint is loaded: the older one is taken, the bad one set aside, the bad file named."""
 
 import errno
+import hashlib
 import json
 import os
 import random
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
-import torch
+from dsft_launchers.verdict import CannotBeginError, RefusedError
 
-from benchmarks.cells import write_rows
-from benchmarks.faults import words
 from dsft import folder
 from dsft.checkpoint import manifest
 from dsft.checkpoint.lease import LeaseLostError, acquire
 from dsft.checkpoint.store import Store
-from dsft.comm.world import World
-from dsft.compose import load_yaml, read
-from dsft.engine.assemble import Session, assemble
+from dsft.compose import load_yaml
+from dsft.engine.assemble import Session
 from dsft.engine.resume import resume
+from tests.unit.checkpoint.resuming import STEPS, Told, resumed
 
-STEPS = [1, 3, 6]
 FILES = ["manifest.json", ".metadata", "__0_0.distcp", "__1_0.distcp"]
-
-
-class Told:
-    """A watch that keeps the events."""
-
-    def __init__(self) -> None:
-        self.events: list[tuple[str, int, dict[str, object]]] = []
-
-    def event(self, event: str, step: int, details: dict[str, object]) -> None:
-        self.events.append((event, step, details))
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of two ranks with checkpoints of three steps."""
-    place = tmp_path_factory.mktemp("finished")
-    write_rows(place / "rows.jsonl", 10)
-    command = words(place / "rows.jsonl", ["method=lora", "strategy=fsdp"], 2, background=False, steps=6)
-    run = [sys.executable, "-m", "dsft.run", *command, "checkpoint.keep=9", f"run_dir={place / 'run'}"]
-    done = subprocess.run(run, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert [int(path.name[5:]) for path in reversed(Store(place / "run").newest_first())] == STEPS
-    return place / "run"
-
-
-@pytest.fixture(scope="module")
-def session(finished: Path) -> Session:
-    run = read(finished)
-    from dsft.strategies.single import Single
-
-    alone = World(0, 1, 0, torch.device("cpu"))
-    run = replace(run, strategy=Single())
-    return assemble(run, run.model.resolve(), alone)
-
-
-@pytest.fixture
-def run_dir(finished: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(finished, tmp_path / "run"))
-
-
-def resumed(session: Session, run_dir: Path) -> tuple[int, Told]:
-    told = Told()
-    who = folder.identity(run_dir, load_yaml(run_dir / "config.yaml"))
-    lease, _ = acquire(run_dir / "checkpoints")
-    return resume(session, run_dir, who, lease, 9, told).step, told  # type: ignore[arg-type]
 
 
 def flip_a_bit(path: Path) -> None:
@@ -95,8 +47,23 @@ def put_an_older_one_there(path: Path) -> None:
     shutil.copy(path.parent.with_name(manifest.folder_name(3)) / path.name, path)
 
 
+def put_a_link_loop_there(path: Path) -> None:
+    path.unlink()
+    path.symlink_to(path.name)
+
+
+def put_a_folder_there(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+DAMAGES = [
+    flip_a_bit, truncate, zero_a_block, Path.unlink, put_an_older_one_there, put_a_link_loop_there, put_a_folder_there,
+]  # fmt: skip
+
+
 @pytest.mark.parametrize("name", FILES)
-@pytest.mark.parametrize("damage", [flip_a_bit, truncate, zero_a_block, Path.unlink, put_an_older_one_there])
+@pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_file_is_named_and_the_older_step_taken(
     name: str, damage: Callable[[Path], None], session: Session, run_dir: Path
 ) -> None:
@@ -109,6 +76,71 @@ def test_a_damaged_file_is_named_and_the_older_step_taken(
     assert (event, bad, details["file"]) == ("quarantine", 6, name)
     assert not newest.exists()
     assert (run_dir / "quarantine" / newest.name / "reason.json").is_file()
+
+
+def put_a_dangling_link_in_its_place(checkpoint: Path) -> None:
+    checkpoint.symlink_to("nowhere")
+
+
+def put_a_file_in_its_place(checkpoint: Path) -> None:
+    checkpoint.write_text("not a folder")
+
+
+@pytest.mark.parametrize("put", [put_a_dangling_link_in_its_place, put_a_file_in_its_place])
+def test_a_checkpoint_that_is_no_folder_is_named_and_set_aside(
+    put: Callable[[Path], None], session: Session, run_dir: Path
+) -> None:
+    newest = run_dir / "checkpoints" / manifest.folder_name(6)
+    shutil.rmtree(newest)
+    put(newest)
+    step, told = resumed(session, run_dir)
+    assert step == 3
+    assert told.events[0][:2] == ("quarantine", 6)
+    assert told.events[0][2]["file"] == newest.name
+    assert not os.path.lexists(newest)
+    assert os.path.lexists(run_dir / "quarantine" / newest.name)
+    assert (run_dir / "quarantine" / f"{newest.name}.reason.json").is_file()
+
+
+def edit(manifest_of: Path, **changes: Any) -> None:
+    """Change a manifest, with the digest of what it says then. None: take the key away."""
+    content = {**json.loads((manifest_of / "manifest.json").read_text()), **changes}
+    content = {key: value for key, value in content.items() if value is not None and key != "digest"}
+    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    (manifest_of / "manifest.json").write_text(json.dumps({**content, "digest": digest}))
+
+
+@pytest.mark.parametrize("changes", [{"format": 2}, {"seal": "of a later time"}], ids=str)
+def test_a_later_dsfts_checkpoint_is_refused_and_stays(
+    changes: dict[str, Any], session: Session, run_dir: Path
+) -> None:
+    newest = run_dir / "checkpoints" / manifest.folder_name(6)
+    edit(newest, **changes)
+    with pytest.raises(manifest.NewerError, match="step-00000006 was made by a later dsft"):
+        manifest.read(newest)
+    before = tree(run_dir)
+    with pytest.raises(RefusedError, match="step-00000006 was made by a later dsft"):
+        resumed(session, run_dir)
+    assert tree(run_dir) == before
+
+
+@pytest.mark.parametrize("changes", [
+    {"files": {".metadata": {"size": 1}}}, {"progress": None}, {"progress": 3}, {"step": "6"}, {"format": 0},
+    {"identity": []}, {"files": ["__0_0.distcp"]},
+], ids=str)  # fmt: skip
+def test_an_odd_manifest_with_a_right_digest_is_a_damaged_one(
+    changes: dict[str, Any], session: Session, run_dir: Path
+) -> None:
+    edit(run_dir / "checkpoints" / manifest.folder_name(6), **changes)
+    step, told = resumed(session, run_dir)
+    assert step == 3
+    assert told.events[0][2]["file"] == "manifest.json"
+
+
+def tree(run_dir: Path) -> dict[str, bytes]:
+    """All files of a run, without its leases."""
+    files = {path for path in run_dir.rglob("*") if path.is_file() and not path.name.startswith("lease-")}
+    return {str(path.relative_to(run_dir)): path.read_bytes() for path in files}
 
 
 def test_a_file_of_an_older_step_is_recognized_as_such(session: Session, run_dir: Path) -> None:
@@ -125,24 +157,39 @@ def test_whole_checkpoints_load_and_say_from_where(session: Session, run_dir: Pa
     assert told.events == [("resume", 6, {"checkpoint": "step-00000006", "ranks_then": 2, "ranks_now": 1})]
 
 
-def test_nothing_left_that_verifies_begins_anew(session: Session, run_dir: Path) -> None:
+def test_nothing_that_verifies_is_refused_and_all_stay(session: Session, run_dir: Path) -> None:
     for path in (run_dir / "checkpoints").glob("step-*/__0_0.distcp"):
         flip_a_bit(path)
-    step, told = resumed(session, run_dir)
-    assert step == 0
-    assert [event for event, _, _ in told.events] == ["quarantine"] * len(STEPS)
+    before = tree(run_dir)
+    with pytest.raises(RefusedError, match=r"step-00000006: __0_0.distcp: .*resume\.anew=true") as refused:
+        resumed(session, run_dir)
+    assert "\n" not in str(refused.value)
+    assert tree(run_dir) == before
 
 
-def test_a_checkpoint_that_crashed_two_starts_is_passed_over(session: Session, run_dir: Path) -> None:
-    store = Store(run_dir)
-    store.mark_crash(6, attempt=2)
-    store.mark_crash(6, attempt=2)  # the other rank of the same attempt
+def test_damaged_ones_older_than_the_one_taken_are_left_alone(session: Session, run_dir: Path) -> None:
+    flip_a_bit(run_dir / "checkpoints" / manifest.folder_name(1) / "__0_0.distcp")
+    before = tree(run_dir)
     assert resumed(session, run_dir)[0] == 6
-    store.mark_crash(6, attempt=3)
-    step, told = resumed(session, run_dir)
-    assert step == 3
-    assert told.events[0][2]["reason"] == "2 starts from it crashed"
-    assert store.crashes(run_dir / "checkpoints" / manifest.folder_name(6)) == 0
+    assert tree(run_dir) == before
+
+
+def test_a_file_that_reads_wrong_once_and_right_again_condemns_nothing(
+    session: Session, run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, failed = manifest._sha256, list[Path]()
+
+    def fails_once(path: Path) -> str:
+        if path.name == "__0_0.distcp" and not failed:
+            failed.append(path)
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+        return read(path)
+
+    monkeypatch.setattr(manifest, "_sha256", fails_once)
+    before = tree(run_dir)
+    with pytest.raises(CannotBeginError, match=r"rank 0 on .* finds step-00000006 damaged \(__0_0.distcp: cannot be"):
+        resumed(session, run_dir)
+    assert tree(run_dir) == before
 
 
 def test_what_nobody_finished_is_removed(session: Session, run_dir: Path) -> None:
@@ -157,9 +204,10 @@ def test_what_nobody_finished_is_removed(session: Session, run_dir: Path) -> Non
 def test_another_runs_checkpoint_is_not_taken(session: Session, run_dir: Path) -> None:
     provenance = json.loads((run_dir / "provenance.json").read_text())
     (run_dir / "provenance.json").write_text(json.dumps({**provenance, "run": "another"}))
-    step, told = resumed(session, run_dir)
-    assert step == 0
-    assert "belongs to another run" in str(told.events[0][2]["reason"])
+    before = tree(run_dir)
+    with pytest.raises(RefusedError, match=r"manifest\.json: belongs to another run"):
+        resumed(session, run_dir)
+    assert tree(run_dir) == before
 
 
 def test_another_optimizer_begins_anew_on_what_was_learned(session: Session, run_dir: Path) -> None:
@@ -208,7 +256,7 @@ def test_a_lost_provenance_keeps_the_runs_own_name(run_dir: Path) -> None:
         folder.check_digests(run_dir, {**same, "data_digest": "other rows"}, resolved)
 
 
-def test_retention_keeps_the_newest_and_the_round_ones(run_dir: Path) -> None:
+def test_retention_keeps_the_newest_and_the_milestones(run_dir: Path) -> None:
     store = Store(run_dir)
     assert store.retain(keep=1, keep_every=3, newest=6) == [1]
     assert store.retain(keep=1, keep_every=0, newest=3) == []  # 3 was just written, 6 is the newest
@@ -216,16 +264,13 @@ def test_retention_keeps_the_newest_and_the_round_ones(run_dir: Path) -> None:
     assert [path.name for path in store.newest_first()] == [manifest.folder_name(6)]
 
 
-def test_only_the_newest_writer_may_commit(tmp_path: Path) -> None:
-    first, before = acquire(tmp_path / "checkpoints")
-    assert before is None
-    first.check()
-    second, holder = acquire(tmp_path / "checkpoints")
-    assert second.token > first.token
-    assert "process" in str(holder)
-    second.check()
-    with pytest.raises(LeaseLostError, match="was taken over by process"):
-        first.check()
+def test_a_milestone_that_was_saved_late_is_kept(tmp_path: Path) -> None:
+    """A disk that is slower than `every` steps: saves fall between the multiples of keep_every."""
+    store, newest = Store(tmp_path), 0
+    for newest in (1, 5, 7, 13, 14, 24, 34, 38, 40):
+        (store.folder / manifest.folder_name(newest)).mkdir(parents=True)
+        store.retain(keep=1, keep_every=4, newest=newest)
+    assert [int(path.name[5:]) for path in store.newest_first()] == [40, 38, 34, 24, 13, 5]
 
 
 def test_an_unfinished_save_that_was_cleared_cannot_be_committed(run_dir: Path) -> None:

@@ -18,6 +18,7 @@ from dsft.compose import compose
 from dsft.data.open import Dataset, open_data
 from dsft.engine.assemble import Session, assemble
 from dsft.engine.evaluate import Evaluation
+from dsft.engine.keep import recall, remember
 from dsft.engine.loop import fit
 from dsft.engine.progress import Progress
 from dsft.engine.resume import keeper_for
@@ -167,8 +168,41 @@ def test_the_clock_stops_the_run_like_a_signal() -> None:
     session, data = _session()
     at = _fit(session, data, 6, Seen(), StopFlag(max_minutes=1e-6))
     assert (at.state, at.step) == ("stopped", 0)
-    assert at.reason == "train.max_minutes=1e-06 are over"
+    assert at.reason.startswith("train.max_minutes=1e-06 are over before this start made its first step")
     assert StopFlag(max_minutes=60).reason is None
+
+
+class Asked(StopFlag):
+    """Asked to stop from the n-th look on."""
+
+    def __init__(self, looks: int) -> None:
+        super().__init__()
+        self.looks = looks
+
+    @property
+    def reason(self) -> str | None:
+        self.looks -= 1
+        return "SIGTERM" if self.looks < 0 else None
+
+
+def test_a_stop_is_looked_at_between_the_batches_of_an_evaluation_which_is_owed_then() -> None:
+    session, data = _session("train.micro_batch_tokens=16")  # an example a batch
+    seen = Seen()
+    at = _fit(session, data, 6, seen, Asked(3))
+    assert (at.state, at.step, at.owed, seen.evaluations, seen.steps) == ("stopped", 0, True, [], [])
+    assert seen.events == ["stopping"]
+    again = recall(0, 6, remember(at, "adamw"), session.run.train)
+    assert again.owed
+
+
+def test_an_evaluation_that_is_owed_is_made_first_and_once() -> None:
+    session, data = _session()
+    seen = Seen()
+    keeper = keeper_for(session, Path("absent"), Identity("run", "config", "base", "data"), None, saved=0)
+    fit(session, data, seen, StopFlag(), keeper, Progress(total=6, step=6, owed=True))
+    assert ([step for step, _ in seen.evaluations], seen.steps) == ([6], [])
+    fit(session, data, seen, StopFlag(), keeper, Progress(total=6, step=6))
+    assert len(seen.evaluations) == 1
 
 
 def test_random_streams_depend_on_seed_and_step_alone() -> None:

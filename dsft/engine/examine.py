@@ -1,0 +1,80 @@
+"""Evaluation inside of a run: made where it is due, limited in time, given up for a stop, and a reason to end early."""
+
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from dsft.data.open import Dataset
+from dsft.engine.assemble import Session
+from dsft.engine.evaluate import ANSWERS_AT_ONCE, Asked, StoppedError, evaluate
+from dsft.engine.patience import LATITUDE, Patience
+from dsft.engine.progress import Progress, Watch
+
+
+@dataclass
+class Examiner:
+    """Evaluates for the loop. asked: whether all ranks agree to stop; longest: seconds that each part took, at most."""
+
+    session: Session
+    data: Dataset
+    watch: Watch
+    asked: Asked
+    patience: Patience
+    longest: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+
+    def look(self, at: Progress) -> None:
+        """Make the evaluation that at owes, unless a stop is agreed on first, and see whether it ends the run early.
+
+        Collective.
+        """
+        every = self.session.run.train.eval_every
+        due = at.step > 0 and every > 0 and at.step % every == 0
+        if self.data.eval is not None:
+            try:
+                evaluation = evaluate(self.session, self.data, asked=self.asked, part=self._part)
+            except StoppedError:
+                return
+            at.evaluations.append((at.step, evaluation))
+            self.watch.evaluation(at.step, evaluation)
+        at.owed = False
+        if due and self._no_better(at):
+            at.over = True
+            if at.step < at.total:
+                metric = self.session.run.train.early_stop_metric
+                self.watch.event("early_stop", at.step, {"metric": metric, "best": abs(at.best)})
+
+    @contextmanager
+    def _part(self, name: str) -> Iterator[None]:
+        """Limit a part of an evaluation, and keep its time."""
+        begun = time.monotonic()
+        with self.patience.phase(name, self._usual(name)):
+            yield
+        self.longest[name] = max(time.monotonic() - begun, self.longest[name])
+
+    def _usual(self, name: str) -> float:
+        """Return the seconds that a part may take: by the longest so far, else by its tokens."""
+        if name in self.longest:
+            return LATITUDE * self.longest[name]
+        held, limits = self.data.eval, self.patience.limits
+        assert held is not None
+        ranks = self.session.run.strategy.data_ranks(self.session.world)
+        if name == "evaluation":
+            return limits.forward_s(int(held.lengths.sum()) // ranks + int(held.lengths.max()))
+        prompts = -(-len(self.data.verifiable) // ranks)
+        return limits.generation_s(prompts, int(held.supervised.max()) + 2, -(-prompts // ANSWERS_AT_ONCE))
+
+    def _no_better(self, at: Progress) -> bool:
+        """Return True once the metric has not improved for early_stop_patience evaluations (accuracy up, else down)."""
+        train = self.session.run.train
+        name = train.early_stop_metric
+        if name is None or not at.evaluations:
+            return False
+        values = at.evaluations[-1][1].values
+        if name not in values:
+            raise RuntimeError(f"train.early_stop_metric={name} was not measured; there are: {', '.join(values)}")
+        value = -values[name] if "accuracy" in name else values[name]
+        at.worse = 0 if value < at.best else at.worse + 1
+        at.best = min(at.best, value)
+        return at.worse >= train.early_stop_patience

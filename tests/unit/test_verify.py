@@ -1,0 +1,182 @@
+"""A result is read back by a real process: it is the same, or known beforehand not to be comparable, or refused."""
+
+import json
+import os
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dsft import folder, published, verify
+from dsft.data.open import Dataset
+from dsft.engine.assemble import Session
+from dsft.engine.result import write_result
+from tests.contract.sessions import composed_of, session_of, train
+
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+
+
+class Told:
+    """A watch that keeps the events, and a phase that keeps its names."""
+
+    def __init__(self) -> None:
+        self.events: list[str] = []
+        self.phases: list[tuple[str, float]] = []
+
+    def event(self, event: str, step: int, details: Any) -> None:
+        self.events.append(f"{event} {details.get('reason', '')}".strip())
+
+    @contextmanager
+    def phase(self, name: str, seconds: float) -> Iterator[None]:
+        self.phases.append((name, seconds))
+        yield
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Session, Dataset, Path]:
+    """A session after a step, its data, and the folder of its run."""
+    run_dir = tmp_path_factory.mktemp("run")
+    session, data = session_of("lora", "optim.lr=1e-2")
+    train(session, data, 1)
+    plan = {"parameters": {"total": 525_184, "trainable": 89_088}}
+    folder.create(
+        run_dir, composed_of("lora"), plan, {"base_digest": session.files.digest(), "data_digest": data.digest}
+    )
+    return session, data, run_dir
+
+
+def proved(
+    trained: tuple[Session, Dataset, Path], place: Path, damage: Callable[[Path], object], told: Told
+) -> dict[str, Any]:
+    """Write a result to place, damage it, have it proved, and describe it; what is known of it then."""
+    session, data, run_dir = trained
+    digest = write_result(session, place)
+    damage(place)
+    verify.prove(session, data, run_dir, place, digest, told, phase=told.phase)  # type: ignore[arg-type]
+    published.describe(place)
+    found: dict[str, Any] = json.loads((place / published.FOUND).read_text())
+    return found
+
+
+def _nothing(place: Path) -> None:
+    pass
+
+
+def _torn(place: Path) -> None:
+    os.truncate(place / WEIGHTS, 20_000)
+
+
+def _removed(place: Path) -> None:
+    (place / WEIGHTS).unlink()
+
+
+def _without_a_description(place: Path) -> None:
+    os.truncate(place / CONFIG, 0)
+
+
+def _one_flipped_bit(place: Path) -> None:
+    content = bytearray((place / WEIGHTS).read_bytes())
+    content[-7] ^= 4
+    (place / WEIGHTS).write_bytes(content)
+
+
+def test_what_is_the_model_that_was_trained_is_the_same(trained, tmp_path: Path) -> None:
+    told = Told()
+    found = proved(trained, tmp_path / "adapter.tmp-1", _nothing, told)
+    assert (found["same"], found["why"]) == (True, None)
+    assert found["files"].keys() >= {WEIGHTS, CONFIG}
+    assert told.events == ["verified"]
+    assert told.phases == [("verification", 45.0 + 4 * 525_184 / 20e6)] * 2
+
+
+DAMAGES: dict[Callable[[Path], None], str] = {
+    _torn: r"the process that read it back ended with 1: \S*SafetensorError: .*",
+    _without_a_description: r"the process that read it back ended with 1: \S*JSONDecodeError: .*",
+    _one_flipped_bit: "it is not the model that was trained: digest .*",
+    _removed: "it is not the model that was trained: digest .*, tensors 0, .*",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES, ids=lambda each: each.__name__)
+def test_what_could_not_be_shown_to_be_right_is_refused(damage, trained, tmp_path: Path) -> None:
+    told, place = Told(), tmp_path / "adapter.tmp-1"
+    pattern = f"{re.escape(str(place))} is not published .*{DAMAGES[damage]}; start .*checkpoint.verify_result=false"
+    with pytest.raises(RuntimeError, match=pattern) as refused:
+        proved(trained, place, damage, told)
+    assert "\n" not in str(refused.value)
+    assert told.events == []
+    assert not (place / published.PROBE).exists()
+
+
+KILLED = """
+import os, sys
+if "dsft.verify" in sys.orig_argv and len(os.listdir({place!r})) < {times}:
+    open(os.path.join({place!r}, str(os.getpid())), "w").close()
+    os.kill(os.getpid(), {signal})
+"""
+
+
+@pytest.fixture
+def killing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], Path]:
+    """Have a signal sent to the next readers, so many times; the folder in which each leaves a file."""
+
+    def plant(times: int, signal: int) -> Path:
+        readers, hook = tmp_path / "readers", tmp_path / "hook"
+        readers.mkdir()
+        hook.mkdir()
+        (hook / "sitecustomize.py").write_text(KILLED.format(place=str(readers), times=times, signal=signal))
+        monkeypatch.setenv("PYTHONPATH", f"{hook}:{os.environ.get('PYTHONPATH', '')}".rstrip(":"))
+        return readers
+
+    return plant
+
+
+def test_a_reader_that_was_killed_is_started_once_more(trained, killing, tmp_path: Path) -> None:
+    told, readers = Told(), killing(1, 9)
+    assert proved(trained, tmp_path / "adapter.tmp-1", _nothing, told)["same"] is True
+    assert len(list(readers.iterdir())) == 1
+    assert len(told.phases) == 3
+
+
+def test_a_reader_that_was_killed_twice_shows_nothing(trained, killing, tmp_path: Path) -> None:
+    told, readers = Told(), killing(3, 9)
+    with pytest.raises(RuntimeError, match="was killed by SIGKILL 2 times"):
+        proved(trained, tmp_path / "adapter.tmp-1", _nothing, told)
+    assert len(list(readers.iterdir())) == 2
+    assert not (tmp_path / "adapter.tmp-1" / published.PROBE).exists()
+
+
+def test_a_reader_that_stands_still_is_ended_in_time(
+    trained, killing, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told, readers = Told(), killing(1, 19)
+    monkeypatch.setattr(verify, "START_S", 2.0)
+    with pytest.raises(RuntimeError, match="was not done after 2 s"):
+        proved(trained, tmp_path / "adapter.tmp-1", _nothing, told)
+    (reader,) = readers.iterdir()
+    assert not Path(f"/proc/{reader.name}").exists()
+
+
+def test_a_random_base_is_known_beforehand_and_the_tensors_are_compared_all_the_same(trained, tmp_path: Path) -> None:
+    session, data, run_dir = trained
+    random = replace(session, files=replace(session.files, init="random"))
+    told = Told()
+    found = proved((random, data, run_dir), tmp_path / "adapter.tmp-1", _nothing, told)
+    assert found["same"] is None
+    assert found["why"] == "the base is random, so there is nothing to load it from"
+    assert found["files"].keys() >= {WEIGHTS, CONFIG}
+    assert told.events == [f"unverified {found['why']}"]
+
+
+@pytest.mark.parametrize("damage", DAMAGES, ids=lambda each: each.__name__)
+def test_known_beforehand_is_no_excuse_for_files_that_are_not_what_was_written(damage, trained, tmp_path: Path) -> None:
+    session, data, run_dir = trained
+    random, told = replace(session, files=replace(session.files, init="random")), Told()
+    with pytest.raises(RuntimeError, match="is not published as the run's result: its files") as refused:
+        proved((random, data, run_dir), tmp_path / "adapter.tmp-1", damage, told)
+    assert "\n" not in str(refused.value)
+    assert told.events == []
