@@ -1,4 +1,4 @@
-"""Runs cells of the equality matrix in warm groups of processes: one that crashes costs its own cell and a new group.
+"""Runs cells of a matrix in warm groups of processes: one that crashes costs its own cell and a new group.
 
 What a cell gave is a line of the journal as soon as it is there, so that a run that ends early can be gone on with.
 """
@@ -8,7 +8,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -20,12 +20,12 @@ from dsft_launchers.verdict import CONSEQUENCE
 HUNG_S = 300.0
 """After so long a cell hangs. The slowest takes some seconds, and a first use of DeepSpeed compiles nothing."""
 
-MOST = 60
+MOST = 64
 """Cells of a group before a new one takes over: each mesh leaves process groups whose threads wake a hundred times a
 second, after 200 cells on four ranks most of the load. They cannot be left sooner: DTensor's caches hold them by name.
 """
 
-COSTS = {1: 0.7, 2: 1.0, 4: 2.2}
+COSTS = {1: 0.7, 2: 1.0, 3: 1.6, 4: 2.2}
 """Time of a cell by number of processes, on two cores that are busy with them: for the estimate of the time left."""
 
 
@@ -79,13 +79,15 @@ def _parsed(line: str) -> dict[str, Any]:
 @dataclass(frozen=True)
 class Crew:
     """Who runs cells: so many ranks of one group. fake: one process plays the first of them, its numbers are not
-    theirs; alone: each process is a world of its own, and they share the cells out; counted: collectives are counted.
+    theirs; alone: each process is a world of its own, and they share the cells out; counted: collectives are counted;
+    program: the module that each process runs.
     """
 
     ranks: int
     fake: bool = False
     alone: bool = False
     counted: bool = False
+    program: str = "benchmarks.cells"
 
     @property
     def processes(self) -> int:
@@ -103,6 +105,7 @@ class Job:
     fake: bool
     alone: bool
     counted: bool
+    program: str
     cells: dict[str, Any]
     journal: str
     code: str
@@ -111,11 +114,12 @@ class Job:
     later: float
 
 
-def run(crew: Crew, todo: Mapping[str, Spec], journal: Journal, *, later: float = 0.0) -> dict[str, Any]:
+def run(crew: Crew, todo: Mapping[str, Any], journal: Journal, *, later: float = 0.0) -> dict[str, Any]:
     """Run the cells that the journal does not have yet; name -> measured, {"refused": why} or {"crashed": error}.
 
-    later: what is to be run after this, in COSTS. Raises RuntimeError where a group cannot even begin, SystemExit with
-    75 where it was asked to stop.
+    todo: name -> a dataclass that the crew's program knows, a Spec for the equality matrix. later: what is to be run
+    after this, in COSTS. Raises RuntimeError where a group cannot even begin, SystemExit with 75 where it was asked to
+    stop.
     """
     while left := _left(todo, journal):
         batch = dict(islice(left.items(), MOST))
@@ -130,16 +134,16 @@ def run(crew: Crew, todo: Mapping[str, Spec], journal: Journal, *, later: float 
     return {name: found[name] for name in todo}
 
 
-def _left(todo: Mapping[str, Spec], journal: Journal) -> dict[str, Spec]:
+def _left(todo: Mapping[str, Any], journal: Journal) -> dict[str, Any]:
     done = journal.read()
     return {name: spec for name, spec in todo.items() if name not in done}
 
 
-def _launch(crew: Crew, todo: Mapping[str, Spec], journal: Journal, folder: Path, later: float) -> int:
+def _launch(crew: Crew, todo: Mapping[str, Any], journal: Journal, folder: Path, later: float) -> int:
     unit = COSTS[1 if crew.alone else crew.ranks]
     job = Job(
         **vars(crew),
-        cells={name: vars(spec) for name, spec in todo.items()},
+        cells={name: asdict(spec) for name, spec in todo.items()},
         journal=str(journal.path),
         code=journal.code,
         folder=str(folder),
@@ -147,11 +151,11 @@ def _launch(crew: Crew, todo: Mapping[str, Spec], journal: Journal, folder: Path
         later=later / unit,
     )
     (folder / "job.json").write_text(json.dumps(vars(job)))
-    command = [sys.executable, "-m", "benchmarks.cells", str(folder / "job.json")]
+    command = [sys.executable, "-m", crew.program, str(folder / "job.json")]
     return launch(command, num_processes=crew.processes, log_dir=folder / "logs", env={"OMP_NUM_THREADS": "1"})
 
 
-def _blame(folder: Path, todo: Mapping[str, Spec], journal: Journal, code: int) -> None:
+def _blame(folder: Path, todo: Mapping[str, Any], journal: Journal, code: int) -> None:
     """Write down as crashed the cell that a group ended in, with the error of the rank that failed first.
 
     A rank that dies without a word (a signal, no memory, a hang) has only said which cell it began; a peer that lost
@@ -168,7 +172,7 @@ def _blame(folder: Path, todo: Mapping[str, Spec], journal: Journal, code: int) 
     silent = {rank: name for rank, name in began.items() if name in todo and name not in done}
     if not silent:
         tails = "\n".join(text[-1500:] for text in logs.values())
-        raise RuntimeError(f"the group of the matrix ended with {code} outside of any cell:\n{tails}")
+        raise RuntimeError(f"the group of a matrix ended with {code} outside of any cell:\n{tails}")
     for rank, name in silent.items():
         hung = "Timeout (" in logs.get(rank, "")
         journal.write(name, {"crashed": f"no end within {HUNG_S:g} s" if hung else f"the group ended with {code}"})

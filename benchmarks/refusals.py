@@ -6,7 +6,7 @@ from pathlib import Path
 
 from dsft.compose import compose
 from dsft.engine.assemble import skeleton
-from dsft.rules import RefusedError
+from dsft.rules import RuleError
 
 ROOT = Path(__file__).parents[1]
 
@@ -28,7 +28,7 @@ def refused(error: ValueError) -> dict[str, str]:
 
 
 def _by(error: ValueError) -> str:
-    if isinstance(error, RefusedError):
+    if isinstance(error, RuleError):
         return f"rule {error.rule}"
     places = [Path(frame.filename) for frame in traceback.extract_tb(error.__traceback__)]
     return [str(place.relative_to(ROOT)) for place in places if place.is_relative_to(ROOT / "dsft")][-1]

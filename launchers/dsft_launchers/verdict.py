@@ -166,15 +166,17 @@ def raised(text: str) -> bool:
 def hung(texts: Sequence[str], left: Collection[int] = ()) -> list[int] | None:
     """Return the ranks that hang, from what each wrote; None if none said that it hangs or gave up waiting.
 
-    Those that say so themselves, else those without a word while others gave up; empty: all gave up. left: ranks that
-    ended by themselves, which hang no more.
+    Those that say so themselves, else those without a word while others gave up, else those that went on once others
+    had left, as a stopped rank does that SLURM wakes to end it; empty: all gave up. left: ranks that ended by
+    themselves, which hang no more.
     """
     words = [word.word if (word := last_word(text)) else None for text in texts]
     if HANGS in words:
         return [rank for rank, word in enumerate(words) if word == HANGS]
     if WAITED not in words:
         return None
-    return [rank for rank, word in enumerate(words) if word is None and rank not in left]
+    silent = [rank for rank, word in enumerate(words) if word is None and rank not in left]
+    return silent or [rank for rank, word in enumerate(words) if word == LOST_PEER]
 
 
 def missing(texts: Sequence[str]) -> list[int]:

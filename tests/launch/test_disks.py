@@ -46,9 +46,11 @@ def said_until(run: "subprocess.Popen[str]", place: Path, wanted: Callable[[str]
     return str(wait_for(said, run))
 
 
-@pytest.mark.parametrize("background", [False, True], ids=["plain", "background"])
-def test_a_full_disk_costs_saves_and_no_step(background: bool, rows: Path, tmp_path: Path) -> None:
-    words = faults.words(rows, ["method=lora", "checkpoint.every=1"], 1, background=background, steps=100_000)
+@pytest.mark.parametrize(
+    ("background", "ranks"), [(False, 1), (True, 1), (True, 2)], ids=["plain-1", "background-1", "background-2"]
+)
+def test_a_full_disk_costs_saves_and_no_step(background: bool, ranks: int, rows: Path, tmp_path: Path) -> None:
+    words = faults.words(rows, ["method=lora", "checkpoint.every=1"], ranks, background=background, steps=100_000)
     with on_small_disk("12m", tmp_path / "disk", *words) as (run, disk):
         run_dir = disk / "run"
         wait_for(lambda: run_dir.is_dir() and len(events(run_dir, "save")) > 3, run)
@@ -70,8 +72,9 @@ def test_a_full_disk_costs_saves_and_no_step(background: bool, rows: Path, tmp_p
     assert run.returncode == 75
 
 
-def test_checkpoints_that_turn_read_only_cost_saves_and_no_step(rows: Path, tmp_path: Path) -> None:
-    words = faults.words(rows, ["method=lora", "checkpoint.every=1"], 1, background=True, steps=100_000)
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_checkpoints_that_turn_read_only_cost_saves_and_no_step(ranks: int, rows: Path, tmp_path: Path) -> None:
+    words = faults.words(rows, ["method=lora", "checkpoint.every=1"], ranks, background=True, steps=100_000)
     with on_small_disk("12m", tmp_path / "disk", *words) as (run, disk):
         run_dir, place = disk / "run", f"{tmp_path}/disk/run/checkpoints"
         wait_for(lambda: run_dir.is_dir() and len(events(run_dir, "save")) > 3, run)
@@ -109,8 +112,9 @@ def _fill(path: Path) -> None:
                 continue
 
 
-def test_the_first_save_proves_the_disk(rows: Path, tmp_path: Path) -> None:
-    words = faults.words(rows, ["method=lora"], 1, background=True, steps=100_000)
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_the_first_save_proves_the_disk(ranks: int, rows: Path, tmp_path: Path) -> None:
+    words = faults.words(rows, ["method=lora"], ranks, background=True, steps=100_000)
     with on_small_disk("600k", tmp_path / "disk", *words) as (run, _):
         said = said_until(run, tmp_path / "disk", lambda said: "ENDED" in said)
     assert run.returncode == 76

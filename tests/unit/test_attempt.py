@@ -140,4 +140,5 @@ def test_ranks_that_say_that_they_hang_are_those_that_do() -> None:
     assert hung([waited, hangs, ""]) == [1]
     assert hung([waited, f"{hangs}{WENT_ON}\n", ""]) == [1, 2]
     assert hung([waited, "", PEER]) == [1]
+    assert hung([waited, PEER, waited]) == [1]
     assert hung(["", PEER]) is None
