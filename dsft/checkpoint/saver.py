@@ -126,6 +126,12 @@ class Saver:
         if self.crash is not None:  # on this rank alone: the others wait for it in the save
             raise self.crash
 
+    def ended(self, within_s: float) -> bool:
+        """Wait for the save in flight for so long at most; True if none is any more."""
+        if self.thread is not None:
+            self.thread.join(within_s)
+        return not self.busy
+
     def take(self) -> Outcome | None:
         """Wait for the save in flight, if there is one; its outcome, once. Raises LeaseLostError or its crash."""
         if self.thread is not None:

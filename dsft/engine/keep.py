@@ -13,6 +13,8 @@ from dsft.engine.progress import Progress, Watch
 
 LATE_FACTOR, LATE_S = 3.0, 10.0
 """A save is late once it has taken so many times the longest so far and LATE_S besides, and the next one is due."""
+LOOK_S = 1.0
+"""How often the end of a run looks at a save that it waits for."""
 
 SHOWN = 5
 """Answers of an evaluation that a checkpoint remembers: as many as the end of a run shows."""
@@ -48,6 +50,8 @@ class Keeper:
         """
         if self.config.every == 0:
             return
+        while last and not self.saver.ended(LOOK_S):
+            self._tell_late(at.step, watch)
         if last or not busy:
             self._report(self.saver.take(), watch, last=last and self.asked == at.step)
             self.told_late_s = 0.0
