@@ -221,7 +221,7 @@ def give_result(
         place = published.result_place(run_dir, session.world.gather(lease.token if lease else 0)[0])
         digest = write_result(session, place)
     if session.run.checkpoint.verify_result:
-        prove(session, data, run_dir, place, digest, watch, phase=patience.phase)
+        prove(session, data, run_dir, place, digest, watch, phase=patience.timed)
     with patience.phase("publishing", 2 * patience.limits.result_s):
         if lease is not None:
             published.describe(place)

@@ -13,7 +13,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from threading import Event, Thread
 from typing import Any
@@ -30,7 +30,7 @@ FEWEST, RECENT = 3, 50
 """Steps before their median says anything; how many of the last ones it is taken of."""
 LATITUDE = 3.0
 """Medians that a step may take; of the seconds per token, where it has more tokens than others."""
-ONCE_S = 45.0
+ONCE_S = 40.0
 """Seconds that a phase may take besides its work and margin_s if none like it was timed: imports, a busy machine."""
 POLL_S = 0.25
 BEAT_S = 1.0
@@ -113,6 +113,10 @@ class Patience:
             self.inside -= 1
             spent = time.monotonic() - inner.begun
             self.now = replace(outer, until=outer.until + spent) if self.inside else self._once(name)
+
+    def timed(self, name: str, seconds: float) -> AbstractContextManager[None]:
+        """Limit what has a timeout of its own, seconds, to that and margin_s."""
+        return self.phase(name, seconds - ONCE_S)
 
     @contextmanager
     def limit(self, step: int, *, tokens: int = 0) -> Iterator[None]:
