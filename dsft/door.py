@@ -1,6 +1,7 @@
 """A run folder's path before anything is in it: whether a folder can be made, read and written there."""
 
 import contextlib
+import errno
 import os
 import tempfile
 from collections.abc import Iterator
@@ -33,8 +34,11 @@ def _try(run_dir: Path, place: Path) -> None:
 
 def _existing(run_dir: Path) -> Path:
     """Return the deepest part of run_dir's path that exists. Raises OSError if the others could not be made there."""
-    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+    try:
         os.lstat(Path(os.path.abspath(run_dir), DEEPEST))
+    except OSError as error:  # other troubles are found where they are
+        if error.errno == errno.ENAMETOOLONG:
+            raise
     place, missing = run_dir, list[str]()
     while not os.path.lexists(place):
         missing.append(place.name)

@@ -88,8 +88,9 @@ def check_length(run_dir: Path, resolved: Mapping[str, Any]) -> bool:
         return False
     old, new, status = _config(run_dir), resolved, state(run_dir)
     lengths = [[tree["train"][key] for key in ("steps", "epochs")] for tree in (old, new)]
-    steps = new["train"]["steps"]
-    if steps is not None and steps < status.get("step", 0):
+    steps, there = new["train"]["steps"], Store(run_dir).newest_first()
+    kept = there or status.get("state") == "done"  # else the run begins again at step 1, and may be shorter
+    if kept and steps is not None and steps < status.get("step", 0):
         raise ValueError(
             f"train.steps must be at least {status['step']}, the steps of {run_dir} so far, got {steps}; raise it, "
             f"choose another run_dir, or {WAY_ANEW}"
@@ -97,7 +98,6 @@ def check_length(run_dir: Path, resolved: Mapping[str, Any]) -> bool:
     if status.get("state") == "done" and lengths[0] == lengths[1]:
         published.check(run_dir, contents=False)
         return True
-    there = Store(run_dir).newest_first()
     if not there and (status.get("state") == "done" or status.get("checkpoint") is not None):
         raise ValueError(
             f"run_dir {run_dir} has trained {status['step']} steps and holds no checkpoint to go on from; put its "

@@ -97,7 +97,9 @@ def check(run_dir: Path, *, contents: bool = True) -> None:
 
     contents: also read the files that have their sizes and compare their digests.
     """
-    wrong = next(damages(run_dir / RESULT, contents=contents), None)
+    wrong: tuple[str, str] | None = (FOUND, "missing")
+    if (run_dir / RESULT / FOUND).exists() or not _is_listed(run_dir) or not (run_dir / RESULT).is_dir():
+        wrong = next(damages(run_dir / RESULT, contents=contents), None)
     if wrong is None:
         return
     if any(Store(run_dir).newest_first()):
@@ -110,6 +112,14 @@ def check(run_dir: Path, *, contents: bool = True) -> None:
     )
 
 
+def _is_listed(run_dir: Path) -> bool:
+    """Return True if the run was made by a dsft that lists the files of each result, by its status.json."""
+    try:
+        return "saved" in json.loads((run_dir / "status.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError):
+        return False
+
+
 def damages(folder: Path, *, contents: bool) -> Iterator[tuple[str, str]]:
     """Yield name and finding of each file of a result that is not as verified.json lists it, cheapest first.
 
@@ -118,8 +128,8 @@ def damages(folder: Path, *, contents: bool) -> Iterator[tuple[str, str]]:
     """
     try:
         listed = _listed(folder)
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        yield FOUND, f"damaged ({error})"
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        yield FOUND, "damaged"
         return
     if listed is None:
         yield from _of_an_older_run(folder)
@@ -154,8 +164,8 @@ def _of_an_older_run(folder: Path) -> Iterator[tuple[str, str]]:
     if (folder / INDEX).is_file():
         try:
             weights |= set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values())
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            yield INDEX, f"damaged ({error})"
+        except (ValueError, KeyError, TypeError, AttributeError):
+            yield INDEX, "damaged"
     if not weights:
         yield "*.safetensors", "missing"
     for name in sorted(weights):

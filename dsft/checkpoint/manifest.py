@@ -130,7 +130,7 @@ def _whole(folder: Path) -> dict[str, Any]:
     except OSError as error:
         raise _judged(FILE, error) from error
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
-        raise DamagedError(Damage(FILE, f"is no manifest ({error})")) from error
+        raise DamagedError(Damage(FILE, "is no manifest")) from error
     if digest != _digest(content):
         raise DamagedError(Damage(FILE, "its digest does not match its content"))
     return content

@@ -7,8 +7,8 @@ from types import FrameType
 
 COLLECTIVES = ("/torch/distributed/", "/deepspeed/", "/dsft/comm/", "/dsft/strategies/")
 """Parts of the paths of the files from which a process waits for its peers; waiting itself is a call into C."""
-PASSED_OVER = ("/threading.py", "/torch/_ops.py", "/contextlib.py")
-"""Files that only carry a wait: who called them decides."""
+PASSED_OVER = ("/threading.py", "/contextlib.py", "/torch/")
+"""Parts of the paths of files that only carry a wait, as torch's dispatcher does: who called them decides."""
 BACKWARD = "/torch/autograd/graph.py"
 """Backward passes of an accelerator run hooks, and the collectives in them, on other threads than the caller's."""
 SAVING = "/dsft/checkpoint/saver.py"
@@ -41,6 +41,10 @@ def _collective(file: str | None) -> bool:
 def _place(thread: Thread) -> str | None:
     """Return the file of the innermost frame that is not passed over; None for a thread that has ended."""
     frame: FrameType | None = sys._current_frames().get(thread.ident or 0)
-    while frame is not None and frame.f_code.co_filename.endswith(PASSED_OVER):
+    while frame is not None and _is_passed_over(frame.f_code.co_filename):
         frame = frame.f_back
     return None if frame is None else frame.f_code.co_filename
+
+
+def _is_passed_over(file: str) -> bool:
+    return any(part in file for part in PASSED_OVER) and not (_collective(file) or file.endswith(BACKWARD))

@@ -1,6 +1,7 @@
 """What a run folder refuses, and how resume.anew=true gets past it; nothing moves before the folder is written."""
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -93,6 +94,11 @@ def _flipped(run_dir: Path) -> None:
     (run_dir / "adapter" / "adapter_model.safetensors").write_bytes(b"weighst")
 
 
+def _unlisted(run_dir: Path) -> None:
+    status(run_dir, saved=None)  # as every dsft writes it that lists the files of a result
+    (run_dir / "adapter" / "verified.json").unlink()
+
+
 def _damaged_status(run_dir: Path) -> None:
     (run_dir / "status.json").write_text("{")
 
@@ -159,6 +165,7 @@ REFUSED: dict[Callable[[Path], None], str] = {
     _gone: r"adapter_model\.safetensors missing; put it back, or remove .*status\.json and start again",
     _torn: "with 3 bytes, 7 were written; put it back",
     _flipped: "changed; put it back",
+    _unlisted: r"adapter/verified\.json missing; put it back",
     _damaged_status: r"status\.json is damaged; remove it",
     _odd_status: r"status\.json is damaged; remove it",
     _status_without_a_step: r"status\.json is damaged; remove it",
@@ -177,6 +184,13 @@ REFUSED: dict[Callable[[Path], None], str] = {
 def test_a_run_that_is_done_is_done(done: Path, plain: Composed) -> None:
     assert preflight(done, plain.resolved)
     assert not preflight(done, resolved(plain, steps=9))
+
+
+def test_a_run_without_a_checkpoint_begins_again_and_may_be_shorter(done: Path, plain: Composed) -> None:
+    for step in (3, 6):
+        shutil.rmtree(done / "checkpoints" / manifest.folder_name(step))
+    status(done, state="failed", step=30, checkpoint=None)
+    assert not preflight(done, resolved(plain, steps=20))
 
 
 @pytest.mark.parametrize("damage", REFUSED, ids=lambda each: each.__name__)

@@ -112,6 +112,8 @@ def standing(name: str, files: str, still: threading.Event) -> "Iterator[threadi
 @pytest.mark.parametrize(("files", "device", "saver", "expected"), [
     ("/x/torch/distributed/distributed_c10d.py", "cpu", None, True),
     ("/x/torch/_ops.py,/x/torch/distributed/_functional_collectives.py", "cpu", None, True),
+    ("/x/torch/_ops.py,/x/torch/_library/a.py,/x/torch/distributed/_functional_collectives.py", "cpu", None, True),
+    ("/x/torch/nn/functional.py,/x/mine.py,/x/torch/distributed/a.py", "cpu", None, False),
     ("/x/mine.py,/x/torch/distributed/checkpoint/planner.py", "cpu", None, False),
     ("/x/dsft/strategies/ddp.py", "cpu", None, True),
     ("/x/dsft/engine/step.py", "cpu", None, False),
