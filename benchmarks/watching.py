@@ -100,18 +100,19 @@ def main() -> int:
             return code
         found = [tuple(map(float, line.split())) for line in (folder / "found").read_text().splitlines()]
     ratios = sorted(watched / free for watched, free in found)
+    middle, quarter = [statistics.median(paces) for paces in zip(*found, strict=True)], len(ratios) // 4
     text = f"""# What the watch over every phase costs
 
 Steps per second of a tiny LoRA run on {RANKS} ranks under ddp, in blocks of {BLOCK} steps: with `train.hang_after=10` (a
 thread that looks at the phase four times a second, a process beside each rank, a limit around each part of a step)
 against `train.hang_after=inf`, in turns.
 
-| | steps per second, median |
+| | |
 |---|---|
-| watched | {statistics.median(watched for watched, _ in found):.2f} |
-| not watched | {statistics.median(free for _, free in found):.2f} |
+| watched, steps per second, median | {middle[0]:.2f} |
+| not watched | {middle[1]:.2f} |
 | ratio, median of {len(ratios)} pairs | {statistics.median(ratios):.3f} |
-| ratio, quarter and three quarters of the pairs | {ratios[len(ratios) // 4]:.3f} to {ratios[-1 - len(ratios) // 4]:.3f} |
+| ratio, middle half of the pairs | {ratios[quarter]:.3f} to {ratios[-1 - quarter]:.3f} |
 
 `python -m benchmarks.watching --pairs {args.pairs}` on {here()}.
 """

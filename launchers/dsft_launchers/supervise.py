@@ -100,7 +100,9 @@ def _once(run_dir: Path, nodes: int, devices: int, python: list[str], *, fewer: 
     if cause and cause.kind == "gave up":  # the folder is another's, or gone
         return CRASHED
     if cause and cause.kind == "refused":
-        _amend(run_dir, state="failed", reason=cause.reason)
+        tell(f"cannot go on: {cause.reason}")
+        if began:  # else another start works on the run, whose status it is
+            _amend(run_dir, state="failed", reason=cause.reason)
         return HOPELESS
     reason = cause.reason if cause else "the ranks ended without a word; the logs may say why"
     if not _ours():
