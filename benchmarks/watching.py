@@ -100,12 +100,13 @@ def main() -> int:
             return code
         found = [tuple(map(float, line.split())) for line in (folder / "found").read_text().splitlines()]
     ratios = sorted(watched / free for watched, free in found)
-    middle, quarter = [statistics.median(paces) for paces in zip(*found, strict=True)], len(ratios) // 4
+    middle = [statistics.median(paces) for paces in zip(*found, strict=True)]
+    quarter = len(ratios) // 4
     text = f"""# What the watch over every phase costs
 
-Steps per second of a tiny LoRA run on {RANKS} ranks under ddp, in blocks of {BLOCK} steps: with `train.hang_after=10` (a
-thread that looks at the phase four times a second, a process beside each rank, a limit around each part of a step)
-against `train.hang_after=inf`, in turns.
+Steps per second of a tiny LoRA run on {RANKS} ranks under ddp, in blocks of {BLOCK} steps: with `train.hang_after=10`
+(a thread that looks at the phase four times a second, a process beside each rank, a limit around each part of a
+step) against `train.hang_after=inf`, in turns.
 
 | | |
 |---|---|
