@@ -181,7 +181,7 @@ class Checkpoint:
 
 @dataclass(frozen=True, kw_only=True)
 class Resume:
-    """What a start of a run that is there already may do. anew and takeover act once and are never stored.
+    """Permissions of a start of a run that is there already. anew and takeover act once and are never stored.
 
     allow: keys that may differ although they change the numbers; anew: begin at step 1, records and checkpoints move to
     RUN/before-N/; takeover: go on although another process works on the run.

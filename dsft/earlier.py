@@ -15,10 +15,10 @@ ANEW, RECORDS = "anew", "records"
 """Ends of the names of folders into which files are being moved: a whole run's, or its records alone."""
 
 LEFT = ("status.json", "metrics.jsonl", "samples.jsonl", "events.jsonl", "quarantine", "adapter*", "checkpoints/*")
-"""What a run leaves and one that begins anew must not find. The leases stay, so that tokens go on rising."""
+"""Names in a run folder that a run which begins anew must not find. Leases stay, so that tokens go on rising."""
 
 DESCRIPTION = ("overrides.yaml", "plan.json", "provenance.json")
-"""What is moved with it, and made again by the start that begins anew."""
+"""Names that are moved too, and made again by the start that begins anew."""
 
 STEPWISE = ("metrics.jsonl", "samples.jsonl")
 """Records with one line per step."""

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Attempt:
-    """What a crash is counted against. started: the step of the checkpoint resumed from, 0 for none.
+    """The facts that a crash is judged by. started: the step of the checkpoint resumed from, 0 for none.
 
     at: where the loop is. lease: rank 0's, from when it holds the run folder.
     """

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from dsft_launchers.files import replace_text
+from dsft_launchers.files import replace_text, sync
 
 from dsft.checkpoint.store import Store
 from dsft.models.headers import INDEX, read_header
@@ -54,7 +54,7 @@ def publish(place: Path, target: Path) -> None:
     Raises OSError if place is gone; the earlier result has its name again then.
     """
     for path in (*place.rglob("*"), place):
-        _sync(path)
+        sync(path)
     aside = target.with_name(f"{target.name}.old-{uuid.uuid4().hex}")
     with contextlib.suppress(FileNotFoundError):
         target.rename(aside)
@@ -64,7 +64,7 @@ def publish(place: Path, target: Path) -> None:
         with contextlib.suppress(OSError):
             aside.rename(target)
         raise
-    _sync(target.parent)
+    sync(target.parent)
     _delete(aside)
 
 
@@ -181,12 +181,3 @@ def _of_an_older_run(folder: Path) -> Iterator[tuple[str, str]]:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    """See a file's content, or a folder's entries, on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -20,7 +20,7 @@ UNREADABLE = (errno.EIO, errno.ELOOP, errno.EISDIR, errno.ENOTDIR)
 
 @dataclass(frozen=True)
 class Damage:
-    """What is wrong with a checkpoint: the file that is not what was written, and how. Ranks send it to each other."""
+    """A finding about a checkpoint, which ranks send to each other: the file that is not what was written, and how."""
 
     file: str
     why: str

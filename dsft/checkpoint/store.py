@@ -1,11 +1,12 @@
 """The folder RUN/checkpoints: unfinished, committed, set aside, passed over, deleted. Rank 0 alone changes it."""
 
 import contextlib
-import os
 import shutil
 import uuid
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+
+from dsft_launchers.files import sync
 
 from dsft.checkpoint import manifest
 from dsft.checkpoint.lease import Lease
@@ -35,11 +36,11 @@ class Store:
             if size != written.size:
                 raise OSError(f"{name} has {size} bytes on the disk, {written.size} were written")
         manifest.write(place, content)
-        _sync(place)
+        sync(place)
         target = self.folder / manifest.folder_name(content.step)
         lease.check(strict=True)
         place.rename(target)  # fails if a newer writer has cleared place, or committed this step itself
-        _sync(self.folder)
+        sync(self.folder)
         return target
 
     def newest_first(self) -> list[Path]:
@@ -112,12 +113,3 @@ def _milestones(steps: Iterable[int], keep_every: int) -> set[int]:
 
 def _step(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("step-"))
-
-
-def _sync(folder: Path) -> None:
-    """See a folder's entries on the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

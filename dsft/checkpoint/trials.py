@@ -29,7 +29,7 @@ from dsft.checkpoint.quarantine import Quarantine
 FOLDER = "crashes"
 TRIAL = "trial"
 RECORDS = ("metrics.jsonl", "samples.jsonl")
-"""Of the run folder: what has lines for each step (dsft.telemetry.record)."""
+"""Files of the run folder with lines for each step (dsft.telemetry.record)."""
 PATIENCE = 2
 """Starts that may crash by an exception before the checkpoint they started from is tried."""
 

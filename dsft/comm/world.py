@@ -25,7 +25,7 @@ GLOO = re.compile(r"\[\S*\bgloo/\S*:\d+\] ")
 OWN_NCCL = re.compile(r"\bnccl(UnhandledCudaError|InvalidUsage|InvalidArgument)\b")
 """NCCL's words for what went wrong in this process, and not with a peer."""
 ATOMS = (bool, int, float, str, bytes, Path, Enum)
-"""What gather sends, besides None and containers of these."""
+"""Types that gather sends, besides None and containers of these."""
 
 
 @dataclass(frozen=True)

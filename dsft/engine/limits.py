@@ -10,9 +10,9 @@ from pathlib import Path
 BYTES_PER_S = 20e6
 FLOP_PER_S = {"cpu": 5e9, "cuda": 1e12}
 TOKEN_S = 0.25
-"""Of one generated token of a group of prompts, besides its operations."""
+"""Seconds of one generated token of a group of prompts, besides its operations."""
 STATE_BYTES = 16
-"""Of one trained parameter with its moments, in fp32."""
+"""Bytes of one trained parameter with its moments, in fp32."""
 
 
 @dataclass(frozen=True)
