@@ -17,44 +17,14 @@ FILES = (
 STAY = ("config.yaml", "checkpoints/lease-000006", "checkpoints/lease-000007", "logs/rank-0.log")
 
 KILLED = """
-import os, shutil, signal, sys
+import sys
 from pathlib import Path
 from dsft import earlier
+from tests.unit.killing import kill_at_each_call
 
-def planted(nth, after):
-    count = 0
-    def wrap(real):
-        def call(*args, **keys):
-            nonlocal count
-            count += 1
-            if count == nth and not after:
-                os.kill(os.getpid(), signal.SIGKILL)
-            at = count
-            try:
-                return real(*args, **keys)
-            finally:
-                if at == nth:
-                    os.kill(os.getpid(), signal.SIGKILL)
-        return call
-    for name in ("open", "rename", "mkdir"):
-        setattr(os, name, wrap(getattr(os, name)))
-    shutil.copyfile = wrap(shutil.copyfile)
-
-base, cases, move = Path(sys.argv[1]), Path(sys.argv[2]), getattr(earlier, sys.argv[3])
-nth, killed = 1, True
-while killed:
-    for after in (False, True):
-        run = cases / f"{nth}-{'after' if after else 'before'}"
-        shutil.copytree(base, run)
-        child = os.fork()
-        if child == 0:
-            planted(nth, after)
-            move(run)
-            os._exit(0)
-        status = os.waitpid(child, 0)[1]
-        killed = os.WIFSIGNALED(status)
-        assert killed or status == 0, status
-    nth += 1
+kill_at_each_call(
+    Path(sys.argv[1]), Path(sys.argv[2]), ("open", "rename", "mkdir", "copyfile"), getattr(earlier, sys.argv[3])
+)
 """
 
 

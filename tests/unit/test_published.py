@@ -15,45 +15,16 @@ from safetensors.torch import save_file
 from dsft import published
 
 KILLED = """
-import os, shutil, signal, sys
+import sys
 from pathlib import Path
 from dsft import published
+from tests.unit.killing import kill_at_each_call
 
-CALLS = ("open", "fsync", "rename", "replace", "unlink", "rmdir", "mkdir")
+def publish(run):
+    published.publish(run / "adapter.tmp-2", run / "adapter")
 
-def planted(nth, after):
-    count = 0
-    def wrap(real):
-        def call(*args, **keys):
-            nonlocal count
-            count += 1
-            if count == nth and not after:
-                os.kill(os.getpid(), signal.SIGKILL)
-            at = count
-            try:
-                return real(*args, **keys)
-            finally:
-                if at == nth:
-                    os.kill(os.getpid(), signal.SIGKILL)
-        return call
-    for name in CALLS:
-        setattr(os, name, wrap(getattr(os, name)))
-
-base, cases = map(Path, sys.argv[1:])
-nth, killed = 1, True
-while killed:
-    for after in (False, True):
-        run = cases / f"{nth}-{'after' if after else 'before'}"
-        shutil.copytree(base, run)
-        child = os.fork()
-        if child == 0:
-            planted(nth, after)
-            published.publish(run / "adapter.tmp-2", run / "adapter")
-            os._exit(0)
-        status = os.waitpid(child, 0)[1]
-        killed = os.WIFSIGNALED(status)
-        assert killed or status == 0, status
-    nth += 1
+calls = ("open", "fsync", "rename", "replace", "unlink", "rmdir", "mkdir")
+kill_at_each_call(Path(sys.argv[1]), Path(sys.argv[2]), calls, publish)
 """
 
 
