@@ -1,4 +1,4 @@
-"""Kills a piece of work by SIGKILL before and after each of its system calls, every time on a fresh copy of a folder."""
+"""Kills a piece of work by SIGKILL before and after each of its system calls, each time on a fresh copy of a folder."""
 
 import os
 import shutil
