@@ -30,7 +30,7 @@ from dsft.engine.progress import Progress
 from dsft.engine.resume import keeper_for
 from dsft.engine.stop import StopFlag
 
-RANKS, STEPS, BLOCK = 2, 10**6, 60
+RANKS, STEPS, WARM, BLOCK = 2, 10**6, 5, 60
 WHO = Identity("bench", "config", "base", "data")
 
 
@@ -53,8 +53,8 @@ class Unheard:
 def rank(folder: Path, pairs: int) -> None:
     """One rank: blocks of steps with the watch and without, in turns; rank 0 writes steps per second of each."""
     world = join()
-    run = compose(words(folder / "rows.jsonl", ["method=lora", "strategy=ddp", "checkpoint=none"], RANKS,
-                        background=False, steps=STEPS)).run  # fmt: skip
+    case = ["method=lora", "strategy=ddp", "checkpoint=none", "checkpoint.every=0", "launcher=auto"]
+    run = compose(words(folder / "rows.jsonl", case, RANKS, background=False, steps=STEPS)).run
     files = run.model.resolve()
     data = open_data(run.data, files.tokenizer(), max_length=run.train.max_length, seed=0)
     session = assemble(run, files, world)
@@ -71,10 +71,12 @@ def rank(folder: Path, pairs: int) -> None:
 
 
 def _block(session: Session, data: Dataset, world: World, at: Progress, margin_s: float) -> float:
-    """Steps per second of one block, the start of the watch left out."""
+    """Steps per second of one block after WARM others, in which the process beside this one starts."""
     with Patience(margin_s, Limits(10**6, 10**5, "cpu")) as patience:
         keeper = keeper_for(session, Path("absent"), WHO, None, saved=at.step)
-        at.total = at.step + BLOCK
+        at.total = at.step + WARM
+        fit(session, data, Unheard(), StopFlag(), keeper, at, patience=patience)
+        at.total += BLOCK
         world.barrier()
         begun = time.perf_counter()
         fit(session, data, Unheard(), StopFlag(), keeper, at, patience=patience)

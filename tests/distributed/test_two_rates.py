@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from dsft_launchers.local import launch
+from safetensors.torch import load, save
 from torch import Tensor
 from torch.distributed.tensor import distribute_tensor
 
@@ -65,8 +66,8 @@ def _unbroken_and_restored(strategy: str, world: World) -> tuple[Steps, Steps]:
     session = _session(strategy, world)
     _steps(session, 1, 2)
     state: dict[str, Tensor] = {}
-    for part in world.gather({key: _whole(value) for key, value in session.run.strategy.export_state().items()}):
-        state |= part
+    for part in world.gather(save({key: _whole(value) for key, value in session.run.strategy.export_state().items()})):
+        state |= load(part)
     unbroken = _steps(session, 3, 4)
     session.run.strategy.close()
     session = _session(strategy, world)

@@ -75,7 +75,7 @@ def _damaged(folder: Path) -> Path:
 def _unfinished(folder: Path) -> Path:
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text("run_dir: x\n")
-    (folder / "status.json").write_text('{"state": "stopped"}')
+    (folder / "status.json").write_text('{"state": "stopped", "step": 1}')
     return folder
 
 
