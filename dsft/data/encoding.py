@@ -26,11 +26,15 @@ Span = tuple[int, int]
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """tokens (L,) int32; mask (L,) bool, True = supervised; prompt: tokens before the last assistant turn's first."""
+    """tokens (L,) int32; mask (L,) bool, True = supervised; prompt: tokens before the last assistant turn's first.
+
+    empty_turns: supervised turns that the template renders to nothing but their end.
+    """
 
     tokens: NDArray[np.int32]
     mask: NDArray[np.bool_]
     prompt: int
+    empty_turns: int = 0
 
 
 class Encoder:

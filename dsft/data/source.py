@@ -13,6 +13,8 @@ class Sample:
     messages: a conversation ({"role", "content"}, ...), empty for plain text. plain: (given, learned) for a tokenizer
     without a chat template, None if the row makes no sense without one. reference: the right answer.
     entry: what the source's score needs to judge an answer, JSON-able; None if answers cannot be judged.
+    learned: for each message, whether it is supervised; None: every assistant turn is. tools: what the row offers the
+    model to call, for a chat template that renders tools; None where it names none.
     """
 
     source: str
@@ -22,6 +24,18 @@ class Sample:
     plain: tuple[str, str] | None
     reference: str
     entry: dict[str, Any] | None
+    learned: tuple[bool, ...] | None = None
+    tools: tuple[Any, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class BadRow:
+    """A row that cannot be used. reason: one line that names the place, what is wrong and the way out."""
+
+    source: str
+    row: int
+    place: str
+    reason: str
 
 
 class Source(Protocol):
