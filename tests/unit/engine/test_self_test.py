@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
 
+from benchmarks.rounded import Rounded
 from dsft.comm.world import World, leave
 from dsft.compose import compose
 from dsft.config import Run
@@ -28,7 +29,7 @@ ALONE = World(0, 1, 0, torch.device("cpu"))
 def run_of(*words: str) -> Run:
     return compose([
         "model=tiny", "data=reasoning_gym", "data.size=16", "data.eval_size=0", "tracker=[]", "launcher=local",
-        "train.global_batch_size=4", "train.steps=2", "optim.lr=1e-2", "optim.schedule=constant", *words,
+        "train.global_batch_size=1", "train.steps=2", "optim.lr=1e-2", "optim.schedule=constant", *words,
     ]).run  # fmt: skip
 
 
@@ -102,18 +103,20 @@ def losses(*words: str) -> list[float]:
     run = run_of("train.precision=bf16", *words)
     session = started(run)
     data = open_data(run.data, session.files.tokenizer(), max_length=512, seed=0)
-    done = [train_step(session, step_batches(session, data, step)[1], step, 1.0) for step in (1, 2)]
+    with Rounded():  # a processor without bf16 would take ten times as long
+        done = [train_step(session, step_batches(session, data, step)[1], step, 1.0) for step in (1, 2)]
     run.strategy.close()
     return [step.loss for step in done]
 
 
 @pytest.mark.usefixtures("casts_all")
-@pytest.mark.parametrize("strategy", ["fsdp", "hsdp"])
-@pytest.mark.parametrize("quantization", ["nf4", "int8"])
-def test_packed_weights_are_right_where_fsdp_casts_all_parameters(quantization: str, strategy: str) -> None:
+@pytest.mark.parametrize(("quantization", "strategy"), [("nf4", "fsdp"), ("int8", "hsdp")])
+def test_packed_weights_are_right_where_fsdp_casts_all(quantization: str, strategy: str) -> None:
     words = ("method=lora", f"quantization={quantization}")
-    # a step of 1e-2 moves the second loss by more than 0.05; the same products, rounded in the same places
-    assert losses(*words, f"strategy={strategy}") == pytest.approx(losses(*words, "strategy=single"), abs=2e-3)
+    alone = losses(*words, "strategy=single")
+    assert abs(alone[1] - alone[0]) > 0.05
+    # the same products, rounded in the same places
+    assert losses(*words, f"strategy={strategy}") == pytest.approx(alone, abs=2e-3)
 
 
 @pytest.mark.usefixtures("casts_all")
