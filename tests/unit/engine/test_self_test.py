@@ -19,7 +19,7 @@ from dsft.engine.assemble import Session, assemble
 from dsft.engine.loop import step_batches
 from dsft.engine.step import train_step
 from dsft.methods.pissa import principal
-from dsft.models.random_values import RandomValues
+from dsft.models.checkpoint_values import CheckpointValues
 from dsft.strategies import fsdp
 from dsft.strategies.single import Single
 
@@ -38,27 +38,34 @@ def started(run: Run) -> Session:
 
 
 @pytest.fixture
-def other_sums(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is read onto the run's device has means with another last bit, as a GPU's sums in another order have."""
-    there, read, mean = [False], RandomValues.full, torch.Tensor.mean
+def other_sums(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """What is read onto the run's device has means with another last bit, as a GPU's sums in another order have.
 
-    def full(values: RandomValues, name: str, device: torch.device | None = None) -> Tensor:
+    Gives those means.
+    """
+    given: list[Tensor] = []
+    there, read, mean = [False], CheckpointValues.full, torch.Tensor.mean
+
+    def full(values: CheckpointValues, name: str, device: torch.device | None = None) -> Tensor:
         there[0] = device is not None
         return read(values, name, device)
 
     def last_bit(value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         found = mean(value, *args, **kwargs)
-        return torch.nextafter(found, torch.full_like(found, torch.inf)) if there[0] else found
+        if there[0]:
+            found = torch.nextafter(found, torch.full_like(found, torch.inf))
+            given.append(found)
+        return found
 
-    monkeypatch.setattr(RandomValues, "full", full)
+    monkeypatch.setattr(CheckpointValues, "full", full)
     monkeypatch.setattr(torch.Tensor, "mean", last_bit)
+    return given
 
 
-@pytest.mark.usefixtures("other_sums")
-def test_a_device_that_sums_in_another_order_starts_and_is_read_as_it_packs() -> None:
+def test_a_device_that_sums_in_another_order_starts_and_is_read_as_it_packs(other_sums: list[Tensor]) -> None:
     run = run_of("method=pissa", "method.iterations=null", "quantization=nf4", "train.precision=fp32")
     layers: list[Any] = [module for module in started(run).model.modules() if hasattr(module, "start_a")]
-    assert layers
+    assert len(other_sums) == 1 + 2 * len(layers)  # each is packed for the model and for its start, one for the test
     for layer in layers:
         factors = principal(layer.base_layer.unpack(), layer.r["default"], layer.scaling["default"], None)
         assert torch.equal(layer.start_a.weight, factors["a"])
