@@ -183,6 +183,6 @@ def _check_bytes(run: Run, bones: Skeleton, name: str, values: Values, device: t
         if mine.dtype != theirs.dtype or not torch.equal(mine, theirs):
             raise RuntimeError(
                 f"{name}.{part}: the packed weight that training would see is not the one that was packed: "
-                f"{type(run.strategy).__name__} does not carry its bytes with torch {torch.__version__} on this machine "
+                f"{type(run.strategy).__name__} does not carry its bytes with torch {torch.__version__} here "
                 f"({theirs.dtype} became {mine.dtype}); do not train on it, take quantization=none or another strategy"
             )

@@ -108,6 +108,7 @@ class Profile:
             profiler.export_chrome_trace(str(folder / f"trace-rank{world.rank}.json.gz"))
 
         error = _tried(export)
+        assert profiler.profiler is not None
         seconds = seconds_by_part(profiler.events(), links_of(profiler.profiler.kineto_results))
         world.barrier()  # a ceiling for all ranks is what they reach side by side
         ranks = world.gather(Found(seconds, self._ceiling(), error))
