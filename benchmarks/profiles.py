@@ -28,7 +28,7 @@ def profiled(model: Any, anatomy: Any, step: Callable[[int], int], steps: int) -
     import torch
 
     from dsft.engine.marks import marked
-    from dsft.engine.parts import STEP, seconds_by_part
+    from dsft.engine.parts import STEP, links_of, seconds_by_part
 
     step(0)
     tokens = 0
@@ -36,7 +36,7 @@ def profiled(model: Any, anatomy: Any, step: Callable[[int], int], steps: int) -
         for index in range(1, steps + 1):
             with torch.profiler.record_function(STEP):
                 tokens += step(index)
-    return {"tokens": tokens, "seconds": seconds_by_part(profiler.events())}
+    return {"tokens": tokens, "seconds": seconds_by_part(profiler.events(), links_of(profiler.profiler.kineto_results))}
 
 
 def plain(job: Job) -> dict[str, Any]:

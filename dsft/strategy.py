@@ -111,6 +111,14 @@ class Strategy(ABC):
     def full(self, param: nn.Parameter) -> Tensor:
         """The whole parameter on CPU (fp32 master value where one exists). Collective: every rank must call it."""
 
+    def used(self, model: nn.Module, path: str, names: Sequence[str]) -> dict[str, Tensor]:
+        """Frozen parameters of model's module at path, whole and on CPU, as its forward pass gets them. Collective.
+
+        names: those of the module's own that are asked for. Where forward gathers in another way than full, that way.
+        """
+        module = model.get_submodule(path)
+        return {name: self.full(module.get_parameter(name)) for name in names}
+
     def keep(self, state: Mapping[str, Tensor]) -> None:
         """Save these tensors (the same on every rank) with the run, and read them back in place."""
         object.__setattr__(self, "kept", {f"{KEPT}{name}": value for name, value in state.items()})

@@ -4,7 +4,7 @@ import os
 import re
 import resource
 from collections.abc import Iterable
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from datetime import timedelta
 from enum import Enum
 from pathlib import Path
@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dsft.comm.devices import devices, seat
 from dsft.comm.meeting import meet, within
 
 T = TypeVar("T")
@@ -114,25 +115,26 @@ def lost_peer(error: BaseException) -> bool:
 def join(timeout_s: float = 1800.0) -> World:
     """Join the process group that RANK, WORLD_SIZE, LOCAL_RANK and MASTER_* name; alone without them.
 
-    timeout_s: of a collective. Raises CannotBeginError if a rank is missing.
+    timeout_s: of a collective. Raises CannotBeginError if a rank is missing, or has no device of its own.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     rank = int(os.environ.get("RANK", "0"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    cuda = torch.cuda.is_available()
-    # under srun --gpus-per-task=1 each task sees one accelerator, whatever its local rank
-    device = torch.device("cuda", local_rank % torch.cuda.device_count()) if cuda else torch.device("cpu")
-    if cuda:
-        torch.cuda.set_device(device)
     if size > 1 and not dist.is_initialized():
         files = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
         resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))  # rank 0 has some sockets to each of the others
-        store, backend = meet(rank, size), BACKEND if cuda else "gloo"
+        store, backend = meet(rank, size), BACKEND if torch.cuda.is_available() else "gloo"
         with within("joining"):
             dist.init_process_group(
                 backend, timeout=timedelta(seconds=timeout_s), store=store, rank=rank, world_size=size
             )
-    return World(rank=rank, size=size, local_rank=local_rank, device=device)
+    world = World(rank=rank, size=size, local_rank=local_rank, device=torch.device("cpu"))
+    with within("joining"):  # gather goes over the hosts' memory: no rank has touched a GPU yet
+        seats = world.gather(seat(rank, local_rank))
+    device = devices(seats)[rank]
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return replace(world, device=device)
 
 
 def group_of_one() -> bool:

@@ -83,22 +83,22 @@ def assemble(run: Run, files: ModelFiles, world: World, total: int = 0) -> Sessi
     first = _first_packed(model)
     model = run.strategy.shard(model, anatomy, world, run.train.precision)
     values = open_values(files, DTYPES[run.train.precision], run.train.seed)
+    home = replace(world, device=run.strategy.home(world))
 
     def initial(name: str, param: Tensor) -> Tensor:
         if name in bones.stored:
             return bones.stored[name]
         with seeded(run.train.seed, name):
-            read = partial(_trained_weight, bones, values)
+            read = partial(_trained_weight, bones, values, home.device)
             value: Tensor = run.method.initial(model, name, param, read)
             return value
 
-    home = replace(world, device=run.strategy.home(world))
     materialize(model, values, home, origins=bones.origins, initial=initial, place=run.strategy.place)
     for module in model.modules():
         for name, buffer in module._buffers.items():
             module._buffers[name] = None if buffer is None else buffer.to(world.device)
     if first is not None:
-        _check_bytes(run, bones, first, values)
+        _check_bytes(run, bones, first, values, home.device)
     module = run.strategy.prepare(model, _groups(run, model), factory(run.optim))
     return Session(
         run=run,
@@ -151,32 +151,38 @@ def stream(*words: object) -> int:
     return int.from_bytes(hashlib.sha256(repr(words).encode()).digest()[:8], "big") >> 1
 
 
-def _trained_weight(bones: Skeleton, values: Values, name: str) -> Tensor:
-    """Weight (out, in) of the linear called name as training sees it: packed and unpacked where it is quantized."""
+def _trained_weight(bones: Skeleton, values: Values, device: torch.device, name: str) -> Tensor:
+    """Weight (out, in), on CPU, of the linear called name as training sees it: packed and unpacked where it is packed.
+
+    device: where the model's own are packed. Another one sums in another order, and so packs other bytes.
+    """
     module = bones.model.get_submodule(name)
-    weight = values.full(bones.origins[f"{name}.weight"])
+    origin = bones.origins[f"{name}.weight"]
     if isinstance(module, PackedLinear):
-        return module.decode(tuple(module.pack(weight).values()), weight.dtype)
-    return weight
+        weight = values.full(origin, device)
+        return module.decode(tuple(module.pack(weight).values()), weight.dtype).cpu()
+    return values.full(origin)
 
 
 def _first_packed(model: nn.Module) -> str | None:
     return next((name for name, module in model.named_modules() if isinstance(module, PackedLinear)), None)
 
 
-def _check_bytes(run: Run, bones: Skeleton, name: str, values: Values) -> None:
-    """The start-up self-test: a packed weight gathered from its shards gives the weight packed here, byte for byte.
+def _check_bytes(run: Run, bones: Skeleton, name: str, values: Values, device: torch.device) -> None:
+    """The start-up self-test: a packed weight as its forward pass gets it is the weight packed here, byte for byte.
 
-    A mixed-precision cast of packed bytes is silent otherwise (bitsandbytes#1945). Collective.
+    A mixed-precision cast of packed bytes is silent otherwise (bitsandbytes#1945). device: where the model's own were
+    packed; on another one the mean of the scales may differ in its last bit. Collective.
     """
     module = bones.model.get_submodule(name)
     assert isinstance(module, PackedLinear)
-    expected = module.pack(values.full(bones.origins[f"{name}.weight"]))
-    gathered = {part: run.strategy.full(module.get_parameter(part)) for part in module.packed}
-    same = all(torch.equal(gathered[part].reshape(-1), expected[part].reshape(-1)) for part in module.packed)
-    weights = [module.decode(tuple(parts.values()), torch.float32) for parts in (gathered, expected)]
-    if not (same and torch.equal(*weights)):
-        raise RuntimeError(
-            f"{name}: the packed weight changed while it was sharded: {type(run.strategy).__name__} does not carry its "
-            "bytes on this machine; do not train on it, take quantization=none or another strategy"
-        )
+    expected = module.pack(values.full(bones.origins[f"{name}.weight"], device))
+    got = run.strategy.used(bones.model, name, module.packed)
+    for part in module.packed:
+        mine, theirs = got[part], expected[part].cpu()
+        if mine.dtype != theirs.dtype or not torch.equal(mine, theirs):
+            raise RuntimeError(
+                f"{name}.{part}: the packed weight that training would see is not the one that was packed: "
+                f"{type(run.strategy).__name__} does not carry its bytes with torch {torch.__version__} here "
+                f"({theirs.dtype} became {mine.dtype}); do not train on it, take quantization=none or another strategy"
+            )

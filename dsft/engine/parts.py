@@ -44,14 +44,30 @@ ELEMENTWISE |= set("_softmax softmax where masked_fill clamp abs reciprocal addc
 WIRES = ("c10d::", "_c10d_functional::", "gloo:", "nccl:", "ncclDevKernel", "FSDP::", "fsdp::", "record_param_comms")
 """Beginnings of the names under which collectives, and FSDP2's work around them, show up."""
 
+Links = Mapping[tuple[Any, int, float], int]
+"""(type of device, number, beginning in microseconds) of an event -> number of the operation that started it."""
+
 
 def mark(part: Part) -> record_function:
     """A context in which all operations are part's, except collectives and what has a mark of its own."""
     return record_function(f"{OURS}{part}")
 
 
-def seconds_by_part(events: Sequence[Any]) -> dict[Part, float]:
-    """Seconds per part inside the steps (marked STEP), from the FunctionEvents of one process.
+def links_of(results: Any) -> Links:
+    """The operation that each kernel and runtime call belongs to, from the raw events of a profile.
+
+    results: profiler.profiler.kineto_results. torch 2.11's FunctionEvents do not carry the link.
+    """
+    origin = results.trace_start_ns()
+    return {
+        (event.device_type(), event.correlation_id(), (event.start_ns() - origin) / 1000): link
+        for event in results.events()
+        if (link := event.linked_correlation_id())
+    }
+
+
+def seconds_by_part(events: Sequence[Any], links: Links) -> dict[Part, float]:
+    """Seconds per part inside the steps (marked STEP), from the FunctionEvents of one process and their links_of.
 
     With an accelerator: of its operations; where several run at once, one that computes counts before one that
     communicates. Else: of the thread that drives the steps, each operation without those inside it; other threads run
@@ -62,8 +78,8 @@ def seconds_by_part(events: Sequence[Any]) -> dict[Part, float]:
     seconds = dict.fromkeys(Part, 0.0)
     if on_device:
         # the runtime's own calls have a link, and numbers that mean something else
-        parts = {event.id: part for event, part, _ in found if event.linked_correlation_id == 0}
-        spans = [(e.time_range.start, e.time_range.end, _device_part(e, parts)) for e in on_device]
+        parts = {event.id: part for event, part, _ in found if _key(event) not in links}
+        spans = [(e.time_range.start, e.time_range.end, _device_part(e, parts, links)) for e in on_device]
         for event, _, _ in found:
             if event.name == STEP:
                 shares = shared_out(event.time_range.start, event.time_range.end, spans)
@@ -136,8 +152,12 @@ def part_of(name: str, owner: Part | None) -> Part:
     return Part.GEMM if stem in MATMULS else Part.HEAD if stem in LOSSES else Part.OTHER
 
 
-def _device_part(event: Any, parts: Mapping[int, Part]) -> Part:
+def _device_part(event: Any, parts: Mapping[int, Part], links: Links) -> Part:
     """Of the operation that started it."""
     if event.name.startswith(WIRES):
         return Part.COMMUNICATION
-    return parts.get(event.linked_correlation_id, Part.OTHER)
+    return parts.get(links.get(_key(event), 0), Part.OTHER)
+
+
+def _key(event: Any) -> tuple[Any, int, float]:
+    return event.device_type, event.id, event.time_range.start

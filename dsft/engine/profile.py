@@ -14,7 +14,7 @@ import torch
 from dsft.engine.assemble import DTYPES, Session
 from dsft.engine.evaluate import Evaluation
 from dsft.engine.marks import marked
-from dsft.engine.parts import STEP, Part, seconds_by_part
+from dsft.engine.parts import STEP, Part, links_of, seconds_by_part
 from dsft.engine.progress import Watch
 from dsft.models.work import matmul_ceiling, widest, work
 
@@ -108,7 +108,8 @@ class Profile:
             profiler.export_chrome_trace(str(folder / f"trace-rank{world.rank}.json.gz"))
 
         error = _tried(export)
-        seconds = seconds_by_part(profiler.events())
+        assert profiler.profiler is not None
+        seconds = seconds_by_part(profiler.events(), links_of(profiler.profiler.kineto_results))
         world.barrier()  # a ceiling for all ranks is what they reach side by side
         ranks = world.gather(Found(seconds, self._ceiling(), error))
         text = "\n".join(self._text(ranks)) + "\n"

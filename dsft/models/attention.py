@@ -17,6 +17,8 @@ NAME = "dsft_ragged"
 CACHED = "dsft_cached"
 REFUSED = ("softcap", "s_aux", "position_bias", "head_mask")
 """Extras that some models pass and that change the scores: computing without them would be wrong."""
+FLASH_WIDTH = 256
+"""The widest head of flash attention in torch 2.11 to 2.13."""
 
 
 def register() -> None:
@@ -144,25 +146,44 @@ def _segment(
 ) -> Tensor:
     """One example: (1, H, L, D)."""
     length = query.shape[2]
-    grouped = query.shape[1] != key.shape[1]
     if window is None or length <= window:
-        return F.scaled_dot_product_attention(
-            query, key, value, dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=grouped
-        )
+        return _attend(query, key, value, dropout_p=dropout, is_causal=True, scale=scaling)
     blocks = []
     for first in range(0, length, window):  # a block of queries sees its own keys and those of the block before
         last, oldest = min(first + window, length), max(0, first - window + 1)
         rows = torch.arange(first, last, device=query.device)[:, None]
         columns = torch.arange(oldest, last, device=query.device)[None, :]
         visible = (columns <= rows) & (columns > rows - window)
-        block = F.scaled_dot_product_attention(
-            query[:, :, first:last],
-            key[:, :, oldest:last],
-            value[:, :, oldest:last],
-            attn_mask=visible,
-            dropout_p=dropout,
-            scale=scaling,
-            enable_gqa=grouped,
-        )
-        blocks.append(block)
+        parts = query[:, :, first:last], key[:, :, oldest:last], value[:, :, oldest:last]
+        blocks.append(_attend(*parts, attn_mask=visible, dropout_p=dropout, scale=scaling))
     return torch.cat(blocks, dim=2)
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+    """Call torch's attention so that a kernel takes it that keeps no matrix of scores: (1, H, L, D).
+
+    On CUDA none of torch 2.11 to 2.13 takes a mask and heads in groups (pytorch#191085).
+    """
+    if query.shape[1] == key.shape[1]:
+        return F.scaled_dot_product_attention(query, key, value, **options)
+    if "attn_mask" not in options and takes_groups(query.device.type, _computed_in(query), value.shape[3]):
+        return F.scaled_dot_product_attention(query, key, value, enable_gqa=True, **options)
+    apart = groups_apart(query, key, value)
+    return F.scaled_dot_product_attention(*apart, **options).flatten(0, 1)[None]
+
+
+def groups_apart(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """One example (1, H, L, D) and its G keys and values as G examples (G, H / G, L, D): expanded, not copied."""
+    groups, each = key.shape[1], query.shape[1] // key.shape[1]
+    key, value = (part[0].unsqueeze(1).expand(-1, each, -1, -1) for part in (key, value))
+    return query[0].unflatten(0, (groups, each)), key, value
+
+
+def takes_groups(device: str, dtype: torch.dtype, width: int) -> bool:
+    """True if a fused causal kernel takes heads in groups; width: of a head. On CUDA flash attention's alone does."""
+    return device != "cuda" or (dtype in (torch.bfloat16, torch.float16) and width <= FLASH_WIDTH)
+
+
+def _computed_in(query: Tensor) -> torch.dtype:
+    kind = query.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else query.dtype

@@ -1,7 +1,7 @@
 """Fully sharded data parallel (torch's FSDP2), over one mesh axis or two (HSDP: replicate x shard)."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, cast
 
@@ -73,27 +73,37 @@ class FSDP(OnTensors):
         return init_device_mesh(kind, (world.size // shard, shard), mesh_dim_names=("replicate", "shard"))
 
     def shard(self, model: nn.Module, anatomy: Anatomy, world: World, precision: str) -> nn.Module:
-        """Shard each block, then the rest. In bf16, gathered parameters are bf16 and gradients are reduced in fp32."""
-        bf16 = precision == "bf16"
-        policy = MixedPrecisionPolicy(
-            param_dtype=torch.bfloat16 if bf16 else None, reduce_dtype=torch.float32 if bf16 else None
-        )
+        """Shard each block, then the rest. In bf16, gathered parameters are bf16 and gradients are reduced in fp32.
+
+        Parameters of a group with packed ones are gathered as they are stored: see _policy.
+        """
         offload = (
             CPUOffloadPolicy(pin_memory=world.device.type == "cuda") if self.offload != "none" else OffloadPolicy()
         )
         mesh = self.mesh(world)
-        for name in anatomy.blocks:
+        blocks = [model.get_submodule(name) for name in anatomy.blocks]
+        inside = {param for block in blocks for param in block.parameters()}
+        rest = [param for param in model.parameters() if param not in inside]
+        for block in blocks:
+            policy = _policy(block.parameters(), precision)
             fully_shard(
-                model.get_submodule(name),
-                mesh=mesh,
-                reshard_after_forward=self._reshards,
-                mp_policy=policy,
-                offload_policy=offload,
+                block, mesh=mesh, reshard_after_forward=self._reshards, mp_policy=policy, offload_policy=offload
             )
         # The rest ends the forward pass and begins backward: what is freed between is gathered again at once.
+        policy = _policy(rest, precision)
         fully_shard(model, mesh=mesh, reshard_after_forward=False, mp_policy=policy, offload_policy=offload)
         self.root, self.ranks = cast(FSDPModule, model), world.size
         return model
+
+    def used(self, model: nn.Module, path: str, names: Sequence[str]) -> dict[str, Tensor]:
+        """By the all-gather of forward, with its casts; full_tensor would gather without them."""
+        words = path.split(".")
+        around = [model.get_submodule(".".join(words[:count])) for count in range(len(words) + 1)]
+        group = [module for module in around if isinstance(module, FSDPModule)][-1]
+        group.unshard()
+        found = {name: around[-1].get_parameter(name).detach().to("cpu", copy=True) for name in names}
+        group.reshard()
+        return found
 
     def rest(self) -> None:
         """Each rank keeps its shards alone: else a module that is still gathered shows its copies, perhaps in bf16."""
@@ -106,3 +116,16 @@ class FSDP(OnTensors):
         self.root.set_is_last_backward(last)
         self.root.set_reshard_after_backward(last or not self.keep_unsharded)
         (loss * self.ranks).backward()  # type: ignore[no-untyped-call]
+
+
+def _policy(params: Iterable[nn.Parameter], precision: str) -> MixedPrecisionPolicy:
+    """In bf16: gather these parameters of one group in bf16, reduce in fp32; as stored if one of them is no float.
+
+    torch 2.11 casts every parameter of a group to its param_dtype, uint8 too (2.13 leaves those), which would round
+    packed bytes. All that its public API can say is no cast for the group; autocast then casts at each use, as under
+    other strategies. What learns beside packed weights is small, and its frozen floats are bf16 already.
+    """
+    if precision != "bf16":
+        return MixedPrecisionPolicy()
+    floats = all(param.is_floating_point() for param in params)
+    return MixedPrecisionPolicy(param_dtype=torch.bfloat16 if floats else None, reduce_dtype=torch.float32)

@@ -1,5 +1,5 @@
-"""ZeRO 1, 2 and 3 by DeepSpeed: Rajbhandari et al. 2020, arXiv:1910.02054. With zero_state.py the only
-file that knows DeepSpeed.
+"""ZeRO 1, 2 and 3 by DeepSpeed: Rajbhandari et al. 2020, arXiv:1910.02054. With zero_start.py and
+zero_state.py the only files that know DeepSpeed.
 
 What trains is kept in fp32 (values, gradients, moments), what is frozen in the dtype that was loaded; in bf16 the
 forward pass runs under torch.autocast, as under every other strategy. DeepSpeed's own bf16 mode is not used: it rounds
@@ -8,21 +8,18 @@ copies of it live until backward, unless activations are recomputed (with autoca
 """
 
 import gc
-import importlib
-import logging
 import math
-import os
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
 
-from dsft.comm.world import World, group_of_one
+from dsft.comm.world import World
 from dsft.course import not_kept
 from dsft.protocols import Anatomy
 from dsft.strategies import zero_whole
+from dsft.strategies.zero_start import Started, deepspeed, start
 from dsft.strategies.zero_state import ZeroState
 from dsft.strategy import OptimizerFactory, Shape, Shares, Strategy
 
@@ -80,15 +77,15 @@ class Zero(Strategy):
 
     def shard(self, model: nn.Module, anatomy: Anatomy, world: World, precision: str) -> nn.Module:
         """Start DeepSpeed; nothing moves before place."""
-        owns_group = _start(world)
+        started = start(world)
         trainable = sum(param.numel() for param in model.parameters() if param.requires_grad)
-        run = _Run(world=world, config=self._config(world, precision, trainable), owns_group=owns_group)
+        run = _Run(world=world, config=self._config(world, precision, trainable), started=started)
         if self.stage == 3:
             # A block is gathered as one: DeepSpeed looks through its whole trace for each module it knows, quadratic in
             # their number. Routing inside a block then cannot change the order in which ranks gather.
-            _deepspeed().utils.set_z3_leaf_modules_by_name(model, list(anatomy.blocks))
+            deepspeed().utils.set_z3_leaf_modules_by_name(model, list(anatomy.blocks))
             model.get_submodule(anatomy.embedding).register_forward_hook(_needs_grad)
-            run.converter = _deepspeed().zero.Init(config_dict_or_path=run.config)
+            run.converter = deepspeed().zero.Init(config_dict_or_path=run.config)
         object.__setattr__(self, "_run", run)
         return model
 
@@ -105,7 +102,7 @@ class Zero(Strategy):
         run.named = {name: param for group in groups for name, param in group["params"]}
         run.trained = {id(param) for param in run.named.values()}
         run.make_optimizer = make_optimizer
-        run.engine, *_ = _deepspeed().initialize(
+        run.engine, *_ = deepspeed().initialize(
             model=model, optimizer=make_optimizer(groups), config=run.config, dist_init_required=False
         )
         run.rates = [group["lr"] for group in run.optimizer.param_groups]
@@ -147,10 +144,10 @@ class Zero(Strategy):
     def full(self, param: nn.Parameter) -> Tensor:
         """The whole parameter on CPU: the fp32 master of one that trains, the very bytes of one that is frozen."""
         if id(param) in self._run.trained:
-            return _on_cpu(_deepspeed().utils.safe_get_full_fp32_param(param))
+            return _on_cpu(deepspeed().utils.safe_get_full_fp32_param(param))
         if self._run.converter is None:
             return _on_cpu(param)
-        with _deepspeed().zero.GatheredParameters([param]):
+        with deepspeed().zero.GatheredParameters([param]):
             return _on_cpu(param)
 
     def export_state(self) -> dict[str, Tensor]:
@@ -181,16 +178,14 @@ class Zero(Strategy):
         object.__delattr__(self, "_run")
         if run.engine is not None:
             run.engine.destroy()
-            _deepspeed().runtime.zero.parameter_offload.FWD_MODULE_STACK.clear()
+            deepspeed().runtime.zero.parameter_offload.FWD_MODULE_STACK.clear()
             # Nodes of autograd may keep engine and model alive where gc cannot see it: empty what is large.
             for param in run.engine.module.parameters():
                 vars(param).clear()
             run.optimizer.optimizer.state.clear()
             run.optimizer.optimizer.param_groups.clear()
             vars(run.optimizer).clear()
-        if run.owns_group:
-            _deepspeed().comm.destroy_process_group()
-            _deepspeed().comm.comm.cdb = None
+        run.started.end()
         del run
         gc.collect()
 
@@ -245,7 +240,7 @@ class _Run:
 
     world: World
     config: dict[str, Any]
-    owns_group: bool
+    started: Started
     converter: Any = None
     engine: Any = None
     rates: list[float] = field(default_factory=list)
@@ -257,30 +252,6 @@ class _Run:
     def optimizer(self) -> Any:
         """DeepSpeed's optimizer around ours."""
         return self.engine.optimizer
-
-
-def _deepspeed() -> Any:
-    """DeepSpeed, imported at first use."""
-    return importlib.import_module("deepspeed")
-
-
-def _start(world: World) -> bool:
-    """Bring DeepSpeed up, quietly, on the process group; True if a group of one had to be made for it."""
-    logger = logging.getLogger("DeepSpeed")
-    if _is_error not in logger.filters:
-        logger.addFilter(_is_error)
-    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
-    os.environ.setdefault("LOCAL_RANK", str(world.local_rank))
-    # Its all-reduce in shared memory, for inference on CPU, would be compiled now with ninja and g++; we never use it.
-    _deepspeed().ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    alone = group_of_one()
-    _deepspeed().comm.init_distributed(dist_init_required=False)
-    return alone
-
-
-def _is_error(record: logging.LogRecord) -> bool:
-    """False for what DeepSpeed tells of its progress, at level WARNING too."""
-    return record.levelno >= logging.ERROR
 
 
 def _needs_grad(module: nn.Module, args: object, output: Tensor) -> Tensor:

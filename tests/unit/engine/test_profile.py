@@ -4,11 +4,14 @@ import gzip
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch.autograd import DeviceType  # type: ignore[attr-defined]
+from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import profile, record_function
 from transformers import AttentionInterface
 
@@ -20,7 +23,7 @@ from dsft.engine.assemble import Session, assemble
 from dsft.engine.evaluate import Evaluation
 from dsft.engine.loop import fit, step_batches
 from dsft.engine.marks import marked
-from dsft.engine.parts import STEP, Part, attributed, mark, shared_out
+from dsft.engine.parts import STEP, Part, attributed, links_of, mark, seconds_by_part, shared_out
 from dsft.engine.progress import Progress
 from dsft.engine.resume import keeper_for
 from dsft.engine.step import train_step
@@ -33,6 +36,9 @@ METHODS = {
     "lora": ALWAYS | {Part.ADAPTER},
     "qlora": ALWAYS | {Part.ADAPTER, Part.UNPACKING},
 }
+
+TRACE_NS = 1_700_000_000_000_000_000
+"""When a made-up profile began."""
 
 
 class Seen:
@@ -171,6 +177,43 @@ def test_of_things_at_once_the_one_that_computes_counts() -> None:
     assert {part: seconds for part, seconds in found.items() if seconds} == {
         Part.IDLE: 1.0 + 2.0, Part.COMMUNICATION: 2.0, Part.GEMM: 2.0, Part.HEAD: 1.0, Part.OPTIMIZER: 2.0,
     }  # fmt: skip
+
+
+def _raw(event: FunctionEvent, link: int) -> SimpleNamespace:
+    """What Kineto says of the same event."""
+    said = {
+        "device_type": event.device_type, "correlation_id": event.id, "linked_correlation_id": link,
+        "start_ns": TRACE_NS + round(event.time_range.start * 1000),
+    }  # fmt: skip
+    return SimpleNamespace(**{name: (lambda value=value: value) for name, value in said.items()})
+
+
+def test_a_kernel_is_given_to_the_operation_that_started_it_without_links_in_its_events() -> None:
+    cpu, cuda = DeviceType.CPU, DeviceType.CUDA
+    told = [  # number, name, device, beginning and end in microseconds, number of the operation that started it
+        (1, STEP, cpu, 0.0, 100.0, 0),
+        (2, "aten::mm", cpu, 10.0, 20.0, 0),
+        (3, "cudaLaunchKernel", cpu, 11.0, 12.0, 2),  # its own number is that of another operation
+        (3, "aten::silu", cpu, 30.0, 40.0, 0),
+        (4, "cudaLaunchKernel", cpu, 31.0, 32.0, 3),
+        (3, "gemm_kernel", cuda, 15.5, 35.5, 2),
+        (4, "elementwise_kernel", cuda, 40.0, 70.0, 3),
+        (5, "ncclDevKernel_AllGather", cuda, 60.0, 90.0, 0),
+    ]
+    events, raw = [], []
+    for number, name, device, start, end, link in told:
+        event = FunctionEvent(number, name, 1, start, end, device_type=device)
+        vars(event).pop("linked_correlation_id", None)  # torch 2.11 has none
+        events.append(event)
+        raw.append(_raw(event, link))
+    for inside, outside in ((1, 0), (3, 0), (2, 1), (4, 3)):
+        events[inside].set_cpu_parent(events[outside])
+        events[outside].append_cpu_child(events[inside])
+    results = SimpleNamespace(events=lambda: raw, trace_start_ns=lambda: TRACE_NS)
+    found = {part: seconds * 1e6 for part, seconds in seconds_by_part(events, links_of(results)).items() if seconds}
+    assert found == pytest.approx(
+        {Part.GEMM: 20.0, Part.ELEMENTWISE: 30.0, Part.COMMUNICATION: 20.0, Part.IDLE: 15.5 + 4.5 + 10.0}
+    )
 
 
 def _forwards(session: Session) -> list[tuple[object, object]]:

@@ -3,9 +3,10 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dsft.models.attention import ragged_attention
+from dsft.models.attention import groups_apart, ragged_attention, takes_groups
 
 FAMILIES = ["llama", "qwen3", "mixtral", "gpt2"]
 LENGTHS = (5, 37, 1, 64, 20)
@@ -74,6 +75,60 @@ def test_sliding_window_equals_the_dense_mask(window: int) -> None:
     scores = scores.masked_fill((column > row) | (column <= row - window), float("-inf"))
     dense = scores.softmax(-1) @ value.repeat_interleave(2, 1)
     torch.testing.assert_close(ours, dense.transpose(1, 2), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+@pytest.mark.parametrize("window", [None, 16])
+def test_no_call_has_a_mask_and_groups_and_no_number_moves(
+    window: int | None, groups: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of both at once CUDA has the math kernel only, which keeps all scores."""
+    calls: list[dict[str, Any]] = []
+    real = F.scaled_dot_product_attention
+
+    def recorded(*args: Tensor, **options: Any) -> Tensor:
+        calls.append(options)
+        return real(*args, **options)
+
+    query, key, value = (part.requires_grad_() for part in projections(50))
+    heads = [part[:, : min(groups, part.shape[1])] for part in (key, value)]
+    if groups == 4:
+        heads = [part.repeat_interleave(2, 1) for part in (key, value)]
+    monkeypatch.setattr(F, "scaled_dot_product_attention", recorded)
+    options: Any = {"segment_lengths": (13, 37), "sliding_window": window}
+    ours, _ = ragged_attention(nn.Identity(), query, *heads, None, **options)
+    got = torch.autograd.grad(ours.square().sum(), (query, key, value))
+    assert [call for call in calls if call.get("attn_mask") is not None and call.get("enable_gqa")] == []
+    assert any(call.get("attn_mask") is not None for call in calls) is (window is not None)
+
+    spread = [part.repeat_interleave(4 // part.shape[1], 1) for part in heads]
+    alone, _ = ragged_attention(nn.Identity(), query, *spread, None, **options)
+    torch.testing.assert_close(ours, alone, rtol=0, atol=1e-6)
+    for mine, other in zip(got, torch.autograd.grad(alone.square().sum(), (query, key, value)), strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-5)  # sums of 50 terms of order 1
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "width", "taken"),
+    [
+        ("cpu", torch.float32, 512, True),
+        ("cuda", torch.bfloat16, 256, True),
+        ("cuda", torch.bfloat16, 512, False),
+        ("cuda", torch.float32, 64, False),
+    ],
+)
+def test_heads_stay_in_groups_where_a_fused_kernel_takes_them(
+    device: str, dtype: torch.dtype, width: int, taken: bool
+) -> None:
+    assert takes_groups(device, dtype, width) is taken
+
+
+def test_groups_apart_are_the_same_attention() -> None:
+    query, key, value = projections()
+    apart = F.scaled_dot_product_attention(*groups_apart(query, key, value), is_causal=True).flatten(0, 1)[None]
+    spread = [part.repeat_interleave(2, 1) for part in (key, value)]
+    whole = F.scaled_dot_product_attention(query, *spread, is_causal=True)
+    torch.testing.assert_close(apart, whole, rtol=0, atol=1e-6)
 
 
 def test_dropout_and_scaling_are_honoured() -> None:
