@@ -161,6 +161,7 @@ def _write(run_dir: Path, composed: Composed, plan: Mapping[str, Any], digests: 
         "commit": _commit(),
         "python": platform.python_version(),
         "host": platform.node(),
+        "started": composed.start.kind,
         "packages": versions(),
         "choices": [vars(choice) for choice in composed.choices],
         "job": {key: value for key, value in os.environ.items() if key in ("SLURM_JOB_ID", "SLURM_ARRAY_TASK_ID")},

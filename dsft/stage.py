@@ -9,7 +9,7 @@ from dsft_launchers.codes import STOPPED
 
 from dsft.compose import compose, hydra_flags
 from dsft.config import Run
-from dsft.entry import enter
+from dsft.entry import enter, lose_lines
 from dsft.wording import refuse
 
 
@@ -21,7 +21,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         flags, overrides = hydra_flags(list(sys.argv[1:] if argv is None else argv))
         if flags:
             raise ValueError(f"dsft.stage takes overrides only, got {flags[0]}; stage the points of a sweep one by one")
-        stage(compose(overrides).run)
+        run = compose(overrides).run
+        lose_lines()
+        stage(run)
     except ValueError as error:
         return refuse(error)
     except KeyboardInterrupt:

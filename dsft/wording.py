@@ -18,6 +18,9 @@ OWN_CONF = next(
 MANY = 30
 """Options that no one wants to read in one line."""
 
+CONSTANT = r"true|false|null|nan|inf|\.\d.*"
+"""Words that Hydra's grammar reads as something else than text."""
+
 Offered = Mapping[str, Mapping[str, Any]]
 """Option of a group -> its keys and values."""
 
@@ -26,6 +29,19 @@ def refuse(error: ValueError) -> int:
     """The user's mistake in one line on stderr; exit code 2."""
     print(f"dsft: {' '.join(str(error).split())}", file=sys.stderr)
     return USER_ERROR
+
+
+def as_value(text: str) -> str:
+    """Return text as a value that Hydra's grammar reads as this text: in double quotes where it has to be quoted."""
+    if re.fullmatch(r"[A-Za-z_./][\w./:-]*", text, re.ASCII) and not re.fullmatch(CONSTANT, text, re.IGNORECASE):
+        return text
+    escaped = re.sub(r'(\\*)("|\$\{|$)', _escaped, text)
+    return f'"{escaped}"'
+
+
+def _escaped(found: re.Match[str]) -> str:
+    """Backslashes before a quote, an interpolation or the end count twice, and the first two take one more."""
+    return found[1] * 2 + ("\\" + found[2] if found[2] else "")
 
 
 def suggest(word: str, options: set[str] | Sequence[str]) -> str:

@@ -1,6 +1,5 @@
 """The points of a sweep, from what was typed to their exit codes: checked first, then run here or as SLURM arrays."""
 
-import re
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,12 +14,14 @@ from dsft_launchers.follow import POLL_S, follow_points
 
 from dsft import dispatch, folder
 from dsft.compose import Composed, build, compose
+from dsft.entry import lose_lines
 from dsft.preflight import announce, preflight
 from dsft.sweeps import arrays, ledger
 from dsft.sweeps.here import Ended, run_here, shares
 from dsft.sweeps.ledger import Entry, Ledger
 from dsft.sweeps.standing import ALIVE, Standing, look
 from dsft.sweeps.table import as_text
+from dsft.wording import as_value
 
 
 @dataclass
@@ -128,24 +129,19 @@ def check(sweep: Path, words: Mapping[int, list[str]], more: Sequence[str] = ())
 
 def _composed(sweep: Path, index: int, typed: Sequence[str]) -> Composed:
     """A point as a run of its own; in W&B the points are a group, unless the user named one."""
-    composed = compose([*typed, f"run_dir={_quoted(str(sweep / str(index)))}"])
+    composed = compose([*typed, f"run_dir={as_value(str(sweep / str(index)))}"])
     trackers = composed.resolved["tracker"]
     grouped = [name for name, each in trackers.items() if "group" in each and each["group"] is None]
     tree: dict[str, Any] = {
         **composed.resolved,
         "tracker": {**trackers, **{name: {**trackers[name], "group": sweep.name} for name in grouped}},
     }
-    more = tuple(f"tracker.{name}.group={_quoted(sweep.name)}" for name in grouped)
+    more = tuple(f"tracker.{name}.group={as_value(sweep.name)}" for name in grouped)
     return replace(composed, run=build(tree), resolved=tree, overrides=composed.overrides + more)
 
 
 def _key(word: str) -> str:
     return word.partition("=")[0]
-
-
-def _quoted(value: str) -> str:
-    """A value for Hydra's grammar."""
-    return value if re.fullmatch(r"[\w./-]+", value) else "'" + re.sub(r"(\\*)'", r"\1\1\\'", value) + "'"
 
 
 def _check_cluster(sweep: Path, composed: Composed, answers: dict[str, str | None]) -> None:
@@ -171,6 +167,7 @@ def _limits(composed: Iterable[Composed]) -> tuple[int, int]:
 
 def _start(sweep: Path, book: Ledger, words: Mapping[int, list[str]], checked: Checked, *, fresh: bool) -> Ended:
     """Put the points on record, submit those for SLURM and run the others; what of those ended."""
+    lose_lines()
     joined = any(composed.start.variables for composed in checked.here.values())
     sweep.mkdir(parents=True, exist_ok=True)
     with nullcontext() if joined else ledger.alone(sweep):

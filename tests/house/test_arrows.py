@@ -27,7 +27,7 @@ FLOORS = (
     ("engine",),
     ("rules", "options", "proven", "wording", "entry"),
     ("compose",),
-    ("folder", "door", "likeness", "earlier", "published", "recorder", "snapshot", "results"),
+    ("folder", "again", "door", "likeness", "earlier", "published", "recorder", "snapshot", "results"),
     VERBS,
     ("__main__",),
 )

@@ -18,9 +18,9 @@ from dsft.sweeps import ledger
 from dsft.sweeps.arrays import Ready, arrays
 from dsft.sweeps.here import shares
 from dsft.sweeps.ledger import Entry
-from dsft.sweeps.points import _quoted
 from dsft.sweeps.standing import Standing, _state
 from dsft.sweeps.table import as_text, check_metric
+from dsft.wording import as_value
 
 
 def point(*words: str) -> Ready:
@@ -163,9 +163,25 @@ def test_one_process_at_a_time_starts_points(tmp_path: Path) -> None:
         pass
 
 
-@pytest.mark.parametrize("name", ["plain/run-1", "a b", "it's", "back\\'slash", "x=1,2", "(a)[b]{c}"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "plain/run-1",
+        "a b",
+        "it's",
+        "back\\'slash",
+        "end\\",
+        '"q"\\"',
+        "x=1,2",
+        "(a)[b]{c}",
+        "a\\${b}",
+        "null",
+        "10",
+        "\u00e9",
+    ],
+)
 def test_any_folder_can_be_handed_to_hydra(name: str) -> None:
-    assert compose(["model=tiny", "launcher=local", f"run_dir={_quoted(name)}"]).run.run_dir == name
+    assert compose(["model=tiny", "launcher=local", f"run_dir={as_value(name)}"]).run.run_dir == name
 
 
 def test_the_table_has_the_best_first_and_what_has_no_value_last(tmp_path: Path) -> None:
