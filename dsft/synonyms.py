@@ -1,6 +1,8 @@
 """What other tools call a key: the key that it is here, or a sentence that says how it is done."""
 
 KEYS = {
+    "lr": "optim.lr",
+    "seed": "train.seed",
     "r": "method.rank",
     "rank": "method.rank",
     "lora_r": "method.rank",
@@ -23,7 +25,6 @@ KEYS = {
     "batch_size": "train.global_batch_size",
     "train_batch_size": "train.global_batch_size",
     "eval_steps": "train.eval_every",
-    "logging_steps": "train.log_samples",
     "max_seq_length": "train.max_length",
     "max_seq_len": "train.max_length",
     "sequence_len": "train.max_length",
@@ -74,6 +75,7 @@ SENTENCES = {
     "deepspeed": "take strategy=zero1, zero2 or zero3",
     "fsdp": "take strategy=fsdp",
     "ddp": "take strategy=ddp",
+    "logging_steps": "every step is logged, in RUN/metrics.jsonl",
     "packing": "examples are always packed, and do not see each other",
     "resume_from_checkpoint": "a run resumes by itself: the same run_dir, the same command",
     "overwrite_output_dir": "take resume.anew=true",

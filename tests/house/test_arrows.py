@@ -18,14 +18,15 @@ VERBS = (
 )  # fmt: skip
 
 FLOORS = (
-    ("config", "imports", "offline"),
+    ("config", "imports", "offline", "synonyms"),
     ("comm",),
     ("course",),
     ("protocols",),
     ("strategy",),
     LEAVES,
     ("engine",),
-    ("rules", "options", "proven", "wording", "entry"),
+    ("rules", "idle", "options", "proven", "wording", "entry"),
+    ("spelling", "building"),
     ("compose",),
     ("folder", "again", "door", "likeness", "earlier", "published", "recorder", "snapshot", "results"),
     VERBS,
