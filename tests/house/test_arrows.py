@@ -28,7 +28,7 @@ FLOORS = (
     ("rules", "idle", "options", "proven", "wording", "entry"),
     ("spelling", "building"),
     ("compose",),
-    ("folder", "again", "door", "likeness", "earlier", "published", "recorder", "snapshot", "results"),
+    ("folder", "again", "origin", "door", "likeness", "earlier", "published", "recorder", "snapshot", "results"),
     VERBS,
     ("__main__",),
 )
