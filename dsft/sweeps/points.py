@@ -20,7 +20,7 @@ from dsft.sweeps import arrays, ledger
 from dsft.sweeps.here import Ended, run_here, shares
 from dsft.sweeps.ledger import Entry, Ledger
 from dsft.sweeps.standing import ALIVE, Standing, look
-from dsft.sweeps.table import as_text
+from dsft.sweeps.table import as_text, metric_of
 from dsft.wording import as_value
 
 
@@ -87,7 +87,8 @@ def bring(sweep: Path, book: Ledger, words: Mapping[int, list[str]], more: Seque
     except cluster.ClusterError as error:
         raise ValueError(f"SLURM does not answer: {error}; python -m dsft.sweep resume {sweep} goes on") from error
     if points:
-        print(as_text(book, points, book.metric), flush=True)
+        by, said = metric_of(book, points)
+        print(f"{said}\n{as_text(book, points, by)}", flush=True)
     found = {point.index: codes.get(point.index, point.code) for point in points if point.index in words}
     return Ended(found or codes, left)
 
