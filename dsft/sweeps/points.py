@@ -1,5 +1,6 @@
 """The points of a sweep, from what was typed to their exit codes: checked first, then run here or as SLURM arrays."""
 
+import shlex
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dsft_launchers import cluster, submit
-from dsft_launchers.codes import DONE, USER_ERROR
+from dsft_launchers.codes import DONE, STOPPED, USER_ERROR
 from dsft_launchers.follow import POLL_S, follow_points
 
 from dsft import dispatch, folder
@@ -89,6 +90,8 @@ def bring(sweep: Path, book: Ledger, words: Mapping[int, list[str]], more: Seque
     if points:
         by, said = metric_of(book, points)
         print(f"{said}\n{as_text(book, points, by)}", flush=True)
+    if left == STOPPED:
+        print(f"stopped; this goes on: python -m dsft.sweep resume {shlex.quote(str(sweep))}", flush=True)
     found = {point.index: codes.get(point.index, point.code) for point in points if point.index in words}
     return Ended(found or codes, left)
 
