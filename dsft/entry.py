@@ -13,6 +13,9 @@ from typing import Any, NoReturn
 UNREAD = 128 + signal.SIGPIPE
 """Exit code where the reader of the output has gone before there was any work."""
 
+BEGUN = "DSFT_BEGUN"
+"""Variable of a process of work that has begun, of a point of a sweep: it starts whether or not anybody reads it."""
+
 
 def enter(main: Callable[[], int]) -> NoReturn:
     """Exit with main's code. What imports make stays, and what is left at the end goes with the process.

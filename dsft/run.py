@@ -14,7 +14,7 @@ from dsft_launchers.verdict import CANNOT_BEGIN, CannotBeginError
 from dsft import dispatch, folder
 from dsft.checkpoint import lease
 from dsft.compose import Composed, compose, hand_to_hydra, hydra_flags
-from dsft.entry import enter, lose_lines
+from dsft.entry import BEGUN, enter, lose_lines
 from dsft.preflight import announce, preflight
 from dsft.wording import refuse
 
@@ -57,6 +57,8 @@ def _start(composed: Composed) -> int:
         return _done(run_dir)
 
     def begin() -> None:
+        if BEGUN in os.environ:
+            lose_lines()
         try:
             announce(composed, prepared)
         except BrokenPipeError:  # from here on, lines are lost and the run goes on
