@@ -4,9 +4,22 @@ import importlib
 import sys
 from typing import NoReturn
 
+from dsft import __version__
 from dsft.entry import enter
 
-VERBS = ("run", "plan", "stage", "export", "chat", "sweep")
+VERBS = {
+    "run": "[overrides]: compose, check, launch, train, evaluate, export; -m runs a sweep",
+    "plan": "[overrides] [--json]: what a run would be, without weights",
+    "stage": "[overrides]: fetch what a run needs of the network, and tokenise",
+    "sweep": "status|resume|retry|cancel|table SWEEP",
+    "export": "RUN --to adapter|merged OUT",
+    "chat": "RUN [RUN2 ...]: talk to the base and to what was trained",
+}
+"""Verb -> what it takes and does."""
+
+USAGE = "usage: dsft VERB ... | --help | --version\n" + "\n".join(
+    f"  dsft {verb} {does}" for verb, does in VERBS.items()
+)
 
 
 def main() -> NoReturn:
@@ -15,9 +28,15 @@ def main() -> NoReturn:
 
 
 def _hand_over() -> int:
-    verb = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    verb = sys.argv[1] if len(sys.argv) > 1 else ""
+    if verb in ("--version", "-V"):
+        print(f"dsft {__version__}")
+        return 0
+    if verb in ("--help", "-h"):
+        print(USAGE)
+        return 0
     if verb not in VERBS:
-        print(f"usage: dsft {{{','.join(VERBS)}}} ...", file=sys.stderr)
+        print(USAGE, file=sys.stderr)
         return 2
     code: int = importlib.import_module(f"dsft.{verb}").main(sys.argv[2:])
     return code

@@ -3,7 +3,6 @@
 import argparse
 import io
 import math
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -17,8 +16,8 @@ if TYPE_CHECKING:
     from dsft.adapters import Adapters
 
 USAGE = "dsft chat RUN [RUN2 ...] [--prompt TEXT] [--max-new-tokens N] [--temperature T]"
-INTERRUPTED, UNHEARD = 130, 141
-"""Exit codes as a shell's: 128 + SIGINT, 128 + SIGPIPE."""
+INTERRUPTED = 130
+"""Exit code as a shell's: 128 + SIGINT."""
 COMMANDS = "/list  /use NAME|all|base  /reset  /quit"
 
 
@@ -48,19 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return refuse(error)
     except KeyboardInterrupt:
         return INTERRUPTED
-    except BrokenPipeError:
-        return _unheard()
-    try:
-        chat.talk()
-    except BrokenPipeError:
-        return _unheard()
+    chat.talk()
     return 0
-
-
-def _unheard() -> int:
-    """Whoever read the answers has left: what is still unwritten goes nowhere, and Python's own end is silent."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return UNHEARD
 
 
 def _check_text(what: str, text: str) -> None:

@@ -1,21 +1,20 @@
 """From what was typed to a frozen Run: the only importer of Hydra and OmegaConf."""
 
-import importlib
-import json
-import math
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 from dsft_launchers.cluster import gpus_of
 from dsft_launchers.join import count_devices, resolve
 
-from dsft import config, rules
+from dsft import config, rules, spelling
+from dsft.building import build_dataclass, build_value
+from dsft.idle import refuse_idle
 from dsft.options import Choice, choices, keys
-from dsft.wording import OWN_CONF, one_line, own_keys, suggest
+from dsft.wording import OWN_CONF, one_line, own_keys
 
 CLASSES = ("model", "method", "quantization", "strategy", "objective", "data")
 """Groups whose option is a class that its YAML names."""
@@ -61,6 +60,7 @@ def compose(overrides: Sequence[str]) -> Composed:
     """Compose what was typed. Raises ValueError with one line for every mistake of the user's."""
     if typed := [word for word in overrides if word.lstrip("+").startswith("method.lr=")]:
         raise ValueError(f"method.lr must stay the YAML's, got {typed[0]}; set optim.lr, whose default it is")
+    values = _check_typed(overrides)
     tree, chosen = _compose_tree(list(overrides))
     start = _start(tree["launcher"])
     size = start.size
@@ -70,19 +70,25 @@ def compose(overrides: Sequence[str]) -> Composed:
         tree, chosen = _compose_tree([o for o in overrides if o != "strategy=auto"] + [f"strategy={option}"])
         repairs.append(f"strategy=auto: {option}, for {size} process{'es' if size > 1 else ''}")
     tree, more = rules.repair(tree, start.place)
-    run = build(tree)
+    if not tree["run_dir"]:
+        raise ValueError("run_dir must name a folder, got none; leave it out for a new one below runs/")
     names = {choice.group: choice.option for choice in chosen}
+    try:
+        run = build(tree)
+    except ValueError as error:
+        raise ValueError(spelling.with_whose(str(error), values, names["experiment"])) from error
     rules.refuse(run, names, start.place)
+    refuse_idle(run, start.kind, values)
     return Composed(run, start, tree, tuple(overrides), tuple(chosen), tuple(repairs) + more)
 
 
 def build(tree: Mapping[str, Any]) -> config.Run:
     """The Run that a resolved tree describes; every key is checked against its dataclass."""
     parts = {
-        name: _build_dataclass(_plain_class(name, value), value, name) if name in _PLAIN else _build(value, name)
+        name: build_dataclass(_plain_class(name, value), value, name) if name in _PLAIN else build_value(value, name)
         for name, value in tree.items()
     }
-    run: config.Run = _build_dataclass(config.Run, parts, "")
+    run: config.Run = build_dataclass(config.Run, parts, "")
     return run
 
 
@@ -121,6 +127,26 @@ def dump_yaml(tree: Any) -> str:
     return OmegaConf.to_yaml(OmegaConf.create(tree))
 
 
+def _check_typed(overrides: Sequence[str]) -> dict[str, Any]:
+    """Return key -> value of what was typed.
+
+    Raises ValueError for a word that Hydra cannot read, and for a value in the place of a group's option.
+    """
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    parser, values = OverridesParser.create(), dict[str, Any]()
+    for word in overrides:
+        try:
+            typed = parser.parse_override(word)
+        except HydraException as error:
+            raise ValueError(spelling.unreadable(word)) from error
+        if not typed.is_delete() and not typed.is_sweep_override():
+            values[typed.key_or_group] = typed.value()
+            spelling.check_value(typed.key_or_group, typed.value())
+    return values
+
+
 def _compose_tree(overrides: list[str]) -> tuple[dict[str, Any], list[Choice]]:
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
@@ -152,7 +178,7 @@ def _compose_tree(overrides: list[str]) -> tuple[dict[str, Any], list[Choice]]:
 
 
 def _start(tree: Mapping[str, Any]) -> Started:
-    launcher: config.Launcher = _build_dataclass(_plain_class("launcher", tree), tree, "launcher")
+    launcher: config.Launcher = build_dataclass(_plain_class("launcher", tree), tree, "launcher")
     dry_run = isinstance(launcher, config.Slurm) and launcher.dry_run
     found = resolve(launcher.name, os.environ, devices=launcher.devices, nodes=launcher.nodes, dry_run=dry_run)
     gpus = gpus_of(getattr(launcher, "partition", None)) if found.kind == "slurm" else count_devices(os.environ)
@@ -165,64 +191,6 @@ def _plain_class(group: str, tree: Mapping[str, Any]) -> type:
     return config.Slurm if group == "launcher" and "partition" in tree else _PLAIN[group]
 
 
-def _build(value: Any, path: str) -> Any:
-    """Turn each mapping with a _target_ into an instance of that dataclass, from the inside out."""
-    if isinstance(value, Mapping):
-        parts = {key: _build(item, f"{path}.{key}") for key, item in value.items() if key != "_target_"}
-        if "_target_" not in value:
-            return parts
-        return _build_dataclass(_locate(str(value["_target_"]), path), parts, path)
-    if isinstance(value, list):
-        return [_build(item, f"{path}[{index}]") for index, item in enumerate(value)]
-    return value
-
-
-def _locate(target: str, path: str) -> type:
-    module, _, name = target.rpartition(".")
-    try:
-        found = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(
-            f"{path}._target_ must name an importable class, got {target} ({error}); install the package that has it, "
-            "or put it on PYTHONPATH"
-        ) from error
-    if not (isinstance(found, type) and is_dataclass(found)):
-        raise ValueError(f"{path}._target_ must name a dataclass, got {target}")
-    return found
-
-
-def _build_dataclass(cls: type, values: Mapping[str, Any], path: str) -> Any:
-    """An instance of cls from values, each checked against its field's type; unknown and absent keys are refused."""
-    known = {field.name for field in fields(cls) if field.init}
-    dotted = f"{path}." if path else ""
-    for key in values:
-        if key not in known:
-            raise ValueError(f"{dotted}{key} is not a key of {path or 'a run'}{suggest(str(key), known)}")
-    absent = sorted(known - set(values))
-    if absent:
-        raise ValueError(f"{dotted}{absent[0]} must be given; add it to the YAML of {path or 'the run'}")
-    hints = get_type_hints(cls)
-    return cls(**{key: _checked(value, hints[key], f"{dotted}{key}") for key, value in values.items()})
-
-
-def _checked(value: Any, hint: Any, path: str) -> Any:
-    from pydantic import TypeAdapter, ValidationError
-
-    if isinstance(value, float) and not math.isfinite(value) and not (value > 0 and path == "train.max_grad_norm"):
-        raise ValueError(f"{path} must be a finite number, got {value}")
-    try:
-        text = json.dumps(value)
-    except TypeError:  # already an instance that _build made
-        return value
-    try:
-        return TypeAdapter(hint).validate_json(text, strict=True)
-    except ValidationError as error:
-        rule = error.errors()[0]["msg"].removeprefix("Input should be ").replace("valid ", "")
-        rule = rule.replace("a integer", "an integer").replace("a array", "a list in [ ]")
-        rule = "complete" if rule == "Field required" else rule
-        raise ValueError(f"{path} must be {rule}, got {value!r}") from error
-
-
 def hydra_flags(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     """Split argv into (flags that Hydra answers itself, overrides); --config-dir is noted for the search path."""
     from hydra._internal.utils import get_args_parser
@@ -232,6 +200,11 @@ def hydra_flags(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     options = [word for word in unknown if word.startswith("-")]
     if options:
         raise ValueError(f"{options[0]} is not an option; overrides are KEY=VALUE, see --help")
+    if args.config_name is not None or args.config_path is not None:
+        raise ValueError(
+            f"--config-name and --config-path must be left out, got {args.config_name or args.config_path}; put your "
+            "settings into conf/experiment/NAME.yaml and take experiment=NAME, or name a folder with --config-dir"
+        )
     overrides = [*args.overrides, *unknown]  # argparse leaves what stands behind an option
     if args.config_dir is not None:
         folder = Path(args.config_dir).absolute()
@@ -251,6 +224,7 @@ def hand_to_hydra(argv: Sequence[str]) -> int:
 
     os.environ["HYDRA_FULL_ERROR"] = "1"
     words = _without_config_dir(argv)
+    _check_typed([word for word in words if "=" in word and not word.startswith("-")])
     if any(word.startswith("hydra/launcher=") and word != "hydra/launcher=dsft" for word in words):
         _never(None)
     sys.argv = ["dsft", *words]

@@ -7,6 +7,8 @@ Groups whose option is a class (model, method, quantization, strategy, objective
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from dsft_launchers.cluster import minutes
+
 
 @dataclass(frozen=True, kw_only=True)
 class Train:
@@ -150,6 +152,11 @@ class Slurm(Launcher):
         super().__post_init__()
         _at_least("launcher.cpus", self.cpus, 1)
         _at_least("launcher.notice_s", self.notice_s, 1)
+        if self.time is not None:
+            try:
+                minutes(str(self.time))
+            except ValueError as error:
+                raise ValueError(f"launcher.time must be SLURM's: {error}; a number alone is of minutes") from error
         if self.elastic and self.nodes < 2:
             raise ValueError(
                 f"launcher.elastic=true goes on with the nodes that are left, got launcher.nodes={self.nodes}; raise "

@@ -5,9 +5,16 @@ import errno
 import gc
 import io
 import os
+import signal
 import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
+
+UNREAD = 128 + signal.SIGPIPE
+"""Exit code where the reader of the output has gone before there was any work."""
+
+BEGUN = "DSFT_BEGUN"
+"""Variable of a process of work that has begun, of a point of a sweep: it starts whether or not anybody reads it."""
 
 
 def enter(main: Callable[[], int]) -> NoReturn:
@@ -16,7 +23,8 @@ def enter(main: Callable[[], int]) -> NoReturn:
     Looking through it is a quarter of the seconds that a refusal takes.
     """
     gc.disable()
-    code = main()
+    _open_closed_streams()
+    code = _read_by_somebody(main)
     gc.freeze()
     if code and _in_a_group():
         for stream in (sys.stdout, sys.stderr):
@@ -25,6 +33,47 @@ def enter(main: Callable[[], int]) -> NoReturn:
         # An interpreter that ends while threads of gloo or NCCL wait for a peer is aborted, which hides the code.
         os._exit(code)
     sys.exit(code)
+
+
+def _open_closed_streams() -> None:
+    """Put the null device where standard input, output or error is closed, as in a daemon that was started carelessly.
+
+    Else the first file that is opened would take the number, and a library that writes to it would write there.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # it has the lowest number that is free
+    if sys.stdin is None:
+        sys.stdin = open(0, closefd=False)
+    if sys.stdout is None:
+        sys.stdout = open(1, "w", closefd=False)
+    if sys.stderr is None:
+        sys.stderr = open(2, "w", closefd=False)
+
+
+def _read_by_somebody(main: Callable[[], int]) -> int:
+    """Return main's code; where nobody reads the output any more (`| head -1`), that of a process that SIGPIPE ends.
+
+    A verb whose work is more than its output has called lose_lines.
+    """
+    try:
+        try:
+            return main()
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        sys.stdout = open(os.devnull, "w")
+        return UNREAD
+
+
+def lose_lines() -> None:
+    """From here on a line that stdout or stderr does not take is lost, and ends nothing."""
+    if not isinstance(sys.stdout, LossyStream):
+        sys.stdout = LossyStream(sys.stdout)
+    if not isinstance(sys.stderr, LossyStream):
+        sys.stderr = LossyStream(sys.stderr)
 
 
 def _in_a_group() -> bool:

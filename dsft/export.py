@@ -8,9 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from dsft_launchers.files import mode_as_usual
+
 from dsft.compose import read
 from dsft.config import Run
-from dsft.entry import collect_again, enter
+from dsft.entry import collect_again, enter, lose_lines
 from dsft.folder import state
 from dsft.imports import uncompiled
 from dsft.methods import native
@@ -46,9 +48,11 @@ def export(run_dir: Path, what: str, out: Path) -> None:
             f"RUN must be done, {run_dir} is {state(run_dir).get('state', 'not started')}; finish it first"
         )
     _check_out(out)
+    lose_lines()
     run = read(run_dir)
     if what == "adapter" or run.method.whole:
         shutil.copytree(run_dir / "adapter", out)
+        mode_as_usual(out)
         return
     from dsft.engine.result import write_beside
     from dsft.models.progress import no_progress_bars
@@ -61,6 +65,7 @@ def export(run_dir: Path, what: str, out: Path) -> None:
         model.save_pretrained(out)
         write_beside(run.method, beside, out, 1)
         run.model.resolve().tokenizer().save_pretrained(out)
+    mode_as_usual(out)
 
 
 def _check_out(out: Path) -> None:

@@ -88,13 +88,9 @@ def check_length(run_dir: Path, resolved: Mapping[str, Any]) -> bool:
         return False
     old, new, status = _config(run_dir), resolved, state(run_dir)
     lengths = [[tree["train"][key] for key in ("steps", "epochs")] for tree in (old, new)]
-    steps, there = new["train"]["steps"], Store(run_dir).newest_first()
-    kept = there or status.get("state") == "done"  # else the run begins again at step 1, and may be shorter
-    if kept and steps is not None and steps < status.get("step", 0):
-        raise ValueError(
-            f"train.steps must be at least {status['step']}, the steps of {run_dir} so far, got {steps}; raise it, "
-            f"choose another run_dir, or {WAY_ANEW}"
-        )
+    there = Store(run_dir).newest_first()
+    if new["train"]["steps"] is not None:
+        check_steps(run_dir, new["train"]["steps"], "train.steps")
     if status.get("state") == "done" and lengths[0] == lengths[1]:
         published.check(run_dir, contents=False)
         return True
@@ -105,6 +101,22 @@ def check_length(run_dir: Path, resolved: Mapping[str, Any]) -> bool:
         )
     _refuse_newer(run_dir, there)
     return False
+
+
+def goes_on(run_dir: Path) -> bool:
+    """Return True if the run has a result or a checkpoint: else it begins again at step 1."""
+    return bool(Store(run_dir).newest_first()) or state(run_dir).get("state") == "done"
+
+
+def check_steps(run_dir: Path, steps: int, key: str) -> None:
+    """Refuse a run that goes on and is shorter than what was trained already. key: what was set to so many steps."""
+    trained = state(run_dir).get("step", 0)
+    if goes_on(run_dir) and steps < trained:
+        least = f"be at least {trained}" if key == "train.steps" else f"give at least {trained} steps"
+        raise ValueError(
+            f"{key} must {least}, the steps of {run_dir} so far, got {steps}; raise it, choose another run_dir, or "
+            f"{WAY_ANEW}"
+        )
 
 
 def _refuse_newer(run_dir: Path, newest_first: Sequence[Path]) -> None:
@@ -161,6 +173,7 @@ def _write(run_dir: Path, composed: Composed, plan: Mapping[str, Any], digests: 
         "commit": _commit(),
         "python": platform.python_version(),
         "host": platform.node(),
+        "started": composed.start.kind,
         "packages": versions(),
         "choices": [vars(choice) for choice in composed.choices],
         "job": {key: value for key, value in os.environ.items() if key in ("SLURM_JOB_ID", "SLURM_ARRAY_TASK_ID")},

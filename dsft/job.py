@@ -17,7 +17,7 @@ from dsft_launchers.join import resolve
 from dsft import folder, published
 from dsft.compose import load_yaml, read
 from dsft.ending import Attempt, crashed, note
-from dsft.entry import LossyStream, collect_again, enter
+from dsft.entry import collect_again, enter, lose_lines
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -55,7 +55,7 @@ def guarded(run_dir: Path) -> int:
     from dsft.checkpoint.lease import LeaseLostError
 
     attempt = Attempt()
-    sys.stdout, sys.stderr = LossyStream(sys.stdout), LossyStream(sys.stderr)
+    lose_lines()
     try:
         return work(run_dir, attempt)
     except verdict.CannotBeginError as error:  # the cluster's state, not an error of this process: no traceback
@@ -239,5 +239,4 @@ def _quiet() -> None:
 
 
 if __name__ == "__main__":
-    with contextlib.suppress(BrokenPipeError):
-        enter(main)
+    enter(main)

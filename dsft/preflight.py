@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from dsft import folder, offline, published
+from dsft import folder, offline, origin, published
 from dsft.compose import Composed
 from dsft.config import Run
 
@@ -36,18 +36,29 @@ def preflight(composed: Composed) -> dict[str, Any] | None:
 
     data = open_data(run.data, files.tokenizer(), max_length=run.train.max_length, seed=run.train.seed)
     _check_fit(run, files, data)
-    run.method.check(total_steps(run.train, len(data.train)))
+    total = total_steps(run.train, len(data.train))
+    run.method.check(total)
     digests = {"base_digest": files.digest(), "data_digest": data.digest}
     folder.check_digests(run_dir, digests, composed.resolved)
     if done:
         published.check(run_dir)
         return None
+    if not anew:
+        folder.check_steps(run_dir, total, "train.epochs")
     from dsft.plan import make_plan
 
     plan = make_plan(composed, files)
     if not anew:
         folder.check_parameters(run_dir, plan)
-    return {"plan": plan, "digests": digests, "audit": data.audit}
+    notes = [] if not anew and folder.goes_on(run_dir) else _origin(composed, digests["base_digest"], files)
+    return {"plan": plan, "digests": digests, "audit": data.audit, "notes": notes}
+
+
+def _origin(composed: Composed, base_digest: str, files: "ModelFiles") -> list[str]:
+    """What a person should know of the adapter that this run starts from. Raises ValueError for one that is wrong."""
+    started = composed.resolved["method"]
+    found = origin.check(started["init_from"], base_digest, files.name_or_path) if "init_from" in started else None
+    return [] if found is None else [found]
 
 
 def _check_fit(run: Run, files: "ModelFiles", data: "Dataset") -> None:
@@ -75,7 +86,7 @@ def announce(composed: Composed, prepared: Mapping[str, Any]) -> None:
     from dsft.plan import as_text
 
     print(as_text(prepared["plan"]))
-    for note in folder.notes(Path(composed.run.run_dir), composed.resolved):
+    for note in [*folder.notes(Path(composed.run.run_dir), composed.resolved), *prepared["notes"]]:
         print(f"note         {note}")
     if composed.run.checkpoint.every == 0:
         print("note         no checkpoints (checkpoint.every=0): a run that is stopped begins again at step 1")

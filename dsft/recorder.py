@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from dsft import folder
+from dsft.again import command_of
 from dsft.checkpoint.lease import Lease, LeaseLostError
 from dsft.comm.hello import odd
 from dsft.comm.world import World
@@ -195,12 +196,8 @@ def _committed(run_dir: Path, checkpoint: str) -> str:
 def closing(run_dir: Path, data: Dataset, at: Progress, saved: int) -> Iterator[str]:
     """What a person wants to see at the end: before and after, answers side by side, where the result is."""
     if at.state != "done":
-        kept = (
-            f"saved; the same command goes on from step {saved}"
-            if saved
-            else "not saved: the same command begins again at step 1"
-        )
-        yield f"stopped at step {at.step} ({at.reason}); {kept}"
+        kept = f"saved; this goes on from step {saved}:" if saved else "not saved; this begins again at step 1:"
+        yield f"stopped at step {at.step} ({at.reason}); {kept}\n  {command_of(run_dir)}"
         return
     if at.evaluations:
         first, last = at.evaluations[0][1], at.evaluations[-1][1]

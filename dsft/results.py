@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dsft.again import command_of
 from dsft.compose import load_yaml
 from dsft.door import shown
 from dsft.folder import provenance, state
@@ -101,8 +102,8 @@ def _found(path: Path) -> tuple[Path, Path | None]:
     if (path / "config.yaml").is_file():
         if not _format(path / "adapter"):
             raise ValueError(
-                f"RUN must have a result, {path} is {state(path).get('state', 'not started')} and has none; start it "
-                "again to finish it"
+                f"RUN must have a result, {path} is {state(path).get('state', 'not started')} and has none; finish it: "
+                f"{command_of(path)}"
             )
         return path / "adapter", path
     if not path.is_dir():

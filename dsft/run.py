@@ -14,7 +14,7 @@ from dsft_launchers.verdict import CANNOT_BEGIN, CannotBeginError
 from dsft import dispatch, folder
 from dsft.checkpoint import lease
 from dsft.compose import Composed, compose, hand_to_hydra, hydra_flags
-from dsft.entry import enter
+from dsft.entry import BEGUN, enter, lose_lines
 from dsft.preflight import announce, preflight
 from dsft.wording import refuse
 
@@ -57,7 +57,14 @@ def _start(composed: Composed) -> int:
         return _done(run_dir)
 
     def begin() -> None:
-        announce(composed, prepared)
+        if BEGUN in os.environ:
+            lose_lines()
+        try:
+            announce(composed, prepared)
+        except BrokenPipeError:  # from here on, lines are lost and the run goes on
+            print("dsft: the reader of the output is gone; stopped before the run began", file=sys.stderr)
+            raise
+        lose_lines()
         folder.create(run_dir, composed, prepared["plan"], prepared["digests"])
 
     if composed.start.kind == "slurm":
@@ -105,6 +112,7 @@ def _done(run_dir: Path) -> int:
 
 def _join(composed: Composed) -> int:
     """This process is a rank that torchrun or srun started: rank 0 checks and makes the folder for all."""
+    lose_lines()
     os.environ.update(composed.start.variables)
     from dsft import job
     from dsft.comm.world import join, leave

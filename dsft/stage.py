@@ -9,7 +9,7 @@ from dsft_launchers.codes import STOPPED
 
 from dsft.compose import compose, hydra_flags
 from dsft.config import Run
-from dsft.entry import enter
+from dsft.entry import enter, lose_lines
 from dsft.wording import refuse
 
 
@@ -17,11 +17,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Fetch, and say what; 2 if the run is refused or something cannot be had."""
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    words = list(sys.argv[1:] if argv is None else argv)
+    if {"-h", "--help"} & set(words):
+        print(__doc__)
+        return 0
     try:
-        flags, overrides = hydra_flags(list(sys.argv[1:] if argv is None else argv))
+        flags, overrides = hydra_flags(words)
         if flags:
             raise ValueError(f"dsft.stage takes overrides only, got {flags[0]}; stage the points of a sweep one by one")
-        stage(compose(overrides).run)
+        run = compose(overrides).run
+        lose_lines()
+        stage(run)
     except ValueError as error:
         return refuse(error)
     except KeyboardInterrupt:

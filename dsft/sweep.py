@@ -17,7 +17,7 @@ from dsft.sweeps import ledger
 from dsft.sweeps.ledger import Ledger
 from dsft.sweeps.points import bring
 from dsft.sweeps.standing import ALIVE, Standing, look
-from dsft.sweeps.table import as_text, check_metric, write_csv
+from dsft.sweeps.table import as_text, check_metric, metric_of, write_csv
 from dsft.telemetry.record import read_status, write_status
 from dsft.wording import refuse
 
@@ -77,9 +77,10 @@ def _status(book: Ledger, points: Sequence[Standing]) -> int:
 
 
 def _table(book: Ledger, points: Sequence[Standing], args: argparse.Namespace) -> int:
-    by = args.by or book.metric
+    by, said = (args.by, f"best first by {args.by}") if args.by else metric_of(book, points)
     check_metric(points, by)
     if args.csv is None:
+        print(said)
         print(as_text(book, points, by))
         return DONE
     try:

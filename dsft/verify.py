@@ -56,6 +56,9 @@ class Ended:
 
 def main() -> int:
     """Compare and write what was found; DIFFERENT if the result is not the model that was trained."""
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        print(__doc__)
+        return 0
     if len(sys.argv) != 3 or not (Path(sys.argv[2]) / PROBE).is_file():
         return refuse(
             ValueError(

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
+from dsft_launchers.files import mode_as_usual
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -38,6 +39,7 @@ def write_result(session: Session, folder: Path) -> str:
             written = {name: of_tensor(value) for name, value in saved.items()}
     if session.world.rank == 0:
         session.tokenizer.save_pretrained(folder)
+        mode_as_usual(folder)
     session.world.barrier()
     return of_all(written)
 

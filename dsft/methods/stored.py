@@ -33,7 +33,8 @@ def place(path: str, config: str) -> Path:
             )
         if folder != given:
             raise ValueError(
-                f"method.init_from must be a run with a result, got {path} without one; start it again to finish it"
+                f"method.init_from must be a run with a result, got {path} without one; start its command again with "
+                f"run_dir={path} to finish it"
             )
         raise ValueError(
             f"method.init_from must be a folder with {config}, got {path}; give RUN/adapter, or RUN that has it"

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from dsft_launchers.files import mode_as_usual
+
 
 def cache_root() -> Path:
     """Where dsft keeps model folders: $DSFT_CACHE, else ~/.cache/dsft, and models/ below it."""
@@ -57,6 +59,7 @@ def _write_aside(folder: Path, write: Callable[[Path], None]) -> None:
     try:
         write(aside)
         aside.chmod(0o755)
+        mode_as_usual(aside)
         for file in aside.iterdir():
             with file.open("rb") as stream:
                 os.fsync(stream.fileno())

@@ -1,6 +1,6 @@
 """The points of a sweep, from what was typed to their exit codes: checked first, then run here or as SLURM arrays."""
 
-import re
+import shlex
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,17 +10,19 @@ from pathlib import Path
 from typing import Any
 
 from dsft_launchers import cluster, submit
-from dsft_launchers.codes import DONE, USER_ERROR
+from dsft_launchers.codes import DONE, STOPPED, USER_ERROR
 from dsft_launchers.follow import POLL_S, follow_points
 
 from dsft import dispatch, folder
 from dsft.compose import Composed, build, compose
+from dsft.entry import lose_lines
 from dsft.preflight import announce, preflight
 from dsft.sweeps import arrays, ledger
 from dsft.sweeps.here import Ended, run_here, shares
 from dsft.sweeps.ledger import Entry, Ledger
 from dsft.sweeps.standing import ALIVE, Standing, look
-from dsft.sweeps.table import as_text
+from dsft.sweeps.table import as_text, metric_of
+from dsft.wording import as_value
 
 
 @dataclass
@@ -86,7 +88,10 @@ def bring(sweep: Path, book: Ledger, words: Mapping[int, list[str]], more: Seque
     except cluster.ClusterError as error:
         raise ValueError(f"SLURM does not answer: {error}; python -m dsft.sweep resume {sweep} goes on") from error
     if points:
-        print(as_text(book, points, book.metric), flush=True)
+        by, said = metric_of(book, points)
+        print(f"{said}\n{as_text(book, points, by)}", flush=True)
+    if left == STOPPED:
+        print(f"stopped; this goes on: python -m dsft.sweep resume {shlex.quote(str(sweep))}", flush=True)
     found = {point.index: codes.get(point.index, point.code) for point in points if point.index in words}
     return Ended(found or codes, left)
 
@@ -128,24 +133,19 @@ def check(sweep: Path, words: Mapping[int, list[str]], more: Sequence[str] = ())
 
 def _composed(sweep: Path, index: int, typed: Sequence[str]) -> Composed:
     """A point as a run of its own; in W&B the points are a group, unless the user named one."""
-    composed = compose([*typed, f"run_dir={_quoted(str(sweep / str(index)))}"])
+    composed = compose([*typed, f"run_dir={as_value(str(sweep / str(index)))}"])
     trackers = composed.resolved["tracker"]
     grouped = [name for name, each in trackers.items() if "group" in each and each["group"] is None]
     tree: dict[str, Any] = {
         **composed.resolved,
         "tracker": {**trackers, **{name: {**trackers[name], "group": sweep.name} for name in grouped}},
     }
-    more = tuple(f"tracker.{name}.group={_quoted(sweep.name)}" for name in grouped)
+    more = tuple(f"tracker.{name}.group={as_value(sweep.name)}" for name in grouped)
     return replace(composed, run=build(tree), resolved=tree, overrides=composed.overrides + more)
 
 
 def _key(word: str) -> str:
     return word.partition("=")[0]
-
-
-def _quoted(value: str) -> str:
-    """A value for Hydra's grammar."""
-    return value if re.fullmatch(r"[\w./-]+", value) else "'" + re.sub(r"(\\*)'", r"\1\1\\'", value) + "'"
 
 
 def _check_cluster(sweep: Path, composed: Composed, answers: dict[str, str | None]) -> None:
@@ -171,6 +171,7 @@ def _limits(composed: Iterable[Composed]) -> tuple[int, int]:
 
 def _start(sweep: Path, book: Ledger, words: Mapping[int, list[str]], checked: Checked, *, fresh: bool) -> Ended:
     """Put the points on record, submit those for SLURM and run the others; what of those ended."""
+    lose_lines()
     joined = any(composed.start.variables for composed in checked.here.values())
     sweep.mkdir(parents=True, exist_ok=True)
     with nullcontext() if joined else ledger.alone(sweep):

@@ -11,6 +11,9 @@ from dsft.sweeps.standing import WRONG, Standing
 from dsft.telemetry.record import METRICS, read_lines
 from dsft.wording import suggest
 
+LAST_LOSS, HELD_OUT = "loss", "eval/loss"
+"""The metric that hydra.launcher.metric names where nobody has set it; and the one that tells more."""
+
 
 def last_values(run_dir: Path) -> dict[str, float]:
     """The last value of every metric of a run; {} if it has none."""
@@ -38,25 +41,62 @@ def _worth(value: float) -> float:
     return math.inf if math.isnan(value) else value
 
 
+def metric_of(book: Ledger, points: Sequence[Standing]) -> tuple[str, str]:
+    """Return what the points are ranked by where nobody has said it, and a line that says so.
+
+    eval/loss if every point that has trained has measured it; else the loss of the last step, which is that of a few
+    examples only.
+    """
+    if book.metric != LAST_LOSS:
+        return book.metric, f"best first by {book.metric}, which hydra.launcher.metric names"
+    trained = [values for point in points if LAST_LOSS in (values := last_values(point.run_dir))]
+    without = sum(HELD_OUT not in values for values in trained)
+    if trained and not without:
+        return HELD_OUT, f"best first by {HELD_OUT}"
+    why = f"{without} of {len(trained)} points have no {HELD_OUT}" if trained else "no point has trained"
+    return LAST_LOSS, f"best first by the loss of the last step, as {why}"
+
+
 def as_text(book: Ledger, points: Sequence[Standing], by: str) -> str:
     """The table for a reader: state, step, the metric, what differs between the points, evaluations, errors."""
-    width = max(10, len(by))
-    lines = [f"{'point':<6} {'state':<10} {'step':>7} {by:>{width}}  changed"]
-    for point, values in ranked(points, by):
+    rows = ranked(points, by)
+    changed = _changed(book, points)
+    keys = sorted({key for words in changed.values() for key in words})
+    others = sorted({key for _, values in rows for key in values if key.startswith("eval/") and key != by})
+    lines = [["point", "state", "step", by, *keys, *others, "why"]]
+    for point, values in rows:
         value = f"{values[by]:.4f}" if by in values else "-"
-        others = [f"{key}={value:.4g}" for key, value in values.items() if key.startswith("eval/") and key != by]
+        set_to = [changed[point.index].get(key, "-") for key in keys]
+        measured = [f"{values[key]:.4g}" if key in values else "-" for key in others]
         why = point.why if point.state in WRONG else ""
-        said = "  ".join(filter(None, [" ".join(book.changed(point.index)), " ".join(others), why]))
-        lines.append(f"{point.index:<6} {point.shown:<10} {point.step:>7} {value:>{width}}  {said}".rstrip())
-    return "\n".join(lines)
+        lines.append([str(point.index), point.shown, str(point.step), value, *set_to, *measured, why])
+    if not any(line[-1] for line in lines[1:]):
+        lines[0][-1] = ""
+    widths = [max(map(len, column)) for column in list(zip(*lines, strict=True))[:-1]]
+    return "\n".join(_row(line, widths) for line in lines)
+
+
+def _row(cells: Sequence[str], widths: Sequence[int]) -> str:
+    """Numbers under the ends of their heads, words under their beginnings; the last cell as long as it is."""
+    padded = [
+        cell.rjust(width) if index in (2, 3) else cell.ljust(width)
+        for index, (cell, width) in enumerate(zip(cells, widths, strict=False))
+    ]
+    return "  ".join([*padded, cells[-1]]).rstrip()
+
+
+def _changed(book: Ledger, points: Sequence[Standing]) -> dict[int, dict[str, str]]:
+    """Point -> key -> value, of what not all points share; a word without = has its own name for a value."""
+    return {
+        point.index: {word.partition("=")[0]: word.partition("=")[2] or word for word in book.changed(point.index)}
+        for point in points
+    }
 
 
 def write_csv(book: Ledger, points: Sequence[Standing], by: str, out: TextIO) -> None:
     """The same with a column for each key that differs and for each metric; numbers in full."""
     rows = ranked(points, by)
-    changed = {
-        point.index: dict(word.split("=", 1) for word in book.changed(point.index) if "=" in word) for point, _ in rows
-    }
+    changed = _changed(book, points)
     keys = sorted({key for words in changed.values() for key in words})
     metrics = sorted({key for _, values in rows for key in values} - {"step"})
     writer = csv.writer(out)

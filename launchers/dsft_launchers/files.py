@@ -1,6 +1,7 @@
 """Files that are replaced at once."""
 
 import os
+import stat
 from pathlib import Path
 
 
@@ -16,6 +17,20 @@ def replace_text(path: Path, text: str) -> None:
     except OSError:
         fresh.unlink(missing_ok=True)
         raise
+
+
+def mode_as_usual(folder: Path) -> None:
+    """Give every file below folder the mode of one that is made in folder now, as the umask or the folder has it.
+
+    safetensors writes its files for their owner alone, whatever the umask is.
+    """
+    fresh = folder / f".mode.{os.getpid()}"
+    fresh.touch()
+    mode = stat.S_IMODE(fresh.stat().st_mode)
+    fresh.unlink()
+    for path in folder.rglob("*"):
+        if path.is_file() and not path.is_symlink() and stat.S_IMODE(path.stat().st_mode) != mode:
+            path.chmod(mode)
 
 
 def sync(path: Path) -> None:

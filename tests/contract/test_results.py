@@ -1,5 +1,7 @@
 """What every method under conf/method must leave: state that resumes to the bit, a result that others load as it is."""
 
+import os
+import stat
 from pathlib import Path
 
 import pytest
@@ -35,6 +37,19 @@ def test_resumed_from_a_saved_state_it_ends_with_the_same_bits(method: str) -> N
     _train(second, data, 3)
     resumed = dict(second.model.named_parameters())
     assert all(torch.equal(value, resumed[name]) for name, value in unbroken.model.named_parameters())
+
+
+@pytest.mark.parametrize(("method", "mask"), [("lora", 0o22), ("houlsby", 0o27), ("full", 0o27)])
+def test_the_files_of_a_result_follow_the_umask(method: str, mask: int, tmp_path: Path) -> None:
+    session, _ = session_of(method)
+    before = os.umask(mask)
+    try:
+        write_result(session, tmp_path / "result")
+    finally:
+        os.umask(before)
+    files = list((tmp_path / "result").iterdir())
+    assert any(path.suffix == ".safetensors" for path in files)
+    assert {stat.S_IMODE(path.stat().st_mode) for path in files} == {0o666 & ~mask}
 
 
 @pytest.mark.parametrize("method", METHODS)

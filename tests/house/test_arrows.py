@@ -18,16 +18,17 @@ VERBS = (
 )  # fmt: skip
 
 FLOORS = (
-    ("config", "imports", "offline"),
+    ("config", "imports", "offline", "synonyms"),
     ("comm",),
     ("course",),
     ("protocols",),
     ("strategy",),
     LEAVES,
     ("engine",),
-    ("rules", "options", "proven", "wording", "entry"),
+    ("rules", "idle", "options", "proven", "wording", "entry"),
+    ("spelling", "building"),
     ("compose",),
-    ("folder", "door", "likeness", "earlier", "published", "recorder", "snapshot", "results"),
+    ("folder", "again", "origin", "door", "likeness", "earlier", "published", "recorder", "snapshot", "results"),
     VERBS,
     ("__main__",),
 )

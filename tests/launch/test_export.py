@@ -28,6 +28,10 @@ def _ran(run_dir: Path, *words: str) -> None:
     assert json.loads((run_dir / "adapter" / "verified.json").read_text())["same"] is True
 
 
+def _modes(folder: Path) -> set[int]:
+    return {path.stat().st_mode for path in folder.iterdir() if path.is_file()}
+
+
 def test_an_adapter_that_cannot_be_merged_is_refused_in_one_line_and_nothing_is_written(tmp_path: Path) -> None:
     run_dir, out = tmp_path / "run", tmp_path / "out"
     _ran(run_dir, "method=houlsby", "launcher.devices=2", "strategy=fsdp")
@@ -45,6 +49,7 @@ def test_an_adapter_that_cannot_be_merged_is_refused_in_one_line_and_nothing_is_
         assert refused.stderr.count("\n") == 1
     assert _export(run_dir, "adapter", out).returncode == 0
     assert (out / "dsft_adapter.json").is_file()
+    assert _modes(out) == _modes(tmp_path)
 
 
 @pytest.mark.parametrize("words", [("method=bitfit", "launcher.devices=2", "strategy=zero3")], ids=" ".join)
@@ -53,6 +58,8 @@ def test_a_bitfit_run_merges_into_a_plain_folder(words: tuple[str, ...], tmp_pat
     _ran(run_dir, *words)
     done = _export(run_dir, "merged", out)
     assert done.returncode == 0, done.stderr
+    (tmp_path / "file").touch()
+    assert _modes(out) == _modes(tmp_path)
     model = AutoModelForCausalLM.from_pretrained(out)
     assert model.dtype is torch.bfloat16
     assert model.model.layers[0].mlp.up_proj.bias.abs().max() > 1e-3

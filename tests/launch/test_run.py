@@ -135,7 +135,7 @@ def test_a_sweep_runs_each_point_in_its_own_folder(tmp_path: Path) -> None:
         point = tmp_path / "sweep" / str(index)
         assert json.loads((point / "status.json").read_text())["state"] == "done"
         assert json.loads((point / "adapter" / "adapter_config.json").read_text())["r"] == rank
-    assert sorted(line.split()[-1] for line in done.stdout.splitlines()[-2:]) == ["method.rank=4", "method.rank=8"]
+    assert sorted(line.split()[4] for line in done.stdout.splitlines()[-3:]) == ["4", "8", "method.rank"]
     shutil.rmtree(tmp_path / "sweep" / "1" / "checkpoints")
     longer = dsft("-m", *SMALL, "train.steps=2", "data.eval_size=0", "method.rank=4,8", f"run_dir={tmp_path / 'sweep'}")
     assert longer.returncode == 2  # the worst point's

@@ -193,6 +193,18 @@ def test_a_run_without_a_checkpoint_begins_again_and_may_be_shorter(done: Path, 
     assert not preflight(done, resolved(plain, steps=20))
 
 
+def test_epochs_that_give_fewer_steps_than_were_trained_are_refused_as_steps_are(done: Path) -> None:
+    folder.check_steps(done, 6, "train.epochs")
+    with pytest.raises(
+        ValueError, match=r"train\.epochs must give at least 6 steps, the steps of .* so far, got 5; raise"
+    ):
+        folder.check_steps(done, 5, "train.epochs")
+    for step in (3, 6):
+        shutil.rmtree(done / "checkpoints" / manifest.folder_name(step))
+    status(done, state="failed", step=6, checkpoint=None)
+    folder.check_steps(done, 5, "train.epochs")  # it begins again at step 1
+
+
 @pytest.mark.parametrize("damage", REFUSED, ids=lambda each: each.__name__)
 def test_what_cannot_go_on_is_refused_in_one_line_and_resume_anew_begins_again(
     damage: Callable[[Path], None], done: Path, plain: Composed, anew: Composed

@@ -18,9 +18,9 @@ from dsft.sweeps import ledger
 from dsft.sweeps.arrays import Ready, arrays
 from dsft.sweeps.here import shares
 from dsft.sweeps.ledger import Entry
-from dsft.sweeps.points import _quoted
 from dsft.sweeps.standing import Standing, _state
-from dsft.sweeps.table import as_text, check_metric
+from dsft.sweeps.table import as_text, check_metric, metric_of
+from dsft.wording import as_value
 
 
 def point(*words: str) -> Ready:
@@ -163,9 +163,25 @@ def test_one_process_at_a_time_starts_points(tmp_path: Path) -> None:
         pass
 
 
-@pytest.mark.parametrize("name", ["plain/run-1", "a b", "it's", "back\\'slash", "x=1,2", "(a)[b]{c}"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "plain/run-1",
+        "a b",
+        "it's",
+        "back\\'slash",
+        "end\\",
+        '"q"\\"',
+        "x=1,2",
+        "(a)[b]{c}",
+        "a\\${b}",
+        "null",
+        "10",
+        "\u00e9",
+    ],
+)
 def test_any_folder_can_be_handed_to_hydra(name: str) -> None:
-    assert compose(["model=tiny", "launcher=local", f"run_dir={_quoted(name)}"]).run.run_dir == name
+    assert compose(["model=tiny", "launcher=local", f"run_dir={as_value(name)}"]).run.run_dir == name
 
 
 def test_the_table_has_the_best_first_and_what_has_no_value_last(tmp_path: Path) -> None:
@@ -179,12 +195,38 @@ def test_the_table_has_the_best_first_and_what_has_no_value_last(tmp_path: Path)
     points.append(Standing(3, tmp_path / "3", "failed", 0, "3 attempts; rank 0: x\n  y\nKeyError: z", None))
     order = [line.split()[0] for line in as_text(book, points, "loss").splitlines()[1:]]
     assert order == ["2", "0", "1", "3"]
-    assert as_text(book, points, "loss").splitlines()[-1].split(maxsplit=4)[1:] == [
-        "FAILED", "0", "-", "b=3  3 attempts; KeyError: z",
+    assert as_text(book, points, "loss").splitlines()[-1].split(maxsplit=6)[1:] == [
+        "FAILED", "0", "-", "3", "-", "3 attempts; KeyError: z",
+    ]  # fmt: skip
+    assert as_text(book, points, "loss").split(maxsplit=7)[:7] == [
+        "point", "state", "step", "loss", "b", "eval/accuracy", "why",
     ]  # fmt: skip
     assert as_text(book, points, "eval/accuracy").splitlines()[1].split()[0] == "0"
     with pytest.raises(ValueError, match="--by must be a metric of the sweep, got los; did you mean loss"):
         check_metric(points, "los")
+
+
+@pytest.mark.parametrize(
+    ("values", "by", "said"),
+    [
+        (['{"loss": 2.0, "eval/loss": 1.0}', '{"loss": 1.0, "eval/loss": 3.0}', None], "eval/loss", "by eval/loss"),
+        (['{"loss": 2.0, "eval/loss": 1.0}', '{"loss": 1.0}'], "loss", "last step, as 1 of 2 points have no eval/loss"),
+        ([None], "loss", "as no point has trained"),
+    ],
+)
+def test_points_are_ranked_by_what_was_held_out_where_all_have_it(
+    values: list[str | None], by: str, said: str, tmp_path: Path
+) -> None:
+    book, points = ledger.begin("loss"), []
+    for index, line in enumerate(values):
+        book.put(index, Entry([f"b={index}"], None), keep=False)
+        points.append(Standing(index, tmp_path / str(index), "done", 1, None, None))
+        points[index].run_dir.mkdir()
+        if line is not None:
+            (points[index].run_dir / "metrics.jsonl").write_text(line + "\n")
+    assert metric_of(book, points)[0] == by
+    assert metric_of(book, points)[1].endswith(said)
+    assert metric_of(ledger.begin("eval/accuracy"), points)[0] == "eval/accuracy"
 
 
 def test_what_a_killed_submission_left_of_a_configuration_does_not_take_its_folder(tmp_path: Path) -> None:

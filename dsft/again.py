@@ -1,0 +1,32 @@
+"""The command that goes on with a run, as a person can paste it into a shell."""
+
+import os
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+from dsft.compose import load_yaml
+from dsft.folder import provenance
+from dsft.wording import as_value
+
+BEFORE = {"torchrun": "torchrun ... -m", "slurm task": "srun ... python -m"}
+"""How a start of that kind begins, where it is not dsft that starts the processes; dsft cannot know the dots."""
+
+
+def command_of(run_dir: Path) -> str:
+    """Return the command line that goes on with the run in run_dir, as its last start was typed."""
+    words = load_yaml(run_dir / "overrides.yaml") if (run_dir / "overrides.yaml").is_file() else []
+    return command_line(words, run_dir, started=provenance(run_dir).get("started", "local"))
+
+
+def command_line(overrides: Sequence[str], run_dir: Path, *, started: str) -> str:
+    """Return the command that starts these overrides in run_dir, quoted for a shell. started: a kind of Started.
+
+    run_dir is added where it was not typed: its default is a new folder for each start.
+    """
+    words = list(overrides)
+    if not any(word.lstrip("+").startswith("run_dir=") for word in words):
+        words.append(f"run_dir={as_value(str(run_dir))}")
+    folder = os.environ.get("DSFT_CONFIG_DIR")
+    chosen = [] if folder is None else ["--config-dir", folder]
+    return f"{BEFORE.get(started, 'python -m')} dsft.run {shlex.join([*chosen, *words])}"

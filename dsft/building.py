@@ -1,0 +1,66 @@
+"""From a plain tree to frozen dataclasses: each key is a field, each value of the field's type. Raises ValueError."""
+
+import importlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
+from typing import Any, get_type_hints
+
+from dsft.wording import rule, suggest
+
+
+def build_value(value: Any, path: str) -> Any:
+    """Turn each mapping with a _target_ into an instance of that dataclass, from the inside out."""
+    if isinstance(value, Mapping):
+        parts = {key: build_value(item, f"{path}.{key}") for key, item in value.items() if key != "_target_"}
+        if "_target_" not in value:
+            return parts
+        return build_dataclass(_locate(str(value["_target_"]), path), parts, path)
+    if isinstance(value, list):
+        return [build_value(item, f"{path}[{index}]") for index, item in enumerate(value)]
+    return value
+
+
+def _locate(target: str, path: str) -> type:
+    module, _, name = target.rpartition(".")
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"{path}._target_ must name an importable class, got {target} ({error}); install the package that has it, "
+            "or put it on PYTHONPATH"
+        ) from error
+    if not (isinstance(found, type) and is_dataclass(found)):
+        raise ValueError(f"{path}._target_ must name a dataclass, got {target}")
+    return found
+
+
+def build_dataclass(cls: type, values: Mapping[str, Any], path: str) -> Any:
+    """An instance of cls from values, each checked against its field's type; unknown and absent keys are refused."""
+    known = {field.name for field in fields(cls) if field.init}
+    dotted = f"{path}." if path else ""
+    for key in values:
+        if key not in known:
+            raise ValueError(f"{dotted}{key} is not a key of {path or 'a run'}{suggest(str(key), known)}")
+    absent = sorted(known - set(values))
+    if absent:
+        raise ValueError(f"{dotted}{absent[0]} must be given; add it to the YAML of {path or 'the run'}")
+    hints = get_type_hints(cls)
+    return cls(**{key: _checked(value, hints[key], f"{dotted}{key}") for key, value in values.items()})
+
+
+def _checked(value: Any, hint: Any, path: str) -> Any:
+    from pydantic import TypeAdapter, ValidationError
+
+    if isinstance(value, float) and not math.isfinite(value) and not (value > 0 and path == "train.max_grad_norm"):
+        raise ValueError(f"{path} must be a finite number, got {value}")
+    try:
+        text = json.dumps(value)
+    except TypeError:  # already an instance that _build made
+        return value
+    try:
+        return TypeAdapter(hint).validate_json(text, strict=True)
+    except ValidationError as error:
+        found = [each["msg"] for each in error.errors() if len(each["loc"]) < 2]
+        raise ValueError(f"{path} must be {rule(found or [error.errors()[0]['msg']], value)}") from error

@@ -1,0 +1,71 @@
+"""Settings that another setting leaves without effect: refused where they were typed, so that none is ignored."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+
+from dsft.config import Launcher, Run, Slurm
+
+OF_A_JOB = tuple(
+    f"launcher.{field.name}" for field in fields(Slurm) if field.name not in {own.name for own in fields(Launcher)}
+)
+"""What only a SLURM job takes."""
+
+
+@dataclass(frozen=True)
+class Idle:
+    """idle(run, kind) -> True where none of the keys has an effect. kind: of the start; way: why, and the way out."""
+
+    keys: tuple[str, ...]
+    idle: Callable[[Run, str], bool]
+    way: str
+
+
+TABLE = (
+    Idle(
+        OF_A_JOB,
+        lambda run, kind: kind != "slurm",
+        "is asked of SLURM, and this run is no SLURM job ({kind}); take launcher=slurm, or leave it out",
+    ),
+    Idle(
+        ("train.early_stop_patience",),
+        lambda run, kind: run.train.early_stop_metric is None,
+        "counts evaluations of train.early_stop_metric, which is null; set that, or leave it out",
+    ),
+    Idle(
+        ("train.max_nonfinite",),
+        lambda run, kind: run.train.on_nonfinite == "stop",
+        "counts steps that train.on_nonfinite=skip drops, and it is stop; set that, or leave it out",
+    ),
+    Idle(
+        ("optim.decay_steps",),
+        lambda run, kind: run.optim.schedule != "wsd",
+        "is the length of the decay of optim.schedule=wsd, and it is {run.optim.schedule}; set that, or leave it out",
+    ),
+    Idle(
+        ("optim.min_lr_ratio",),
+        lambda run, kind: run.optim.schedule == "constant",
+        "is the floor of a schedule that falls, and optim.schedule is constant; set that, or leave it out",
+    ),
+    Idle(
+        ("optim.betas", "optim.eps"),
+        lambda run, kind: run.optim.name == "sgd",
+        "belongs to AdamW, and optim.name is sgd; leave it out",
+    ),
+    Idle(
+        ("checkpoint.keep", "checkpoint.keep_every", "checkpoint.background"),
+        lambda run, kind: run.checkpoint.every == 0,
+        "belongs to checkpoints, and checkpoint.every=0 saves none; set that, or leave it out",
+    ),
+)
+
+
+def refuse_idle(run: Run, kind: str, typed: Mapping[str, object]) -> None:
+    """Raise ValueError for the first key of typed, key -> value, that has no effect in this run.
+
+    A value that asks for nothing (null, false, 0, an empty text or list) is let through. kind: of the start.
+    """
+    for key, value in typed.items():
+        for each in TABLE:
+            mine = any(key == name or key.startswith(f"{name}.") for name in each.keys)
+            if mine and value and each.idle(run, kind):
+                raise ValueError(f"{key}={value} {each.way.format(run=run, kind=kind)}")

@@ -1,0 +1,83 @@
+"""The adapter that a run starts from (method.init_from): is it finite, and was it trained on this base model."""
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dsft.folder import provenance
+from dsft.methods.stored import NATIVE, PEFT, TENSORS
+
+NAMED = {NATIVE: "base_model", PEFT: "base_model_name_or_path"}
+"""File of an adapter that describes it -> its key with the name of the base."""
+
+
+def check(init_from: str | None, base_digest: str, base: str) -> str | None:
+    """Refuse an adapter of another base model, and one with a NaN or Inf; return what a person should know of it.
+
+    base_digest, base: content and name of this run's base. What does not fit in shape has been refused by the method.
+    Raises ValueError.
+    """
+    if init_from is None:
+        return None
+    given = Path(init_from).expanduser()
+    folder = given / "adapter" if (given / "config.yaml").is_file() else given
+    described = next((folder / name for name in NAMED if (folder / name).is_file()), None)
+    if described is None:  # of a format that a package has brought with its method
+        return None
+    said = _check_base(described, base_digest, base)
+    _check_finite(folder / TENSORS)
+    return said
+
+
+def _check_base(described: Path, digest: str, base: str) -> str | None:
+    run_dir = described.parent.parent
+    known = provenance(run_dir) if described.parent.name == "adapter" and (run_dir / "config.yaml").is_file() else {}
+    there = _json(described).get(NAMED[described.name])
+    if (was := known.get("base_digest")) is not None:
+        if was != digest:
+            raise ValueError(
+                f"method.init_from must be an adapter of this base model, {base} ({digest[:12]} by its content), got "
+                f"one of {there} ({was[:12]}); take the model that it was trained on"
+            )
+        return None
+    if not isinstance(there, str):
+        return f"method.init_from: whether it is of this base was not checked, {described} names none"
+    if not same_name(there, base):
+        raise ValueError(
+            f"method.init_from must be an adapter of this base model, {base}, got one of {there} by {described}; take "
+            f"that model or, if it is the same under another name, set {NAMED[described.name]} there"
+        )
+    return f"method.init_from: that it is of this base is known by the name alone, {there} in {described}"
+
+
+def same_name(one: str, other: str) -> bool:
+    """Return True if two names may be one model's: equal hub ids, or, where one is a folder, equal last parts."""
+    names = [_hub_id(name) for name in (one, other)]
+    if not all(re.fullmatch(r"[\w.-]+/[\w.-]+", name) for name in names):
+        names = [name.rpartition("/")[2] for name in names]
+    return names[0] == names[1]
+
+
+def _hub_id(name: str) -> str:
+    """The hub id that a folder of the hub's cache is of; any other name without what does not tell it apart."""
+    found = re.search(r"models--([^/]+)--([^/]+)/snapshots/", name)
+    return (f"{found[1]}/{found[2]}" if found else name.rstrip("/")).lower()
+
+
+def _check_finite(file: Path) -> None:
+    from safetensors import safe_open
+
+    with safe_open(file, "pt") as opened:
+        for name in opened.keys():
+            if not bool(opened.get_tensor(name).float().isfinite().all()):
+                raise ValueError(
+                    f"method.init_from must hold finite numbers, got NaN or Inf in {name} of {file}; take an adapter "
+                    "that did not diverge, or leave it out"
+                )
+
+
+def _json(file: Path) -> Mapping[str, Any]:
+    content: Mapping[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    return content

@@ -1,0 +1,52 @@
+"""How a process of ours begins and ends where its streams are closed, or nobody reads them any more."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SPEAKS = """
+import subprocess, sys
+from pathlib import Path
+
+from dsft.entry import enter, lose_lines
+
+def main():
+    if "lossy" in sys.argv:
+        lose_lines()
+    with open(sys.argv[1], "w") as file:
+        print("out", flush=True)
+        print("err", file=sys.stderr, flush=True)
+        subprocess.run(["sh", "-c", "echo child; echo child >&2"], check=True)
+        file.write(f"{sys.stdin.read()!r} {file.fileno() > 2}")
+    return 7
+
+enter(main)
+"""
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&-", ">&- 2>&- <&-"])
+def test_a_closed_stream_is_the_null_device_and_no_file_takes_its_number(closed: str, tmp_path: Path) -> None:
+    command = ["sh", "-c", f'exec "$@" {closed}', "sh", sys.executable, "-c", SPEAKS, str(tmp_path / "file")]
+    done = subprocess.run(command, input="", capture_output=True, text=True, check=False)
+    assert done.returncode == 7, done.stderr
+    assert (tmp_path / "file").read_text() == "'' True"
+    assert done.stdout == ("" if closed.startswith(">&-") else "out\nchild\n")
+    assert done.stderr == ("" if "2>&-" in closed else "err\nchild\n")
+
+
+@pytest.mark.parametrize(("words", "code", "ran"), [([], 128 + signal.SIGPIPE, False), (["lossy"], 7, True)])
+def test_where_nobody_reads_it_ends_quietly_or_goes_on_once_it_works(
+    words: list[str], code: int, ran: bool, tmp_path: Path
+) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-c", SPEAKS.replace("echo child; ", ""), str(tmp_path / "file"), *words]
+    done = subprocess.run(command, input=b"", stdout=writer, stderr=subprocess.PIPE, check=False)
+    os.close(writer)
+    assert done.returncode == code, done.stderr
+    assert done.stderr == (b"err\nchild\n" if ran else b"")
+    assert (tmp_path / "file").read_text() == ("'' True" if ran else "")
