@@ -10,16 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import faults
+from tests import warm
 
 
 def dsft(*words: str) -> "subprocess.CompletedProcess[str]":
-    return subprocess.run([sys.executable, "-m", "dsft.run", *words], capture_output=True, text=True, check=False)
+    return warm.run("dsft.run", *words)
 
 
 def verb(*words: str | Path) -> "subprocess.CompletedProcess[str]":
     """Python -m dsft.sweep."""
-    command = [sys.executable, "-m", "dsft.sweep", *map(str, words)]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+    return warm.run("dsft.sweep", *words)
 
 
 def states(sweep: Path) -> list[str]:

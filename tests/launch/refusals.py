@@ -3,8 +3,9 @@
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
+
+from tests import warm
 
 ROWS = [{"question": f"What is {n} + {n}?", "answer": str(2 * n)} for n in range(8)]
 
@@ -23,8 +24,7 @@ def good(folder: Path) -> list[str]:
 
 
 def start(*words: str) -> "subprocess.CompletedProcess[str]":
-    command = [*POWERLESS, sys.executable, "-m", "dsft.run", *words]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+    return warm.run("dsft.run", *words, prefix=POWERLESS)
 
 
 def is_refused(done: "subprocess.CompletedProcess[str]", expected: str) -> None:

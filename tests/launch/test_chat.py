@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import warm
 from tests.launch.processes import dsft
 
 SMALL = [
@@ -29,8 +30,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def _chat(*words: str | Path, typed: str = "") -> "subprocess.CompletedProcess[str]":
-    command = [sys.executable, "-m", "dsft.chat", *map(str, words), "--max-new-tokens", "6"]
-    return subprocess.run(command, input=typed, capture_output=True, text=True, check=False)
+    return warm.run("dsft.chat", *words, "--max-new-tokens", "6", typed=typed)
 
 
 def test_one_prompt_is_answered_by_the_base_and_by_each_run_under_its_name(runs: dict[str, Path]) -> None:
@@ -155,9 +155,7 @@ def test_bad_input_is_one_line_and_soon(runs: dict[str, Path], tmp_path: Path, w
     shutil.copytree(runs["houlsby"] / "adapter", tmp_path / "whole")
     given = [word(tmp_path / "bad") if callable(word) else runs.get(str(word), word) for word in words]
     began = time.monotonic()
-    done = subprocess.run(
-        [sys.executable, "-m", "dsft.chat", *map(str, given)], capture_output=True, text=True, check=False
-    )
+    done = warm.run("dsft.chat", *map(str, given))
     took = time.monotonic() - began
     assert done.returncode == 2
     assert line in done.stderr

@@ -2,13 +2,13 @@
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from tests import warm
 from tests.launch.processes import dsft
 
 SMALL = [
@@ -18,8 +18,7 @@ SMALL = [
 
 
 def _export(run_dir: Path, to: str, out: Path) -> "subprocess.CompletedProcess[str]":
-    command = [sys.executable, "-m", "dsft.export", run_dir, "--to", to, out]
-    return subprocess.run([str(word) for word in command], capture_output=True, text=True, check=False)
+    return warm.run("dsft.export", run_dir, "--to", to, out)
 
 
 def _ran(run_dir: Path, *words: str) -> None:

@@ -14,6 +14,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests import warm
+
 SMALL = [
     "model=tiny", "method=lora", "data=reasoning_gym", "data.size=64", "data.eval_size=4", "train.precision=fp32",
     "train.global_batch_size=4", "tracker=[none]", "launcher=local", "optim.lr=1e-3",
@@ -22,7 +24,7 @@ SMALL = [
 
 
 def dsft(*words: str, verb: str = "run") -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", f"dsft.{verb}", *words], capture_output=True, text=True, check=False)
+    return warm.run(f"dsft.{verb}", *words)
 
 
 def lines(path: Path) -> list[dict[str, object]]:
