@@ -15,7 +15,7 @@ from dsft import dispatch, folder
 from dsft.checkpoint import lease
 from dsft.compose import Composed, compose, hand_to_hydra, hydra_flags
 from dsft.entry import enter
-from dsft.preflight import announce, preflight
+from dsft.preflight import announce, preflight, rehearse, tell_unchecked
 from dsft.wording import refuse
 
 
@@ -47,6 +47,9 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 def _start(composed: Composed) -> int:
     """Check, make the run folder, and start the processes: in this one if it is alone."""
     run_dir = Path(composed.run.run_dir)
+    if dispatch.is_dry(composed):
+        tell_unchecked(rehearse(composed))
+        return dispatch.show(composed)
     folder.check_place(run_dir)
     os.environ[lease.START] = uuid.uuid4().hex  # what this start holds is its ranks' at once
     if composed.start.kind == "slurm":
