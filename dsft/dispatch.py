@@ -32,12 +32,11 @@ def is_dry(composed: Composed) -> bool:
     return composed.start.kind == "slurm" and _asked(composed).dry_run
 
 
-def show(composed: Composed) -> int:
-    """Print the batch script; the exit code."""
+def show(composed: Composed) -> None:
+    """Print the batch script."""
     run_dir = _folder(composed)
     asked = request(composed, snapshot.place(run_dir), run_dir)
     print(submit.script(asked, batch_step(composed, str(run_dir)), run_dir / "slurm"))
-    return DONE
 
 
 def dispatch(composed: Composed, create: Callable[[], None]) -> int:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
-from dsft_launchers.codes import CRASHED, STOPPED, USER_ERROR
+from dsft_launchers.codes import CRASHED, DONE, STOPPED, USER_ERROR
 from dsft_launchers.verdict import CANNOT_BEGIN, CannotBeginError
 
 from dsft import dispatch, folder
@@ -48,8 +48,10 @@ def _start(composed: Composed) -> int:
     """Check, make the run folder, and start the processes: in this one if it is alone."""
     run_dir = Path(composed.run.run_dir)
     if dispatch.is_dry(composed):
-        tell_unchecked(rehearse(composed))
-        return dispatch.show(composed)
+        unchecked = rehearse(composed)
+        dispatch.show(composed)
+        tell_unchecked(unchecked)
+        return DONE
     folder.check_place(run_dir)
     os.environ[lease.START] = uuid.uuid4().hex  # what this start holds is its ranks' at once
     if composed.start.kind == "slurm":
