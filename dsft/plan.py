@@ -95,7 +95,8 @@ def make_plan(composed: Composed, files: "ModelFiles", *, device_bytes: int | No
     accelerator = composed.start.place.gpus > 0
     budgets = estimates(run, bones, composed.start.size, accelerator=accelerator)
     memory = budgets[run.train.gradient_checkpointing].as_dict()
-    memory["available"] = device_bytes or _available(composed, accelerator=accelerator)
+    here = device_bytes is None
+    memory["available"] = _available(composed, accelerator=accelerator) if here else device_bytes
     names = {choice.group: choice.option for choice in composed.choices}
     providers = {choice.group: choice.provider for choice in composed.choices if choice.provider != "dsft"}
     return {
@@ -107,7 +108,7 @@ def make_plan(composed: Composed, files: "ModelFiles", *, device_bytes: int | No
         "quantization": run.quantization.report(bones.model),
         "memory": memory,
         "total_by_gradient_checkpointing": {name: budget.as_dict()["total"] for name, budget in budgets.items()},
-        "gpu": device_bytes,
+        "gpu_bytes": device_bytes,
         "proven": proven(run, names, providers, experts=bool(bones.anatomy.experts)),
         "notes": list(_notes(run, memory, device_bytes, accelerator=accelerator)),
         "global_batch_size": run.train.global_batch_size,
@@ -152,11 +153,11 @@ def _memory(memory: Mapping[str, int | None]) -> Iterator[str]:
 
 def _recomputed(plan: Mapping[str, Any]) -> Iterator[str]:
     """What each way to recompute comes to, against a GPU that was named."""
-    if plan["gpu"] is None:
+    if plan["gpu_bytes"] is None:
         return
     least = "at least " if plan["memory"]["activations"] is None else ""
     for name, total in plan["total_by_gradient_checkpointing"].items():
-        fits = "does not fit" if total > plan["gpu"] else "unknown whether it fits" if least else "fits"
+        fits = "does not fit" if total > plan["gpu_bytes"] else "unknown whether it fits" if least else "fits"
         yield f"  train.gradient_checkpointing={name:<10} {least}{total / 2**30:8.2f} GiB  {fits}"
 
 

@@ -67,7 +67,7 @@ def test_what_is_elsewhere_is_not_held_against_this_machine(capsys: pytest.Captu
 def test_a_plan_for_gpus_says_what_fits(capsys: pytest.CaptureFixture[str]) -> None:
     words = ["model=llama8b", "method=lora", "launcher=slurm", "launcher.devices=8", "--gpu=14.5"]
     found = as_json(capsys, *words)
-    assert found["memory"]["available"] == found["gpu"] == 14.5 * GIB
+    assert found["memory"]["available"] == found["gpu_bytes"] == 14.5 * GIB
     assert any("bf16, as nodes with 8 GPUs compute" in line for line in found["repaired"])
     totals = found["total_by_gradient_checkpointing"]
     assert totals["none"] == found["memory"]["total"] > totals["selective"] > totals["full"]
@@ -133,7 +133,8 @@ def test_a_job_without_slurm_is_refused_and_its_script_is_printed(capsys: pytest
     ("words", "line"),
     [
         (["method.target_modules=none_such"], "none_such"),
-        (["data=local", "data.path=rows.jsonl"], "rows.jsonl"),
+        (["data.path=rows.jsonl"], "rows.jsonl"),
+        (["data.path=rows.jsonl", "model=custom", "model.path=some/model"], "rows.jsonl"),
         (["run_dir=rows.jsonl"], "run_dir must be a folder"),
     ],
 )
