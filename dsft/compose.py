@@ -56,13 +56,16 @@ class Composed:
     repairs: tuple[str, ...]
 
 
-def compose(overrides: Sequence[str]) -> Composed:
-    """Compose what was typed. Raises ValueError with one line for every mistake of the user's."""
+def compose(overrides: Sequence[str], *, planning: bool = False, gpus: bool = False) -> Composed:
+    """Compose what was typed. Raises ValueError with one line for every mistake of the user's.
+
+    planning: nothing will be started, so that its processes may be elsewhere; gpus: each of them has a GPU there.
+    """
     if typed := [word for word in overrides if word.lstrip("+").startswith("method.lr=")]:
         raise ValueError(f"method.lr must stay the YAML's, got {typed[0]}; set optim.lr, whose default it is")
     values = _check_typed(overrides)
     tree, chosen = _compose_tree(list(overrides))
-    start = _start(tree["launcher"])
+    start = _start(tree["launcher"], planning=planning, on_gpus=gpus)
     size = start.size
     repairs = [f"launcher={tree['launcher']['name']}: {start.kind}, {start.why}"]
     if tree["strategy"]["_target_"] == "auto":
@@ -177,14 +180,20 @@ def _compose_tree(overrides: list[str]) -> tuple[dict[str, Any], list[Choice]]:
     return tree, found
 
 
-def _start(tree: Mapping[str, Any]) -> Started:
+def _start(tree: Mapping[str, Any], *, planning: bool, on_gpus: bool) -> Started:
     launcher: config.Launcher = build_dataclass(_plain_class("launcher", tree), tree, "launcher")
     dry_run = isinstance(launcher, config.Slurm) and launcher.dry_run
-    found = resolve(launcher.name, os.environ, devices=launcher.devices, nodes=launcher.nodes, dry_run=dry_run)
+    found = resolve(
+        launcher.name, os.environ, devices=launcher.devices, nodes=launcher.nodes, dry_run=dry_run, planning=planning
+    )
     gpus = gpus_of(getattr(launcher, "partition", None)) if found.kind == "slurm" else count_devices(os.environ)
     devices = max(1, gpus) if launcher.devices == "auto" else launcher.devices
     size = int(found.variables.get("WORLD_SIZE", devices * launcher.nodes))
-    return Started(found.kind, found.why, rules.Place(size, gpus, found.kind != "slurm"), devices, found.variables)
+    unnamed = planning and launcher.name == "auto" and not found.variables  # nobody said: on this machine
+    here = found.kind != "slurm" and not on_gpus and not (unnamed and devices > max(1, gpus))
+    why = found.why if here or found.kind == "slurm" else f"planned for {size} processes that may be elsewhere"
+    place = rules.Place(size, devices if on_gpus else gpus, here)
+    return Started(found.kind, why, place, devices, found.variables)
 
 
 def _plain_class(group: str, tree: Mapping[str, Any]) -> type:

@@ -23,9 +23,20 @@ JOB = "slurm/job.json"
 
 
 def check(composed: Composed) -> None:
-    """Refuse what this cluster would, or a folder that another job works on. Raises ValueError; writes nothing."""
-    if not _asked(composed).dry_run:
-        submit.check(request(composed, None, _folder(composed)), _folder(composed))
+    """Refuse what this cluster would. Raises ValueError; writes nothing."""
+    submit.check(request(composed, None, _folder(composed)), _folder(composed))
+
+
+def is_dry(composed: Composed) -> bool:
+    """Whether the batch script is to be printed, and nothing submitted."""
+    return composed.start.kind == "slurm" and _asked(composed).dry_run
+
+
+def show(composed: Composed) -> None:
+    """Print the batch script."""
+    run_dir = _folder(composed)
+    asked = request(composed, snapshot.place(run_dir), run_dir)
+    print(submit.script(asked, batch_step(composed, str(run_dir)), run_dir / "slurm"))
 
 
 def dispatch(composed: Composed, create: Callable[[], None]) -> int:
@@ -36,9 +47,6 @@ def dispatch(composed: Composed, create: Callable[[], None]) -> int:
     launcher, run_dir = _asked(composed), _folder(composed)
     code = snapshot.place(run_dir)
     asked, command = request(composed, code, run_dir), batch_step(composed, str(run_dir))
-    if launcher.dry_run:
-        print(submit.script(asked, command, run_dir / "slurm"))
-        return DONE
     job_id = submit.submit(asked, command, run_dir / "slurm")
     try:
         if composed.run.resume.takeover:  # in the name of the job, whose ranks have it then

@@ -13,6 +13,10 @@ STAGE = (
 """The way out of what is not in a cache."""
 
 
+class AbsentError(ValueError):
+    """What a run needs and this machine has not, though the machine that it runs on may: a model, data."""
+
+
 def unplug() -> None:
     """From here on this process takes what the caches have, unless the user set otherwise; before the hub's import."""
     os.environ.setdefault(HUB, "1")

@@ -1,6 +1,7 @@
-"""python -m dsft.plan [overrides] [--json]: what a run would be, in seconds and without weights."""
+"""python -m dsft.plan [overrides] [--gpu N] [--json]: what a run would be, in seconds and without weights."""
 
 import json
+import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -9,31 +10,82 @@ from dsft.compose import Composed, compose, hydra_flags
 from dsft.config import Run
 from dsft.entry import enter
 from dsft.proven import proven
+from dsft.wording import refuse
 
 if TYPE_CHECKING:
     from dsft.models.files import ModelFiles
 
 
+USAGE = """usage: python -m dsft.plan [KEY=VALUE ...] [--gpu N] [--json] [--config-dir DIR]
+
+Shows what python -m dsft.run with the same overrides would be: parameters by role, memory of a rank part by part, what
+is chosen or refused, whether the combination was tested. Loads no weights, reads no data, starts nothing. Works for
+GPUs and SLURM jobs that are elsewhere, and without a network for models whose shape is under conf/model.
+
+  --gpu N           the run is for GPUs of N GiB each: held against them, with each train.gradient_checkpointing
+  --json            one JSON object instead of text; memory in bytes per rank, memory.available null if it is unknown
+  --config-dir DIR  a folder with options of your own
+  --help            this
+
+example: python -m dsft.plan method=qlora model=llama70b launcher.nodes=4 launcher.devices=8 --gpu 80
+exit codes: 0 the plan is printed, also of what does not fit; 2 the run would be refused: one line on stderr says why
+"""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the plan; 2 if the run is refused."""
     words = list(sys.argv[1:] if argv is None else argv)
-    as_json = "--json" in words
+    if {"--help", "-h"} & set(words):
+        print(USAGE, end="")
+        return 0
     try:
-        _, overrides = hydra_flags([word for word in words if word != "--json"])
-        composed = compose(overrides)
+        words, gpu = _take_gpu(words)
+        flags, overrides = hydra_flags([word for word in words if word != "--json"])
+        if flags:
+            raise ValueError(f"dsft.plan plans one run and takes no {_foreign(flags)}; see python -m dsft.plan --help")
+        composed = compose(overrides, planning=True, gpus=gpu is not None)
         composed.run.model.check(planning=True)
-        plan = make_plan(composed, composed.run.model.resolve(planning=True))
+        plan = make_plan(composed, composed.run.model.resolve(planning=True), device_bytes=gpu)
     except ValueError as error:
-        print(f"dsft: {error}", file=sys.stderr)
-        return 2
-    print(json.dumps(plan, indent=1) if as_json else as_text(plan))
+        return refuse(error)
+    place = composed.start.place
+    if not place.here and not place.gpus:
+        plan["notes"].append("counted as on CPUs, bf16 or not as on this machine; --gpu N, GiB of each, plans for GPUs")
+    print(json.dumps(plan, indent=1) if "--json" in words else as_text(plan))
     return 0
 
 
-def make_plan(composed: Composed, files: "ModelFiles") -> dict[str, Any]:
-    """One JSON object: parameters (total, trainable, by role), memory of a rank in bytes, choices, repairs."""
+def _take_gpu(words: Sequence[str]) -> tuple[list[str], int | None]:
+    """The words without --gpu N, and bytes for its GiB. Raises ValueError unless N is a number above 0."""
+    for index, word in enumerate(words):
+        if word != "--gpu" and not word.startswith("--gpu="):
+            continue
+        own = 1 if "=" in word else 2
+        given = [word.partition("=")[2]] if own == 1 else words[index + 1 : index + 2]
+        rest, other = _take_gpu([*words[:index], *words[index + own :]])
+        try:
+            gib = float(given[0]) if given and other is None else math.nan
+        except ValueError:
+            gib = math.nan
+        if not 0 < gib < math.inf:
+            got = "two" if other is not None else given[0] if given else "none"
+            raise ValueError(f"--gpu must be the GiB of one GPU, a number above 0, got {got}; such as --gpu 80")
+        return rest, round(gib * 2**30)
+    return list(words), None
+
+
+def _foreign(flags: Sequence[str]) -> str:
+    """The first of Hydra's flags that is not --config-dir, which the plan takes too."""
+    return next(word for word in flags if word.startswith("-") and word.split("=")[0] not in ("--config-dir", "-cd"))
+
+
+def make_plan(composed: Composed, files: "ModelFiles", *, device_bytes: int | None = None) -> dict[str, Any]:
+    """One JSON object: parameters (total, trainable, by role), memory of a rank in bytes, choices, repairs.
+
+    device_bytes: of a rank's device, where it is not this machine's.
+    """
     from dsft.engine.assemble import skeleton
-    from dsft.engine.budget import estimate
+    from dsft.engine.budget import estimates
     from dsft.models.census import census
 
     run = composed.run
@@ -41,8 +93,10 @@ def make_plan(composed: Composed, files: "ModelFiles") -> dict[str, Any]:
     bones = skeleton(run, files)
     counts = census(bones.model, bones.anatomy)
     accelerator = composed.start.place.gpus > 0
-    memory = estimate(run, bones, composed.start.size, accelerator=accelerator).as_dict()
-    memory["available"] = _available(composed, accelerator=accelerator)
+    budgets = estimates(run, bones, composed.start.size, accelerator=accelerator)
+    memory = budgets[run.train.gradient_checkpointing].as_dict()
+    here = device_bytes is None
+    memory["available"] = _available(composed, accelerator=accelerator) if here else device_bytes
     names = {choice.group: choice.option for choice in composed.choices}
     providers = {choice.group: choice.provider for choice in composed.choices if choice.provider != "dsft"}
     return {
@@ -53,8 +107,10 @@ def make_plan(composed: Composed, files: "ModelFiles") -> dict[str, Any]:
         "parameters": counts,
         "quantization": run.quantization.report(bones.model),
         "memory": memory,
+        "total_by_gradient_checkpointing": {name: budget.as_dict()["total"] for name, budget in budgets.items()},
+        "gpu_bytes": device_bytes,
         "proven": proven(run, names, providers, experts=bool(bones.anatomy.experts)),
-        "notes": list(_notes(run, memory, accelerator=accelerator)),
+        "notes": list(_notes(run, memory, device_bytes, accelerator=accelerator)),
         "global_batch_size": run.train.global_batch_size,
     }
 
@@ -95,13 +151,24 @@ def _memory(memory: Mapping[str, int | None]) -> Iterator[str]:
     yield f"memory       {least}{gib('total')}{of} GiB per rank: " + ", ".join(f"{name} {gib(name)}" for name in parts)
 
 
-def _notes(run: Run, memory: Mapping[str, int | None], *, accelerator: bool) -> Iterator[str]:
+def _recomputed(plan: Mapping[str, Any]) -> Iterator[str]:
+    """What each way to recompute comes to, against a GPU that was named."""
+    if plan["gpu_bytes"] is None:
+        return
+    least = "at least " if plan["memory"]["activations"] is None else ""
+    for name, total in plan["total_by_gradient_checkpointing"].items():
+        fits = "does not fit" if total > plan["gpu_bytes"] else "unknown whether it fits" if least else "fits"
+        yield f"  train.gradient_checkpointing={name:<10} {least}{total / 2**30:8.2f} GiB  {fits}"
+
+
+def _notes(run: Run, memory: Mapping[str, int | None], device_bytes: int | None, *, accelerator: bool) -> Iterator[str]:
     """What a person should know of the plan, and no reason to refuse it."""
     total, available = memory["total"], memory["available"]
     if total is not None and available is not None and total > available:
+        whose = "this machine's memory" if device_bytes is None else f"a GPU of {device_bytes / 2**30:g} GiB"
         yield (
-            "this machine's memory will not do: lower train.micro_batch_tokens, set train.gradient_checkpointing=full, "
-            "take method=qlora or strategy=fsdp on more devices"
+            f"{whose} will not do: lower train.micro_batch_tokens, set train.gradient_checkpointing=full, take "
+            "method=qlora or strategy=fsdp on more devices"
         )
     if run.train.offload_activations and not accelerator:
         yield "train.offload_activations does nothing here: without an accelerator they are in host memory as it is"
@@ -121,7 +188,7 @@ def as_text(plan: dict[str, Any]) -> str:
         for role, part in counts["by_role"].items()
     ]
     lines += [f"quantization {plan['quantization']}"] if plan["quantization"] else []
-    lines += _memory(plan["memory"])
+    lines += [*_memory(plan["memory"]), *_recomputed(plan)]
     lines += [f"proven       {plan['proven']}"] if plan["proven"] else []
     lines += [f"provided by  {group}: {provider}" for group, provider in plan["providers"].items()]
     lines += [f"repaired     {line}" for line in plan["repaired"]]

@@ -1,14 +1,20 @@
 """Before a run: all that can be refused is refused here, without weights; and what its user is told."""
 
-from collections.abc import Mapping
+import contextlib
+import errno
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dsft_launchers import cluster
 from rich.console import Console
 
 from dsft import folder, offline, origin, published
 from dsft.compose import Composed
 from dsft.config import Run
+from dsft.offline import AbsentError
 
 if TYPE_CHECKING:
     from dsft.data.open import Dataset
@@ -31,20 +37,16 @@ def preflight(composed: Composed) -> dict[str, Any] | None:
         tracker.check()
     run.data.check()
     files = run.model.resolve()
-    from dsft.data.open import open_data
-    from dsft.data.order import total_steps
-
-    data = open_data(run.data, files.tokenizer(), max_length=run.train.max_length, seed=run.train.seed)
-    _check_fit(run, files, data)
-    total = total_steps(run.train, len(data.train))
-    run.method.check(total)
+    data = _open(run, files, files.tokenizer())
     digests = {"base_digest": files.digest(), "data_digest": data.digest}
     folder.check_digests(run_dir, digests, composed.resolved)
     if done:
         published.check(run_dir)
         return None
+    from dsft.data.order import total_steps
+
     if not anew:
-        folder.check_steps(run_dir, total, "train.epochs")
+        folder.check_steps(run_dir, total_steps(run.train, len(data.train)), "train.epochs")
     from dsft.plan import make_plan
 
     plan = make_plan(composed, files)
@@ -59,6 +61,77 @@ def _origin(composed: Composed, base_digest: str, files: "ModelFiles") -> list[s
     started = composed.resolved["method"]
     found = origin.check(started["init_from"], base_digest, files.name_or_path) if "init_from" in started else None
     return [] if found is None else [found]
+
+
+def rehearse(composed: Composed) -> list[str]:
+    """Refuse what preflight refuses of a job that is printed and not submitted, as far as this machine can tell.
+
+    Returns what could not be checked, as it is on other machines. Raises ValueError for what cannot work.
+    """
+    from dsft.plan import make_plan
+
+    run, unchecked, files = composed.run, list[str](), None
+    offline.unplug()
+    _rehearse_folder(composed, unchecked)
+    for tracker in run.tracker.values():
+        tracker.check()
+    with _noted(unchecked, "the data"):
+        run.data.check()
+    with _noted(unchecked, "the model's weights and tokenizer"):
+        run.model.check()
+        files = run.model.resolve()
+        tokenizer = files.tokenizer()
+        if "the data" not in unchecked:
+            with _noted(unchecked, "the data"):
+                _open(run, files, tokenizer)
+    if "the data" not in unchecked and "the model's weights and tokenizer" in unchecked:
+        unchecked.append("the data's tokens")
+    with _noted(unchecked, "the model's shape"):
+        make_plan(composed, files or run.model.resolve(planning=True))
+    if not cluster.answers():
+        blind = "" if composed.start.place.gpus else " (the script asks for no GPUs)"
+        unchecked.append(f"the cluster{blind}")
+    return unchecked
+
+
+def tell_unchecked(unchecked: Sequence[str]) -> None:
+    """Say on stderr what rehearse could not check."""
+    if unchecked:
+        *most, last = unchecked
+        named = f"{', '.join(most)} and {last}" if most else last
+        print(f"dsft: not checked, as it is not on this machine: {named}", file=sys.stderr)
+
+
+def _rehearse_folder(composed: Composed, unchecked: list[str]) -> None:
+    """Check the run folder; one that this machine may not make is another machine's."""
+    run_dir = Path(composed.run.run_dir)
+    try:
+        folder.check(run_dir, composed.resolved)
+    except ValueError as error:
+        forbidden = getattr(error.__cause__, "errno", None) in (errno.EACCES, errno.EPERM, errno.EROFS)
+        if not forbidden or os.path.lexists(run_dir):
+            raise
+        unchecked.append("the run folder")
+
+
+@contextlib.contextmanager
+def _noted(unchecked: list[str], what: str) -> Iterator[None]:
+    """Note what is not on this machine, and go on behind the block."""
+    try:
+        yield
+    except AbsentError:
+        unchecked.append(what)
+
+
+def _open(run: Run, files: "ModelFiles", tokenizer: Any) -> "Dataset":
+    """The data, tokenised and found to fit model, metric and method."""
+    from dsft.data.open import open_data
+    from dsft.data.order import total_steps
+
+    data = open_data(run.data, tokenizer, max_length=run.train.max_length, seed=run.train.seed)
+    _check_fit(run, files, data)
+    run.method.check(total_steps(run.train, len(data.train)))
+    return data
 
 
 def _check_fit(run: Run, files: "ModelFiles", data: "Dataset") -> None:

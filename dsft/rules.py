@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from dsft.config import Run, Slurm
 
 
@@ -49,6 +51,9 @@ SHARD_WISE = ("adamw", "sgd")
 
 MOVE_IN_BACKWARD = ("single", "fsdp", "hsdp")
 """Strategies whose gradients are whole, over all ranks, when the hook of a parameter is called."""
+
+LEAST_BATCH = 16
+"""Examples of an optimizer step where nobody chose; more data ranks than that get one each."""
 
 PER_CORE = 8
 """Processes that a core may carry where there is no accelerator."""
@@ -194,6 +199,7 @@ def repair(tree: Mapping[str, Any], at: Place) -> tuple[dict[str, Any], tuple[st
     """The tree with what can only mean one thing filled in, and a sentence for each change."""
     fixed = deepcopy(dict(tree))
     train, said = fixed["train"], _rated(fixed["method"], fixed["optim"])
+    said += _sized(fixed, at.size)
     if train["steps"] is None and train["epochs"] is None:
         train["epochs"] = 1.0
         said.append("train.epochs=1: neither train.steps nor train.epochs was given")
@@ -221,6 +227,33 @@ def _rated(method: dict[str, Any], optim: dict[str, Any]) -> list[str]:
         )
     optim["lr"] = float(own)
     return [f"optim.lr=auto: {own:g}, as the YAML of the method has it"]
+
+
+def _sized(fixed: dict[str, Any], ranks: int) -> list[str]:
+    """Settle train.global_batch_size=auto: what run_dir was made with, else at least one example for each data rank."""
+    train, run_dir = fixed["train"], str(fixed["run_dir"])
+    asked = train["global_batch_size"]
+    if asked != "auto":
+        if isinstance(asked, bool) or not isinstance(asked, int):
+            raise ValueError(f"train.global_batch_size must be auto or an integer, got {asked!r}")
+        return []
+    kept = None if fixed["resume"]["anew"] is True else _kept_batch(Path(run_dir) / "config.yaml")
+    train["global_batch_size"] = max(LEAST_BATCH, ranks) if kept is None else kept
+    why = (
+        f"for up to {LEAST_BATCH} data ranks" if ranks <= LEAST_BATCH else f"one example for each of {ranks} data ranks"
+    )
+    if kept is not None:
+        why = f"which {run_dir} was made with"
+    return [f"train.global_batch_size=auto: {train['global_batch_size']}, {why}"]
+
+
+def _kept_batch(config: Path) -> int | None:
+    """The number of a run folder's config.yaml; None without one that can be read, which the run itself refuses."""
+    try:
+        kept = yaml.safe_load(config.read_text())["train"]["global_batch_size"]
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError):
+        return None
+    return kept if isinstance(kept, int) else None
 
 
 def computes_bf16(gpus: int) -> bool:

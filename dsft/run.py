@@ -8,14 +8,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
-from dsft_launchers.codes import CRASHED, STOPPED, USER_ERROR
+from dsft_launchers.codes import CRASHED, DONE, STOPPED, USER_ERROR
 from dsft_launchers.verdict import CANNOT_BEGIN, CannotBeginError
 
 from dsft import dispatch, folder
 from dsft.checkpoint import lease
 from dsft.compose import Composed, compose, hand_to_hydra, hydra_flags
 from dsft.entry import BEGUN, enter, lose_lines
-from dsft.preflight import announce, preflight
+from dsft.preflight import announce, preflight, rehearse, tell_unchecked
 from dsft.wording import refuse
 
 
@@ -47,6 +47,11 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 def _start(composed: Composed) -> int:
     """Check, make the run folder, and start the processes: in this one if it is alone."""
     run_dir = Path(composed.run.run_dir)
+    if dispatch.is_dry(composed):
+        unchecked = rehearse(composed)
+        dispatch.show(composed)
+        tell_unchecked(unchecked)
+        return DONE
     folder.check_place(run_dir)
     os.environ[lease.START] = uuid.uuid4().hex  # what this start holds is its ranks' at once
     if composed.start.kind == "slurm":

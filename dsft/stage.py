@@ -12,20 +12,30 @@ from dsft.config import Run
 from dsft.entry import enter, lose_lines
 from dsft.wording import refuse
 
+USAGE = """usage: python -m dsft.stage [KEY=VALUE ...] [--config-dir DIR]
+
+Fetches model, tokenizer and data of python -m dsft.run with the same overrides into the caches that the run reads,
+$HF_HOME and $DSFT_CACHE, and tokenises. To be started where there is a network, before a SLURM job: its nodes often
+have none. Says what is new; a second call finds all of it.
+
+example: python -m dsft.stage method=qlora model=llama70b data=hf data.path=openai/gsm8k data.name=main
+exit codes: 0 all is there; 2 refused, or something cannot be had: one line on stderr; 75 stopped: run it again
+"""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Fetch, and say what; 2 if the run is refused or something cannot be had."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if {"--help", "-h"} & set(words):
+        print(USAGE, end="")
+        return 0
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    words = list(sys.argv[1:] if argv is None else argv)
-    if {"-h", "--help"} & set(words):
-        print(__doc__)
-        return 0
     try:
         flags, overrides = hydra_flags(words)
         if flags:
             raise ValueError(f"dsft.stage takes overrides only, got {flags[0]}; stage the points of a sweep one by one")
-        run = compose(overrides).run
+        run = compose(overrides, planning=True).run
         lose_lines()
         stage(run)
     except ValueError as error:

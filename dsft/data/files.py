@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from dsft.offline import AbsentError
+
 
 class Record(NamedTuple):
     """One row as it lies in the file. row is zero-based; for jsonl it is the line's index, blank lines included."""
@@ -23,7 +25,7 @@ def check_file(path: str, *, key: str) -> None:
     """Raise ValueError unless path is a file with content whose suffix can be read; key is the configuration key."""
     file = Path(path).expanduser()
     if not file.exists():
-        raise ValueError(f"{key} must be a file that exists, got {path}; correct the path")
+        raise AbsentError(f"{key} must be a file that exists, got {path}; correct the path")
     if not file.is_file():
         raise ValueError(
             f"{key} must be a file, got the folder {path}; name one file in it, or use data=hf for a folder"

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from dsft.data import formats
 from dsft.data.files import Record
 from dsft.data.source import Sample, check_shared, score_exact
-from dsft.offline import STAGE, unplugged
+from dsft.offline import STAGE, AbsentError, unplugged
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +43,7 @@ class HuggingFace:
         if find_spec("datasets") is None:
             raise ValueError("data=hf must have the datasets library, got none; pip install 'dsft[hf]'")
         if self.path.startswith(("/", "./", "../", "~")) and not self._folder().is_dir():
-            raise ValueError(
+            raise AbsentError(
                 f"data.path must be a dataset id or a folder that exists, got {self.path}; correct the path"
             )
 
@@ -89,8 +89,9 @@ class HuggingFace:
         except (ValueError, OSError, datasets.exceptions.DatasetsError) as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             wanted = f"{self.path}, name {self.name}, split {split}"
-            way_out = f"; {STAGE}" if unplugged() and not self._folder().is_dir() else ""
-            raise ValueError(f"data.path must be a dataset that loads, got {wanted}; {reason}{way_out}") from None
+            absent = unplugged() and not self._folder().is_dir()
+            kind, way_out = (AbsentError, f"; {STAGE}") if absent else (ValueError, "")
+            raise kind(f"data.path must be a dataset that loads, got {wanted}; {reason}{way_out}") from None
 
     def _read(self, split: str) -> Iterator[Sample]:
         source = self._source(split)

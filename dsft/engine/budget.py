@@ -1,6 +1,6 @@
 """Memory per rank, estimated before anything is loaded."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from dsft.config import Run
 from dsft.course import Course
 from dsft.engine.assemble import Skeleton
 from dsft.engine.optimizers import state_bytes
-from dsft.engine.recompute import is_recomputed
+from dsft.engine.recompute import WAYS, Recompute, is_recomputed
 from dsft.engine.saved import Saved, count_saved
 from dsft.models.scoring import AT_ONCE
 from dsft.telemetry.meter import resident_bytes
@@ -54,8 +54,23 @@ class Budget:
         return {**parts, "total": sum(part or 0 for part in parts.values())}
 
 
+def estimates(run: Run, bones: Skeleton, ranks: int, *, accelerator: bool) -> dict[Recompute, Budget]:
+    """The budget on so many ranks for each train.gradient_checkpointing; accelerator: the run computes on one."""
+    saved = _saved(run, bones)
+
+    def budget(way: Recompute) -> Budget:
+        train = replace(run.train, gradient_checkpointing=way)
+        return _estimate(replace(run, train=train), bones, saved, ranks, accelerator=accelerator)
+
+    return {way: budget(way) for way in WAYS}
+
+
 def estimate(run: Run, bones: Skeleton, ranks: int, *, accelerator: bool) -> Budget:
     """The budget of this run on so many ranks; accelerator: it computes on one."""
+    return _estimate(run, bones, _saved(run, bones), ranks, accelerator=accelerator)
+
+
+def _estimate(run: Run, bones: Skeleton, saved: Saved | None, ranks: int, *, accelerator: bool) -> Budget:
     model = bones.model
     learning = [param for param in model.parameters() if param.requires_grad]
     frozen = [tensor for tensor in (*model.parameters(), *model.buffers()) if not tensor.requires_grad]
@@ -70,7 +85,6 @@ def estimate(run: Run, bones: Skeleton, ranks: int, *, accelerator: bool) -> Bud
     }
     course = run.method.course(bones.model, run.train.steps or EVER, torch.device("meta"))
     kept["moments"] += sum(tensor.nbytes for tensor in course.state.values()) if course else 0
-    saved = _saved(run, bones)
     activations, working = _kept(saved, run) if saved else (None, 0)
     working = max(working, _head(bones, run.train.micro_batch_tokens))
     if accelerator and run.train.offload_activations and activations is not None:

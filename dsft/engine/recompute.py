@@ -2,14 +2,15 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from dsft.protocols import Anatomy
 
-Recompute = Literal["none", "full", "selective"]
+Recompute = Literal["none", "selective", "full"]
+WAYS: tuple[Recompute, ...] = get_args(Recompute)
 Run = Callable[..., Any]
 
 

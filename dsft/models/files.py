@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from dsft.models.headers import read_headers, weight_files
-from dsft.offline import STAGE, unplugged
+from dsft.offline import STAGE, AbsentError, unplugged
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -39,11 +39,11 @@ class ModelFiles:
                 place, revision=self.revision, trust_remote_code=self.trust_remote_code
             )
         except (OSError, ValueError, KeyError) as error:
-            reason = " ".join(str(error).split())[:160]
+            kind, reason = ValueError, " ".join(str(error).split())[:160]
             way_out = "put the base model's tokenizer.json and tokenizer_config.json beside its config.json"
             if self.folder is None and unplugged():
-                reason, way_out = "the hub's cache has none", STAGE
-            raise ValueError(f"model.path must have a tokenizer, got none in {place} ({reason}); {way_out}") from None
+                kind, reason, way_out = AbsentError, "the hub's cache has none", STAGE
+            raise kind(f"model.path must have a tokenizer, got none in {place} ({reason}); {way_out}") from None
         return tokenizer
 
     def digest(self) -> str:

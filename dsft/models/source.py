@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from dsft.models.files import ModelFiles, check_folder
 from dsft.models.headers import weight_files
-from dsft.offline import STAGE, unplugged
+from dsft.offline import STAGE, AbsentError, unplugged
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -85,7 +85,7 @@ def local_folder(path: str) -> Path | None:
     if folder.is_dir() or not HUB_ID.fullmatch(path):
         if not folder.is_dir():
             what = "which is a file" if folder.is_file() else "which does not exist"
-            raise ValueError(f"model.path must be a model folder or a hub id, got {path}, {what}")
+            raise AbsentError(f"model.path must be a model folder or a hub id, got {path}, {what}")
         return folder.resolve()
     return None
 
@@ -124,7 +124,7 @@ def _download(path: str, revision: str | None, *, weights: bool) -> Path:
             weight_files(folder)  # other programs leave parts of a model in the same cache
     except Exception as error:  # httpx and huggingface_hub errors share no useful base; each means: not obtained
         if unplugged():
-            raise ValueError(
+            raise AbsentError(
                 f"model.path must be a local folder or whole in the hub's cache, got {path}, which is neither; {STAGE}"
             ) from None
         reason = " ".join(str(error).split())[:120]

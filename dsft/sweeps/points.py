@@ -16,7 +16,7 @@ from dsft_launchers.follow import POLL_S, follow_points
 from dsft import dispatch, folder
 from dsft.compose import Composed, build, compose
 from dsft.entry import lose_lines
-from dsft.preflight import announce, preflight
+from dsft.preflight import announce, preflight, rehearse, tell_unchecked
 from dsft.sweeps import arrays, ledger
 from dsft.sweeps.here import Ended, run_here, shares
 from dsft.sweeps.ledger import Entry, Ledger
@@ -101,7 +101,7 @@ def check(sweep: Path, words: Mapping[int, list[str]], more: Sequence[str] = ())
 
     Raises ValueError for what concerns all of them.
     """
-    checked, answers = Checked(), dict[str, str | None]()
+    checked, answers, unchecked = Checked(), dict[str, str | None](), dict[str, None]()
     for index, typed in words.items():
         now = [*(word for word in typed if _key(word) not in map(_key, more)), *more]
         checked.words[index] = typed if (sweep / str(index) / "config.yaml").is_file() else now
@@ -113,7 +113,10 @@ def check(sweep: Path, words: Mapping[int, list[str]], more: Sequence[str] = ())
                 continue
             if composed.start.kind == "slurm":
                 _check_cluster(sweep, composed, answers)
-            if (prepared := preflight(composed)) is None:
+            if dispatch.is_dry(composed):
+                unchecked |= dict.fromkeys(rehearse(composed))
+                checked.ready[index] = arrays.Ready(composed, {})
+            elif (prepared := preflight(composed)) is None:
                 checked.done.add(index)
             elif composed.start.kind != "slurm":
                 checked.here[index] = composed
@@ -121,6 +124,7 @@ def check(sweep: Path, words: Mapping[int, list[str]], more: Sequence[str] = ())
                 checked.ready[index] = arrays.Ready(composed, prepared)
         except ValueError as error:
             checked.refuse(index, str(error))
+    tell_unchecked(list(unchecked))
     limits = {composed.run.launcher.max_parallel for composed in checked.composed}
     if len(limits) > 1:
         raise ValueError(

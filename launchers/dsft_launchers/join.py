@@ -15,6 +15,9 @@ SLURM_PORTS = range(20000, 26000)
 SPECIAL_STEPS = 0xFFFFFFF0
 """Step ids from here on are no srun step: the batch script (0xfffffffb), the interactive step (0xfffffffa), ..."""
 
+ANYWHERE = "on any machine python -m dsft.plan shows the plan, and launcher.dry_run=true prints the batch script"
+"""What can be had of a job where it cannot be submitted."""
+
 Kind = Literal["torchrun", "slurm task", "slurm", "local"]
 
 
@@ -28,13 +31,20 @@ class Start:
 
 
 def resolve(
-    name: str, env: Mapping[str, str], *, devices: int | Literal["auto"], nodes: int, dry_run: bool = False
+    name: str,
+    env: Mapping[str, str],
+    *,
+    devices: int | Literal["auto"],
+    nodes: int,
+    dry_run: bool = False,
+    planning: bool = False,
 ) -> Start:
     """Tell what launcher=name means in the environment env; raise ValueError where it cannot work.
 
     auto joins torchrun or an srun step if this process was started by one, else it is a SLURM job where a controller
     answers and this machine has no accelerator, else it is local. An sbatch script or an salloc shell is not a task of
-    a step: there, auto is local.
+    a step: there, auto is local. dry_run: a job that is printed; planning: nothing is started, and what needs SLURM
+    is a job also where none answers.
     """
     start = _torchrun(env) or _slurm_task(env)
     if start is not None and name != "auto":
@@ -46,13 +56,16 @@ def resolve(
         _agree(start, devices, nodes)
         return start
     if name == "slurm" or (name == "auto" and dry_run):
-        return _job(dry_run)
+        return _job("a batch script that is printed" if dry_run else "a job that is planned" if planning else None)
     if name == "auto" and "SLURM_JOB_ID" not in env and not count_devices(env) and cluster.answers():
         return Start("slurm", "a SLURM controller answers and this machine has no GPU", {})
+    if nodes != 1 and name == "auto" and planning:
+        return _job(f"a job of {nodes} nodes that is planned")
     if nodes != 1:
         raise ValueError(
             f"launcher.nodes must be 1 for processes of this machine, got {nodes}; for more, take launcher=slurm "
-            "where there is SLURM, or start the same command with torchrun on every node and leave launcher=auto"
+            "where there is SLURM, or start the same command with torchrun on every node and leave launcher=auto; "
+            f"{ANYWHERE}"
         )
     inside = (
         f"in SLURM job {env['SLURM_JOB_ID']}, but no task of a many-task srun step" if "SLURM_JOB_ID" in env else ""
@@ -62,13 +75,14 @@ def resolve(
     )
 
 
-def _job(dry_run: bool) -> Start:
-    if not dry_run and not cluster.answers():
+def _job(unsent: str | None) -> Start:
+    """A job of SLURM. unsent: what it is instead where nothing is submitted, so that no SLURM is needed."""
+    if unsent is None and not cluster.answers():
         raise ValueError(
             "launcher=slurm needs sbatch and a SLURM controller that answers, and this machine has not; run it on a "
-            "login node, or take launcher=local"
+            f"login node, or take launcher=local; {ANYWHERE}"
         )
-    return Start("slurm", "a job of this machine's SLURM", {})
+    return Start("slurm", unsent or "a job of this machine's SLURM", {})
 
 
 def count_devices(env: Mapping[str, str]) -> int:

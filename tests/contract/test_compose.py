@@ -1,13 +1,12 @@
 """What is typed becomes a run, or one line that says why not."""
 
-import os
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from dsft.compose import compose
+from dsft.plan import main
 
 MOVING, UNCLIPPED = "optim.in_backward=true", "train.max_grad_norm=inf"
 ELASTIC = ("launcher=slurm", "launcher.dry_run=true", "launcher.devices=2", "launcher.elastic=true")
@@ -81,30 +80,37 @@ def test_qlora_is_lora_with_a_4_bit_base() -> None:
     assert type(lora.quantization).__name__ == "Unquantized" or type(lora.quantization) is not type(qlora.quantization)
 
 
-def _provider(folder: Path, words: list[str], env: dict[str, str] | None = None) -> str:
-    done = subprocess.run(
-        [sys.executable, "-m", "dsft.plan", "model=tiny", "tracker=[none]", "--json", *words],
-        cwd=folder, env={**os.environ, **(env or {})}, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+Planned = Callable[[Path, list[str]], str]
 
 
-def test_a_users_own_folder_shadows_ours_and_is_named(tmp_path: Path) -> None:
+@pytest.fixture
+def planned(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Planned:
+    """What dsft.plan prints when it is started in a folder."""
+
+    def plan(folder: Path, words: list[str]) -> str:
+        monkeypatch.setenv("DSFT_CONFIG_DIR", "")  # --config-dir sets it, and would keep it
+        monkeypatch.chdir(folder)
+        assert main(["model=tiny", "tracker=[none]", "--json", *words]) == 0
+        return capsys.readouterr().out
+
+    return plan
+
+
+def test_a_users_own_folder_shadows_ours_and_is_named(tmp_path: Path, planned: Planned) -> None:
     option = tmp_path / "mine" / "method" / "lora.yaml"
     option.parent.mkdir(parents=True)
     source = Path(__file__).parents[2] / "conf" / "method" / "lora.yaml"
     option.write_text(source.read_text().replace("rank: 16", "rank: 2"))
-    said = _provider(tmp_path, ["--config-dir", str(tmp_path / "mine"), "method=lora"])
+    said = planned(tmp_path, ["--config-dir", str(tmp_path / "mine"), "method=lora"])
     assert '"method": "--config-dir"' in said
-    ours = _provider(tmp_path, ["method=lora"])
+    ours = planned(tmp_path, ["method=lora"])
     assert '"trainable": 11136' in said
     assert '"trainable": 89088' in ours
     (tmp_path / "mine").rename(tmp_path / "conf")
-    assert '"method": "./conf"' in _provider(tmp_path, ["method=lora"])
+    assert '"method": "./conf"' in planned(tmp_path, ["method=lora"])
 
 
-def test_an_installed_package_adds_a_method(tmp_path: Path) -> None:
+def test_an_installed_package_adds_a_method(tmp_path: Path, planned: Planned, monkeypatch: pytest.MonkeyPatch) -> None:
     package = tmp_path / "theirs"
     (package / "conf" / "method").mkdir(parents=True)
     (package / "__init__.py").write_text("")
@@ -118,5 +124,6 @@ def test_an_installed_package_adds_a_method(tmp_path: Path) -> None:
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: theirs\nVersion: 1.0\n")
     (info / "entry_points.txt").write_text("[dsft.configs]\ntheirs = theirs.conf\n")
-    said = _provider(Path(__file__).parents[2], ["method=mine"], {"PYTHONPATH": str(tmp_path)})
+    monkeypatch.syspath_prepend(str(tmp_path))
+    said = planned(Path(__file__).parents[2], ["method=mine"])
     assert '"method": "plugin theirs"' in said
