@@ -6,7 +6,7 @@ import math
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import MISSING, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -192,13 +192,17 @@ def _locate(target: str, path: str) -> type:
 
 
 def _build_dataclass(cls: type, values: Mapping[str, Any], path: str) -> Any:
-    """An instance of cls from values, each checked against its field's type; unknown and absent keys are refused."""
+    """An instance of cls from values, each checked against its field's type; unknown and absent keys are refused.
+
+    A field with a default may be absent: it came later than YAMLs of users, and runs that go on.
+    """
     known = {field.name for field in fields(cls) if field.init}
+    later = {field.name for field in fields(cls) if not (field.default is field.default_factory is MISSING)}
     dotted = f"{path}." if path else ""
     for key in values:
         if key not in known:
             raise ValueError(f"{dotted}{key} is not a key of {path or 'a run'}{suggest(str(key), known)}")
-    absent = sorted(known - set(values))
+    absent = sorted(known - later - set(values))
     if absent:
         raise ValueError(f"{dotted}{absent[0]} must be given; add it to the YAML of {path or 'the run'}")
     hints = get_type_hints(cls)
