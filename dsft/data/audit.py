@@ -70,7 +70,7 @@ class Counts:
         why = ", ".join(f"{count} {name}" for name, count in dropped.items() if count)
         ends = "all answers end with an end-of-turn token"
         if self.truncated:
-            ends = f"{self.truncated} end{'' if self.truncated > 1 else 's'} without an end-of-turn token"
+            ends = f"{self.truncated} {'answers end' if self.truncated > 1 else 'answer ends'} without an end-of-turn token"
         return (
             f"{self.rows} rows, {f'{self.kept} kept ({why} dropped)' if why else 'all kept'}, {self.tokens} tokens, "
             f"{self.supervised} supervised ({self.share:.1%}), {ends}"
