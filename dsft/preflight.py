@@ -47,7 +47,7 @@ def preflight(composed: Composed) -> dict[str, Any] | None:
     plan = make_plan(composed, files)
     if not anew:
         folder.check_parameters(run_dir, plan)
-    return {"plan": plan, "digests": digests, "audit": data.audit, "tokens": data.folder}
+    return {"plan": plan, "digests": digests, "audit": data.audit, "tokens": data.train.folder.parent}
 
 
 def _check_fit(run: Run, files: "ModelFiles", data: "Dataset") -> None:

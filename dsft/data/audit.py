@@ -31,8 +31,8 @@ class Counts:
     tokens: int
     supervised: int
     shortest: int
-    bad: int = 0  # this one and the next are missing in the files of token caches that are older than they
-    empty_turns: int = 0
+    bad: int
+    empty_turns: int
 
     @property
     def share(self) -> float:
@@ -70,7 +70,8 @@ class Counts:
         why = ", ".join(f"{count} {name}" for name, count in dropped.items() if count)
         ends = "all answers end with an end-of-turn token"
         if self.truncated:
-            ends = f"{self.truncated} {'answers end' if self.truncated > 1 else 'answer ends'} without an end-of-turn token"
+            some = "answers end" if self.truncated > 1 else "answer ends"
+            ends = f"{self.truncated} {some} without an end-of-turn token"
         return (
             f"{self.rows} rows, {f'{self.kept} kept ({why} dropped)' if why else 'all kept'}, {self.tokens} tokens, "
             f"{self.supervised} supervised ({self.share:.1%}), {ends}"
@@ -89,7 +90,7 @@ class Audit:
     eval: Counts | None
     overlap: int
     example: Sequence[tuple[str, bool]]
-    unread: Sequence[str] = ()
+    unread: Sequence[str]
 
     def lines(self) -> list[str]:
         """The counts in words, one line per set, and what a person should see before the run begins."""

@@ -25,14 +25,13 @@ _CHUNK = 1024
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """Tokenised data of a run. digest: SHA-256 of everything that decided it, hexadecimal. folder: its cache."""
+    """Tokenised data of a run. digest: SHA-256 of everything that decided it, hexadecimal."""
 
     source: Source
     train: TokenSet
     eval: TokenSet | None
     audit: Audit
     digest: str
-    folder: Path
 
     @cached_property
     def verifiable(self) -> tuple[int, ...]:
@@ -78,9 +77,9 @@ def open_data(
     extra = json.loads((folder / "audit.json").read_text(encoding="utf-8"))
     example = [(str(piece), bool(supervised)) for piece, supervised in extra["example"]]
     audit = Audit(
-        train=train_counts, eval=held_counts, overlap=extra["overlap"], example=example, unread=extra.get("unread", ())
+        train=train_counts, eval=held_counts, overlap=extra["overlap"], example=example, unread=extra["unread"]
     )
-    return Dataset(source, train, held, audit, digest, folder)
+    return Dataset(source, train, held, audit, digest)
 
 
 def _build(folder: Path, source: Source, encoder: Encoder, *, max_length: int, seed: int) -> None:

@@ -215,7 +215,9 @@ def test_skipped_rows_are_counted_and_listed_and_the_list_is_cached(
     for data in (open_data(local, chatml, **keys), open_data(local, chatml, **keys)):
         counts = data.audit.train
         assert (counts.rows, counts.kept, counts.bad, counts.over_long, counts.duplicates) == (6, 2, 2, 1, 1)
-        listed = [json.loads(line) for line in (data.folder / "skipped_rows.jsonl").read_text().splitlines()]
+        listed = [
+            json.loads(line) for line in (data.train.folder.parent / "skipped_rows.jsonl").read_text().splitlines()
+        ]
         assert [row["id"] for row in listed] == ["rows:1", "rows:2", "rows:5"]
         assert listed[0]["place"] == f"{path}:2"
         assert "got int" in listed[0]["reason"]
