@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal, get_args
 
 from dsft.data.json_rows import row_list
@@ -56,7 +57,7 @@ class Columns:
 
     def identity(self) -> dict[str, Any]:
         """What decides the samples of given records, JSON-able; keys that came later only where they are set."""
-        found = {"format": self.format, "fields": self._renamed(), "system": self.system, "verify": self.verify}
+        found = {"format": self.format, "fields": self._renamed, "system": self.system, "verify": self.verify}
         later = {"train_on": (self.train_on, "all"), "on_bad_row": (self.on_bad_row, "stop")}
         found |= {key: value for key, (value, default) in later.items() if value != default}
         return found | ({"ignore": sorted(self.ignore)} if self.ignore else {})
@@ -69,8 +70,8 @@ class Columns:
         elsewhere: further records, in which a name of data.ignore may stand that none of these has. Raises ValueError
         for what no other row could mend: no row at all, a key that does not go with the format.
         """
-        layout: Layout | None = None
-        unread, idle, rows = _Unread(), set(self.ignore), 0
+        plan: _Plan | None = None
+        idle, rows = set(self.ignore), 0
         for record in records:
             rows += 1
             item: Sample | BadRow
@@ -78,8 +79,8 @@ class Columns:
                 values = self._values(record)
                 if idle:
                     idle -= set(record.values) | _turn_keys(values)
-                layout = layout or self._layout(values, record.place)
-                item = self._sample(record, values, layout, source, unread)
+                plan = plan or _Plan(self._layout(values, record.place), self._renamed, self.ignore)
+                item = self._sample(record, values, plan, source)
             except RowError as error:
                 hint = _SKIP if self.on_bad_row == "stop" else ""
                 item = BadRow(source, record.row, record.place, f"{error}{hint}")
@@ -93,14 +94,11 @@ class Columns:
                 f"data.ignore must name columns that some row has, got {min(idle)}, which none in {path} has; remove it"
             )
 
-    def _sample(self, record: Record, values: dict[str, Any], layout: Layout, source: str, unread: "_Unread") -> Sample:
-        place, ignore = record.place, frozenset(self.ignore)
+    def _sample(self, record: Record, values: dict[str, Any], plan: "_Plan", source: str) -> Sample:
+        place, layout = record.place, plan.layout
         layout.check(values, place)
-        renamed = self._renamed()
-        taken = {renamed.get(name, name) for name in (*layout.columns, *layout.optional)}
-        pair = {"rejected"} if "chosen" in taken else set()  # who reads the chosen answers leaves the others on purpose
-        refuse_unread(record.values, COLUMNS, place, read=taken | ignore | pair, what="column")
-        found = layout.read(values, place, ignore)
+        refuse_unread(record.values, COLUMNS, place, read=plan.allowed, what="column")
+        found = layout.read(values, place, plan.ignore)
         tools = read_tools(values["tools"], place) if "tools" in layout.optional and "tools" in values else None
         turns, plain = self._with_system(found, values if "system" in layout.optional else {}, place)
         turns = only_last(turns) if self.train_on == "last" else turns
@@ -116,9 +114,10 @@ class Columns:
             entry={} if self.verify == "exact" else None,
             learned=None if turns.learned == tuple(role == "assistant" for role in roles) else turns.learned,
             tools=tools,
-            unread=unread.names(tuple(record.values), taken),
+            unread=plan.unread(tuple(record.values)),
         )
 
+    @cached_property
     def _renamed(self) -> dict[str, str]:
         return {name: column for name, column in self.fields.items() if column is not None}
 
@@ -127,7 +126,7 @@ class Columns:
         if record.fault:
             raise RowError(record.fault)
         values = {name: value for name, value in record.values.items() if name not in self.ignore}
-        for name, column in self._renamed().items():
+        for name, column in self._renamed.items():
             if column not in record.values:
                 raise RowError(
                     f"{record.place} must have the field {column} (data.fields.{name}), got {field_names(values)}; "
@@ -142,9 +141,9 @@ class Columns:
     def _layout(self, values: Mapping[str, Any], place: str) -> Layout:
         name = self.format
         if name == "auto":
-            fitting = (name for name, layout in LAYOUTS.items() if layout.fits(values, self._renamed()))
+            fitting = (name for name, layout in LAYOUTS.items() if layout.fits(values, self._renamed))
             name = next(fitting, "auto")  # type: ignore[arg-type]
-        elif idle := sorted(set(self._renamed()) - {*LAYOUTS[name].columns, *LAYOUTS[name].optional}):
+        elif idle := sorted(set(self._renamed) - {*LAYOUTS[name].columns, *LAYOUTS[name].optional}):
             raise ValueError(f"data.fields must rename fields of the format {name}, got {idle[0]}; unset it")
         if name == "auto":
             raise RowError(_unknown(values, place))
@@ -181,16 +180,20 @@ class Columns:
         return Read(turns, None)
 
 
-class _Unread:
-    """The columns that are not read, found once for each set of columns."""
+class _Plan:
+    """How all rows of a file are read, once the format is known. allowed: known names that may stand there."""
 
-    def __init__(self) -> None:
+    def __init__(self, layout: Layout, renamed: Mapping[str, str], ignore: Iterable[str]) -> None:
+        self.layout, self.ignore = layout, frozenset(ignore)
+        self.taken = {renamed.get(name, name) for name in (*layout.columns, *layout.optional)}
+        chosen = {"rejected"} if "chosen" in self.taken else set()  # who reads the one leaves the other on purpose
+        self.allowed = self.taken | self.ignore | chosen
         self.known: dict[tuple[str, ...], tuple[str, ...]] = {}
 
-    def names(self, columns: tuple[str, ...], taken: set[str]) -> tuple[str, ...]:
-        """Those of columns that are not taken, in the order of the file."""
+    def unread(self, columns: tuple[str, ...]) -> tuple[str, ...]:
+        """Those of columns that are not read, in the order of the file; found once for each set of columns."""
         if columns not in self.known:
-            self.known[columns] = tuple(name for name in columns if name not in taken)
+            self.known[columns] = tuple(name for name in columns if name not in self.taken or name in self.ignore)
         return self.known[columns]
 
 

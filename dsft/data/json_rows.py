@@ -45,7 +45,7 @@ def read_json(file: Path) -> Iterator[Record]:
     text = _whole(file)
     if start != b"[":
         try:
-            got = type(_loads(text)).__name__
+            got = type(_DECODER.decode(text)).__name__
         except ValueError as error:
             raise _broken(file, text, error) from None
         raise ValueError(
@@ -56,12 +56,11 @@ def read_json(file: Path) -> Iterator[Record]:
 
 def _read_array(file: Path, text: str) -> Iterator[Record]:
     """The array's objects one by one, so that what is wrong with one is told by its line."""
-    decoder = json.JSONDecoder(object_pairs_hook=_once)
     at, row = _skip(text, text.index("[") + 1), 0
     while text[at : at + 1] != "]" or row:
         place = f"{file} row {row}"
         try:
-            values, end = decoder.raw_decode(text, at)
+            values, end = _DECODER.raw_decode(text, at)
         except (ValueError, RecursionError) as error:
             comma = json.JSONDecodeError("a comma stands before the end", text, at)
             raise _broken(file, text, comma if text[at : at + 1] == "]" else error, at=at) from None
@@ -85,7 +84,7 @@ def _skip(text: str, at: int) -> int:
 
 def _record(row: int, place: str, text: str) -> Record:
     try:
-        values = _loads(text)
+        values = _DECODER.decode(text)
     except json.JSONDecodeError as error:
         reason = f"{error.msg} at column {error.colno}"
         return bad_record(row, place, f"must be one JSON object a line: {reason}; correct or complete the line")
@@ -111,16 +110,15 @@ def _checked(row: int, place: str, text: str, values: Any) -> Record:
     return Record(row, place, values)
 
 
-def _loads(text: str) -> Any:
-    return json.loads(text, object_pairs_hook=_once)
-
-
 def _once(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
         names = [name for name, _ in pairs]
         raise _TwiceError(next(name for name in names if names.count(name) > 1))
     return found
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_once)
 
 
 def _whole(file: Path) -> str:

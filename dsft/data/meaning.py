@@ -1,6 +1,6 @@
 """Columns and keys of turns that are known to change what a row means, and are refused where nothing reads them."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Set
 from typing import Any, NamedTuple
 
 from dsft.data.records import RowError
@@ -50,10 +50,10 @@ TURN_KEYS: dict[str, Known] = {
 
 
 def refuse_unread(
-    values: Mapping[str, Any], known: Mapping[str, Known], place: str, *, read: Iterable[str], what: str
+    values: Mapping[str, Any], known: Mapping[str, Known], place: str, *, read: Set[str], what: str
 ) -> None:
     """Raise RowError for the first of the known names in values that is not in read and says something."""
-    for name in known.keys() & values.keys() - set(read):
+    for name in (known.keys() & values.keys()) - read:
         value, about = values[name], known[name]
         if _says_nothing(value) or (about.one and str(value).strip().lower() in ("1", "1.0", "true")):
             continue

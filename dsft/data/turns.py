@@ -25,6 +25,9 @@ FLAGS = ("weight", "train", "loss")
 """Keys of a turn that say whether it is supervised: OpenAI's weight, axolotl's train, ms-swift's loss."""
 
 
+_NONE: frozenset[str] = frozenset()
+
+
 class Turns(NamedTuple):
     """messages: {"role", "content", ...}; learned: for each, whether it is supervised."""
 
@@ -49,7 +52,7 @@ def read_turns(turns: Any, place: str, *, column: str, ignore: Collection[str]) 
                 "from and value, or set data.format and data.fields"
             )
         said = {key: value for key, value in turn.items() if value is not None and key not in ignore}
-        refuse_unread(said, TURN_KEYS, place, read=(), what="key of a turn")
+        refuse_unread(said, TURN_KEYS, place, read=_NONE, what="key of a turn")
         message = _message(said, speaker, content, place)
         learned.append(_supervised(said, message["role"], place))
         messages.append(message)
