@@ -15,6 +15,7 @@ from dsft_launchers.verdict import CANNOT_BEGIN, CannotBeginError
 from dsft import dispatch, folder
 from dsft.checkpoint import lease
 from dsft.compose import Composed, compose, hand_to_hydra, hydra_flags
+from dsft.door import at_the_door
 from dsft.entry import enter
 from dsft.preflight import announce, preflight
 from dsft.wording import refuse
@@ -73,7 +74,8 @@ def _create(run_dir: Path, composed: Composed, prepared: Mapping[str, Any]) -> N
     from dsft.data.skipped import copy_skipped
 
     folder.create(run_dir, composed, prepared["plan"], prepared["digests"])
-    copy_skipped(prepared["tokens"], run_dir)
+    with at_the_door(run_dir):
+        copy_skipped(prepared["tokens"], run_dir)
 
 
 def _launch(run_dir: Path, size: int) -> int:
