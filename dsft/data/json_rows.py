@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from dsft.data.records import Record, bad_record
+from dsft.data.records import Record, bad_record, kind
 
 _BOM = b"\xef\xbb\xbf"
 _SPACE = re.compile(r"[ \t\r\n]*")
@@ -45,7 +45,7 @@ def read_json(file: Path) -> Iterator[Record]:
     text = _whole(file)
     if start != b"[":
         try:
-            got = type(_DECODER.decode(text)).__name__
+            got = kind(_DECODER.decode(text))
         except ValueError as error:
             raise _broken(file, text, error) from None
         raise ValueError(
@@ -99,7 +99,7 @@ def _record(row: int, place: str, text: str) -> Record:
 
 def _checked(row: int, place: str, text: str, values: Any) -> Record:
     if not isinstance(values, dict):
-        got = type(values).__name__
+        got = kind(values)
         return bad_record(row, place, f"must be a JSON object, got {got}; write rows as {{column: value}}")
     if "\\ud" in text or "\\uD" in text:  # half of a pair is JSON, and no text that could be written or tokenised
         try:

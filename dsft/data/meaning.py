@@ -32,7 +32,7 @@ COLUMNS: dict[str, Known] = {
     "history": Known("earlier turns are read in the format alpaca alone", "write them as messages"),
     "tools": Known("plain text offers no tools", "use a format of conversations"),
     "functions": Known("the functions are not offered to the model", "set data.fields.tools=functions"),
-    "context": Known("the prompt lacks it", "write it into the prompt"),
+    "context": Known("the prompt lacks it", "in the format alpaca set data.fields.input=context"),
     "documents": Known("documents are not given to the chat template", "write them into a turn"),
     "chat_template_kwargs": Known("a row has no say in how the chat template is rendered"),
 }

@@ -126,7 +126,7 @@ FILES: list[tuple[str, bytes | str, str]] = [
     ("t.jsonl", '{"text": "a"}\n{\'text\': \'b\'}\n', r"t\.jsonl:2 must be one JSON object a line: Expecting property"),
     ("t.jsonl", '// rows\n{"text": "a"}\n', r"t\.jsonl:1 must be one JSON object a line: Expecting value"),
     ("t.jsonl", '{"text": "a"}\n{"text": "b', r"t\.jsonl:2 must be one JSON object a line: Unterminated string"),
-    ("t.jsonl", '{"text": "a"}\nnull\n', r"t\.jsonl:2 must be a JSON object, got NoneType"),
+    ("t.jsonl", '{"text": "a"}\nnull\n', r"t\.jsonl:2 must be a JSON object, got null"),
     ("t.jsonl", '{"text": "a"}\n{"text": "b", "n": ' + DEEP + "}\n", r"t\.jsonl:2 must not be nested so deep"),
     ("t.jsonl", '{"text": "a"}\n{"text": "b", "n": ' + "9" * 5000 + "}\n", r"t\.jsonl:2 must not hold a number"),
     ("t.jsonl", '{"text": "a", "text": "b"}\n', r"t\.jsonl:1 must name each field once, got text twice"),

@@ -168,6 +168,9 @@ def test_folders_of_save_to_disk_are_read(source: Any, tmp_path: Path) -> None:
     assert [(row.source, row.row, row.unread) for row in whole.rows()] == [("one", index, ("n",)) for index in range(3)]
     assert [row.source for row in many.eval_rows()] == ["many.test"]
     assert whole.identity()["splits"][0][1] == many.identity()["splits"][0][1]
+    seen = one.add_column("look", [None] * 3).cast_column("look", datasets.Image())
+    seen.save_to_disk(str(tmp_path / "seen"))
+    assert [row.unread for row in source("hf", path=str(tmp_path / "seen")).rows()] == [("n", "look")] * 3
     for keys, message in (
         ({"split": "dev"}, r"splits of .*one \(train\), got dev"),
         ({"name": "x"}, "data.name must be"),

@@ -161,6 +161,26 @@ def test_rows_are_read_as_written_by_hand(rows: Any, source: Any, jsonl: Any) ->
         assert sample.plain is None or len(sample.messages) == 2
 
 
+RENAMED = [
+    ({"q": "1", "a": "2"}, {"question": "q", "answer": "a"}, "u-1 a+2"),
+    ({"prompt": "1", "chosen": "2", "rejected": "3"}, {"completion": "chosen"}, "u-1 a+2"),
+    ({"prompt": [ASK], "chosen": [ANSWER], "rejected": [ANSWER]}, {"completion": "chosen"}, "u-? a+!"),
+    ({"instruction": "1", "context": "c", "response": "2"}, {"output": "response", "input": "context"}, "u-1\n\nc a+2"),
+    (_chat("u 1", "a 2", system_prompt="x"), {"system": "system_prompt"}, "s-x u-1 a+2"),
+    ({"dialogue": [ASK, ANSWER]}, {"messages": "dialogue"}, "u-? a+!"),
+    ({"dialogue": [ASK, ANSWER]}, {"conversations": "dialogue"}, "u-? a+!"),
+    (_alpaca(past=[["1", "2"]]), {"history": "past"}, "u-1 a+2 u-i a+o"),
+]
+
+
+def test_renamed_columns_are_read_as_ours(source: Any, jsonl: Any) -> None:
+    for row, fields, expected in RENAMED:
+        form = "prompt_completion" if "completion" in fields else "auto"
+        (sample,) = source("local", path=jsonl([row]), fields=fields, format=form).rows()
+        assert _said(sample) == expected
+        assert sample.unread == (("rejected",) if "rejected" in row else ())
+
+
 LAST = [
     (_chat("u 1", "a 2"), "u-1 a+2"),
     (_chat("u 1", "a 2", "u 3", "a 4"), "u-1 a-2 u-3 a+4"),
