@@ -106,7 +106,7 @@ def _message(said: Mapping[str, Any], speaker: str, content: str, place: str) ->
     name = said.get(speaker)
     if not isinstance(name, str):
         raise RowError(f"{place} must have text in each turn's {speaker}, got {kind(name)}; correct the row")
-    role = _SPEAKERS.get(name)
+    role = _SPEAKERS.get(name) or _SPEAKERS.get(name.strip().lower())
     if role is None:
         raise RowError(
             f"{place} must have {_field_of(speaker)} {' '.join(_SPEAKERS)}, got {name}; rename it in the rows"
@@ -153,7 +153,7 @@ def _part(part: Any, place: str) -> str:
 
 def _calls(said: Mapping[str, Any], role: str, place: str) -> list[Any]:
     """The tools that a turn calls; OpenAI's older function_call is one of them."""
-    calls = said.get("tool_calls") or []
+    calls = json_text(said.get("tool_calls"), place, "tool_calls") or []
     if function := said.get("function_call"):
         if calls or not isinstance(function, dict) or "name" not in function:
             raise RowError(

@@ -103,6 +103,7 @@ SPEAKERS = [
     (_share("human 1", "bing 2"), "u-1 a+2"),
     (_share("human 1", "bard 2"), "u-1 a+2"),
     (_share("user 1", "model 2"), "u-1 a+2"),
+    (_share("Human 1", "GPT 2"), "u-1 a+2"),
     (_share("system x", "human 1", "gpt 2"), "s-x u-1 a+2"),
     (_share("developer x", "human 1", "gpt 2"), "d-x u-1 a+2"),
     (_share("human 1", "gpt 2", "tool 3", "gpt 4"), "u-1 a+2 t-3 a+4"),
@@ -206,6 +207,7 @@ CALLS = [
     ({"role": "assistant", "tool_calls": [CALL]}, "", [CALL]),
     ({"role": "assistant", "content": "", "tool_calls": [CALL, CALL]}, "", [CALL, CALL]),
     ({"role": "assistant", "content": "x", "tool_calls": [CALL]}, "x", [CALL]),
+    ({"role": "assistant", "tool_calls": json.dumps([CALL])}, "", [CALL]),
     ({"role": "assistant", "content": "x", "tool_calls": []}, "x", None),
     ({"role": "assistant", "content": "x", "tool_calls": None, "function_call": None}, "x", None),
     (
