@@ -4,7 +4,7 @@ import importlib
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import fields, is_dataclass
+from dataclasses import MISSING, fields, is_dataclass
 from typing import Any, get_type_hints
 
 from dsft.wording import rule, suggest
@@ -37,13 +37,17 @@ def _locate(target: str, path: str) -> type:
 
 
 def build_dataclass(cls: type, values: Mapping[str, Any], path: str) -> Any:
-    """An instance of cls from values, each checked against its field's type; unknown and absent keys are refused."""
+    """An instance of cls from values, each checked against its field's type; unknown and absent keys are refused.
+
+    A field with a default may be absent: it came later than YAMLs of users, and runs that go on.
+    """
     known = {field.name for field in fields(cls) if field.init}
+    later = {field.name for field in fields(cls) if not (field.default is field.default_factory is MISSING)}
     dotted = f"{path}." if path else ""
     for key in values:
         if key not in known:
             raise ValueError(f"{dotted}{key} is not a key of {path or 'a run'}{suggest(str(key), known)}")
-    absent = sorted(known - set(values))
+    absent = sorted(known - later - set(values))
     if absent:
         raise ValueError(f"{dotted}{absent[0]} must be given; add it to the YAML of {path or 'the run'}")
     hints = get_type_hints(cls)

@@ -17,7 +17,7 @@ ANEW, RECORDS = "anew", "records"
 LEFT = ("status.json", "metrics.jsonl", "samples.jsonl", "events.jsonl", "quarantine", "adapter*", "checkpoints/*")
 """Names in a run folder that a run which begins anew must not find. Leases stay, so that tokens go on rising."""
 
-DESCRIPTION = ("overrides.yaml", "plan.json", "provenance.json")
+DESCRIPTION = ("overrides.yaml", "plan.json", "provenance.json", "skipped_rows.jsonl")
 """Names that are moved too, and made again by the start that begins anew."""
 
 STEPWISE = ("metrics.jsonl", "samples.jsonl")

@@ -1,6 +1,8 @@
 """What a run that goes on may differ in from the run that made its folder: keys that do not change its numbers."""
 
+import importlib
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +38,26 @@ def refuse_others(run_dir: Path, different: Sequence[str]) -> None:
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], allowed: Sequence[str]) -> Iterator[str]:
     """Yield one line per key whose value differs, allowed ones left out."""
     before, after = dict(leaves(old)), dict(leaves(new))
-    for path in [*before, *(path for path in after if path not in before)]:
+    added = [path for path in after if path not in before and not _came_later(path, new)]
+    for path in [*before, *added]:
         if before.get(path) != after.get(path) and not is_free(path, allowed):
             yield f"{path} was {before.get(path)}, is {after.get(path)}"
+
+
+def _came_later(path: str, tree: Mapping[str, Any]) -> bool:
+    """Return True if the key at path has the default of its class: the folder may be older than the key."""
+    *parents, name = path.split(".")
+    node: Any = tree
+    for key in parents:
+        node = node.get(key) if isinstance(node, Mapping) else None
+    if not isinstance(node, Mapping) or "_target_" not in node or name not in node:
+        return False
+    module, _, target = str(node["_target_"]).rpartition(".")
+    field = {each.name: each for each in fields(getattr(importlib.import_module(module), target))}.get(name)
+    if field is None:
+        return False
+    made = MISSING if field.default_factory is MISSING else field.default_factory()
+    return node[name] in [value for value in (field.default, made) if value is not MISSING]
 
 
 def leaves(tree: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:

@@ -53,7 +53,13 @@ def preflight(composed: Composed) -> dict[str, Any] | None:
     if not anew:
         folder.check_parameters(run_dir, plan)
     notes = [] if not anew and folder.goes_on(run_dir) else _origin(composed, digests["base_digest"], files)
-    return {"plan": plan, "digests": digests, "audit": data.audit, "notes": notes}
+    return {
+        "plan": plan,
+        "digests": digests,
+        "audit": data.audit,
+        "tokens": data.train.folder.parent,
+        "notes": notes,
+    }
 
 
 def _origin(composed: Composed, base_digest: str, files: "ModelFiles") -> list[str]:

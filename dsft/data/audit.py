@@ -5,18 +5,21 @@ from dataclasses import dataclass
 
 from rich.text import Text
 
+from dsft.data.skipped import NAME
+
 _SHOWN = 4000
 """Characters of the example that are kept."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Counts:
-    """One set's rows: rows = kept + duplicates + over_long + zero_mask.
+    """One set's rows: rows = kept + duplicates + over_long + zero_mask + bad.
 
     duplicates: rows dropped because an earlier one has the same tokens and mask; over_long: dropped, longer than
-    max_length; zero_mask: dropped, nothing in them but ends of turns is supervised. truncated: kept rows whose
-    supervised part does not end with a special token, so that nothing teaches the model to stop. tokens, supervised:
-    of the kept rows. shortest: tokens of the shortest row, kept or not.
+    max_length; zero_mask: dropped, nothing in them but ends of turns is supervised; bad: left out because they could
+    not be read or rendered. truncated: kept rows whose supervised part does not end with a special token, so that
+    nothing teaches the model to stop. tokens, supervised: of the kept rows. shortest: tokens of the shortest row, kept
+    or not. empty_turns: supervised turns of the kept rows that render to nothing but their end.
     """
 
     rows: int
@@ -28,16 +31,22 @@ class Counts:
     tokens: int
     supervised: int
     shortest: int
+    bad: int
+    empty_turns: int
 
     @property
     def share(self) -> float:
         """Supervised tokens of all tokens, 0..1."""
         return self.supervised / self.tokens if self.tokens else 0.0
 
-    def check(self, what: str, max_length: int) -> None:
-        """Raise ValueError if no row is left to use; what names the set for the reader."""
+    def check(self, what: str, max_length: int, first_bad: str) -> None:
+        """Raise ValueError if no row is left to use. what names the set; first_bad: the first bad row's reason."""
         if self.rows == 0:
             raise ValueError(f"{what} must hold at least one row, got none; change data.eval_fraction or the data")
+        if self.bad == self.rows:
+            raise ValueError(
+                f"{what} must hold a row that can be used, got {self.rows} bad ones, the first: {first_bad}"
+            )
         if self.kept == 0 and self.over_long:
             raise ValueError(
                 f"train.max_length must be at least {self.shortest} for a row of {what} to fit, got {max_length}; "
@@ -52,10 +61,20 @@ class Counts:
 
     def line(self) -> str:
         """The counts in words."""
+        dropped = {
+            "bad": self.bad,
+            "over-long": self.over_long,
+            "without a supervised token": self.zero_mask,
+            "duplicates" if self.duplicates > 1 else "duplicate": self.duplicates,
+        }
+        why = ", ".join(f"{count} {name}" for name, count in dropped.items() if count)
+        ends = "all answers end with an end-of-turn token"
+        if self.truncated:
+            some = "answers end" if self.truncated > 1 else "answer ends"
+            ends = f"{self.truncated} {some} without an end-of-turn token"
         return (
-            f"{self.rows} rows, {self.kept} kept ({self.duplicates} duplicates, {self.over_long} over-long, "
-            f"{self.zero_mask} without a supervised token dropped), {self.tokens} tokens, {self.supervised} supervised "
-            f"({self.share:.1%}), {self.truncated} endings without an end-of-turn token"
+            f"{self.rows} rows, {f'{self.kept} kept ({why} dropped)' if why else 'all kept'}, {self.tokens} tokens, "
+            f"{self.supervised} supervised ({self.share:.1%}), {ends}"
         )
 
 
@@ -63,19 +82,32 @@ class Counts:
 class Audit:
     """Both sets' counts, their overlap (held-out rows equal to a row to learn from) and an example with its mask.
 
-    example: consecutive pieces of the first kept row's text, each with whether it is supervised.
+    example: consecutive pieces of the first kept row's text, each with whether it is supervised. unread: columns that
+    some row has and nothing reads.
     """
 
     train: Counts
     eval: Counts | None
     overlap: int
     example: Sequence[tuple[str, bool]]
+    unread: Sequence[str]
 
     def lines(self) -> list[str]:
-        """The counts in words, one line per set."""
+        """The counts in words, one line per set, and what a person should see before the run begins."""
         lines = [f"train: {self.train.line()}"]
         if self.eval is not None:
             lines.append(f"eval: {self.eval.line()}, {self.overlap} also in train")
+        sets = [counts for counts in (self.train, self.eval) if counts is not None]
+        if any(counts.bad or counts.over_long or counts.zero_mask for counts in sets):
+            lines.append(f"rows that are not learned from, and why: {NAME} in the run folder (duplicates aside)")
+        if empty := sum(counts.empty_turns for counts in sets):
+            turns = "supervised turn renders" if empty == 1 else "supervised turns render"
+            lines.append(
+                f"warning: {empty} {turns} to nothing but an end of turn: the model learns to say nothing there; does "
+                "the chat template write tool calls?"
+            )
+        if self.unread:
+            lines.append(f"columns not read: {', '.join(name or '(without a name)' for name in self.unread)}")
         return lines
 
     def coloured(self) -> Text:

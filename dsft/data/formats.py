@@ -1,30 +1,37 @@
 """From columns to samples: which format a row is in, and what of it is given, learned and right."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, get_args
+from functools import cached_property
+from typing import Any, Literal, get_args
 
-from dsft.data.files import Record
-from dsft.data.source import Sample
+from dsft.data.json_rows import row_list
+from dsft.data.layouts import LAYOUTS, Layout, Read
+from dsft.data.meaning import COLUMNS, refuse_unread
+from dsft.data.records import Record, RowError, field_names, kind
+from dsft.data.source import BadRow, OnBadRow, Sample
+from dsft.data.turns import json_text, only_last, read_tools
 
 Name = Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "question_answer", "preference", "text"]
 """Values of data.format; auto = the first of them, in this order, whose columns the first row has."""
 
-Content = tuple[tuple[dict[str, Any], ...], tuple[str, str] | None, str]
-"""(messages, plain, reference) of a Sample."""
+TrainOn = Literal["all", "last"]
+"""Values of data.train_on: which assistant turns are supervised, as far as the row's own marks let them be."""
 
-_SPEAKERS = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
-_ROLES = ("system", "developer", "user", "assistant", "tool")
+_SKIP = ", or leave such rows out with data.on_bad_row=skip"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Columns:
-    """How rows are read: data.format, data.fields, data.system, data.verify."""
+    """How rows are read: the keys of the same names below data."""
 
     format: Name
     fields: Mapping[str, str | None]
     system: str | None
     verify: Literal["none", "exact"]
+    train_on: TrainOn
+    ignore: tuple[str, ...]
+    on_bad_row: OnBadRow
 
     def __post_init__(self) -> None:
         """Refuse names that do not exist."""
@@ -32,178 +39,171 @@ class Columns:
             raise ValueError(f"data.format must be one of {' '.join(get_args(Name))}, got {self.format}")
         if self.verify not in ("none", "exact"):
             raise ValueError(f"data.verify must be none or exact, got {self.verify}")
-        known = sorted({column for layout in _LAYOUTS.values() for column in (*layout.columns, *layout.optional)})
-        for name in self.fields:
+        if self.train_on not in get_args(TrainOn):
+            raise ValueError(f"data.train_on must be all or last, got {self.train_on}")
+        if self.on_bad_row not in get_args(OnBadRow):
+            raise ValueError(f"data.on_bad_row must be stop or skip, got {self.on_bad_row}")
+        known = sorted({column for layout in LAYOUTS.values() for column in (*layout.columns, *layout.optional)})
+        for name, column in self.fields.items():
             if name not in known:
                 raise ValueError(
                     f"data.fields must rename some of {' '.join(known)}, got {name}; write our_name: your_name"
                 )
+            if column is not None and column in self.ignore:
+                raise ValueError(
+                    f"data.ignore must name columns that are not read, got {column}, which data.fields.{name} "
+                    "reads; remove it from one of the two"
+                )
 
     def identity(self) -> dict[str, Any]:
-        """What decides the samples of given records, JSON-able."""
-        return {"format": self.format, "fields": self._renamed(), "system": self.system, "verify": self.verify}
+        """What decides the samples of given records, JSON-able; keys that came later only where they are set."""
+        found = {"format": self.format, "fields": self._renamed, "system": self.system, "verify": self.verify}
+        later = {"train_on": (self.train_on, "all"), "on_bad_row": (self.on_bad_row, "stop")}
+        found |= {key: value for key, (value, default) in later.items() if value != default}
+        return found | ({"ignore": sorted(self.ignore)} if self.ignore else {})
 
-    def samples(self, records: Iterable[Record], source: str, *, path: str) -> Iterator[Sample]:
-        """A sample per record of path. Raises ValueError naming the place of the first that does not fit the format."""
-        layout: _Layout | None = None
+    def samples(
+        self, records: Iterable[Record], source: str, *, path: str, elsewhere: Iterable[Record] = ()
+    ) -> Iterator[Sample | BadRow]:
+        """A sample per record of path, a BadRow where it does not fit the format.
+
+        elsewhere: further records, in which a name of data.ignore may stand that none of these has. Raises ValueError
+        for what no other row could mend: no row at all, a key that does not go with the format.
+        """
+        plan: _Plan | None = None
+        idle, rows = set(self.ignore), 0
         for record in records:
-            values = self._rename(record)
-            layout = layout or self._layout(values, record.place)
-            _check_columns(values, layout, record.place)
-            messages, plain, reference = layout.read(values, record.place)
-            entry: dict[str, Any] | None = {} if self.verify == "exact" else None
-            messages, plain = self._with_system(messages, plain)
-            yield Sample(source, record.row, record.place, messages, plain, reference, entry)
-        if layout is None:
+            rows += 1
+            item: Sample | BadRow
+            try:
+                values = self._values(record)
+                if idle:
+                    idle -= set(record.values) | _turn_keys(values)
+                plan = plan or _Plan(self._layout(values, record.place), self._renamed, self.ignore)
+                item = self._sample(record, values, plan, source)
+            except RowError as error:
+                hint = _SKIP if self.on_bad_row == "stop" else ""
+                item = BadRow(source, record.row, record.place, f"{error}{hint}")
+            yield item
+        if not rows:
             raise ValueError(f"data must hold at least one row, got none in {path}; write rows or name another")
+        for record in elsewhere if idle else ():
+            idle -= set(record.values) | _turn_keys(record.values)
+        if idle:
+            raise ValueError(
+                f"data.ignore must name columns that some row has, got {min(idle)}, which none in {path} has; remove it"
+            )
 
+    def _sample(self, record: Record, values: dict[str, Any], plan: "_Plan", source: str) -> Sample:
+        place, layout = record.place, plan.layout
+        layout.check(values, place)
+        refuse_unread(record.values, COLUMNS, place, read=plan.allowed, what="column")
+        found = layout.read(values, place, plan.ignore)
+        tools = read_tools(values["tools"], place) if "tools" in layout.optional and "tools" in values else None
+        turns, plain = self._with_system(found, values if "system" in layout.optional else {}, place)
+        turns = only_last(turns) if self.train_on == "last" else turns
+        roles = [message["role"] for message in turns.messages]
+        answers = [message["content"] for message in turns.messages if message["role"] == "assistant"]
+        return Sample(
+            source=source,
+            row=record.row,
+            place=place,
+            messages=turns.messages,
+            plain=None if tools else plain,
+            reference=answers[-1] if answers else "",
+            entry={} if self.verify == "exact" else None,
+            learned=None if turns.learned == tuple(role == "assistant" for role in roles) else turns.learned,
+            tools=tools,
+            unread=plan.unread(tuple(record.values)),
+        )
+
+    @cached_property
     def _renamed(self) -> dict[str, str]:
         return {name: column for name, column in self.fields.items() if column is not None}
 
-    def _rename(self, record: Record) -> dict[str, Any]:
-        values = dict(record.values)
-        for name, column in self._renamed().items():
+    def _values(self, record: Record) -> dict[str, Any]:
+        """The row's values by our names, without the ignored ones. Raises RowError."""
+        if record.fault:
+            raise RowError(record.fault)
+        values = {name: value for name, value in record.values.items() if name not in self.ignore}
+        for name, column in self._renamed.items():
             if column not in record.values:
-                raise ValueError(
-                    f"{record.place} must have the field {column} (data.fields.{name}), got {_names(values)}"
+                raise RowError(
+                    f"{record.place} must have the field {column} (data.fields.{name}), got {field_names(values)}; "
+                    "correct data.fields or the row"
                 )
             values[name] = record.values[column]
+        for name in ("messages", "conversations"):
+            if isinstance(values.get(name), str):
+                values[name] = json_text(values[name], record.place, name)
         return values
 
-    def _layout(self, values: Mapping[str, Any], place: str) -> "_Layout":
+    def _layout(self, values: Mapping[str, Any], place: str) -> Layout:
         name = self.format
         if name == "auto":
-            fitting = (name for name, layout in _LAYOUTS.items() if layout.fits(values, self._renamed()))
+            fitting = (name for name, layout in LAYOUTS.items() if layout.fits(values, self._renamed))
             name = next(fitting, "auto")  # type: ignore[arg-type]
-        elif idle := sorted(set(self._renamed()) - {*_LAYOUTS[name].columns, *_LAYOUTS[name].optional}):
+        elif idle := sorted(set(self._renamed) - {*LAYOUTS[name].columns, *LAYOUTS[name].optional}):
             raise ValueError(f"data.fields must rename fields of the format {name}, got {idle[0]}; unset it")
         if name == "auto":
-            wanted = ", ".join("+".join(layout.columns) for layout in _LAYOUTS.values())
-            raise ValueError(
-                f"{place} must have the fields of a known format ({wanted}), got {_names(values)}; set data.fields"
-            )
+            raise RowError(_unknown(values, place))
         if name == "preference":
             raise ValueError(
                 f"data must be examples of one answer, got preference pairs (chosen, rejected) at {place}; "
                 "to learn the chosen answers set data.format=prompt_completion data.fields={completion: chosen}"
             )
-        if name == "text" and (self.system is not None or self.verify != "none"):
-            raise ValueError(
-                f"data.system and data.verify must be null and none for plain text, as {place} is; unset them"
+        left = {"system": (self.system, None), "verify": (self.verify, "none"), "train_on": (self.train_on, "all")}
+        for key, (value, default) in left.items() if name == "text" else ():
+            if value != default:
+                shown = "null" if default is None else default
+                raise ValueError(f"data.{key} must be {shown} for plain text, as {place} is, got {value}; unset it")
+        return LAYOUTS[name]
+
+    def _with_system(self, found: Read, values: Mapping[str, Any], place: str) -> Read:
+        """The row with its own system turn, that of its column system, or that of data.system, in this order."""
+        (messages, learned), plain = found
+        given = values.get("system")
+        if given is not None and not isinstance(given, str):
+            raise RowError(f"{place} must have text in the field system, got {kind(given)}; correct the row")
+        own = messages[0]["content"] if messages and messages[0]["role"] in ("system", "developer") else None
+        if own is not None and given and given != own:
+            raise RowError(
+                f"{place} must have one system turn, got one in the turns and another in the field system; remove one "
+                "of them, or read the rows without the field by data.ignore=[system]"
             )
-        return _LAYOUTS[name]
-
-    def _with_system(
-        self, messages: tuple[dict[str, Any], ...], plain: tuple[str, str] | None
-    ) -> tuple[tuple[dict[str, Any], ...], tuple[str, str] | None]:
-        if self.system is None:
-            return messages, plain
-        if messages[0]["role"] not in ("system", "developer"):
-            messages = ({"role": "system", "content": self.system}, *messages)
-        return messages, None
-
-
-class _Layout(NamedTuple):
-    columns: tuple[str, ...]
-    optional: tuple[str, ...]
-    types: tuple[type, ...]
-    read: Callable[[Mapping[str, Any], str], Content]
-
-    def fits(self, values: Mapping[str, Any], renamed: Mapping[str, str]) -> bool:
-        """True if a row has this format's columns, and none is renamed that this format would leave unread."""
-        return set(self.columns) <= set(values) and set(renamed) <= {*self.columns, *self.optional}
-
-
-def _read_messages(values: Mapping[str, Any], place: str) -> Content:
-    messages = []
-    for turn in values["messages"]:
-        role, content = _turn(turn, "role", "content", place)
-        if role not in _ROLES:
-            raise ValueError(f"{place} must have messages of the roles {' '.join(_ROLES)}, got {role}")
-        messages.append({**turn, "role": role, "content": content})
-    return _conversation(messages, place)
-
-
-def _read_sharegpt(values: Mapping[str, Any], place: str) -> Content:
-    messages = []
-    for turn in values["conversations"]:
-        speaker, content = _turn(turn, "from", "value", place)
-        if speaker not in _SPEAKERS:
-            raise ValueError(f"{place} must have conversations from {' '.join(_SPEAKERS)}, got {speaker}")
-        messages.append({"role": _SPEAKERS[speaker], "content": content})
-    return _conversation(messages, place)
-
-
-def _read_alpaca(values: Mapping[str, Any], place: str) -> Content:
-    given = values.get("input")
-    if given is not None and not isinstance(given, str):
-        raise ValueError(f"{place} must have text in the field input, got {type(given).__name__}")
-    prompt = f"{values['instruction']}\n\n{given}" if given else values["instruction"]
-    return _exchange(prompt, values["output"], "\n")
-
-
-def _read_completion(values: Mapping[str, Any], place: str) -> Content:
-    return _exchange(values["prompt"], values["completion"], "")
-
-
-def _read_question(values: Mapping[str, Any], place: str) -> Content:
-    return _exchange(values["question"], values["answer"], "\n")
-
-
-def _read_text(values: Mapping[str, Any], place: str) -> Content:
-    return (), ("", values["text"]), ""
-
-
-def _read_pair(values: Mapping[str, Any], place: str) -> Content:
-    raise AssertionError("preference rows are refused before they are read")
-
-
-_LAYOUTS: dict[str, _Layout] = {
-    "messages": _Layout(("messages",), (), (list,), _read_messages),
-    "sharegpt": _Layout(("conversations",), (), (list,), _read_sharegpt),
-    "preference": _Layout(("chosen", "rejected"), ("prompt",), (str, list), _read_pair),
-    "alpaca": _Layout(("instruction", "output"), ("input",), (str,), _read_alpaca),
-    "prompt_completion": _Layout(("prompt", "completion"), (), (str,), _read_completion),
-    "question_answer": _Layout(("question", "answer"), (), (str,), _read_question),
-    "text": _Layout(("text",), (), (str,), _read_text),
-}
-
-
-def _exchange(prompt: str, completion: str, joint: str) -> Content:
-    """One question and its answer; joint stands between them where there is no chat template."""
-    messages = ({"role": "user", "content": prompt}, {"role": "assistant", "content": completion})
-    return messages, (prompt + joint, completion), completion
-
-
-def _conversation(messages: list[dict[str, Any]], place: str) -> Content:
-    if not messages:
-        raise ValueError(f"{place} must hold at least one turn, got an empty conversation; drop the row")
-    answers = [message["content"] for message in messages if message["role"] == "assistant"]
-    return tuple(messages), None, answers[-1] if answers else ""
-
-
-def _turn(turn: Any, speaker: str, content: str, place: str) -> tuple[str, str]:
-    if not isinstance(turn, dict) or speaker not in turn or content not in turn:
-        got = _names(turn) if isinstance(turn, dict) else type(turn).__name__
-        raise ValueError(
-            f"{place} must have turns with {speaker} and {content}, got {got}; set data.format and data.fields"
+        text = given or self.system
+        if own is not None or text is None:
+            return Read(found.turns, plain)
+        turns = found.turns._replace(
+            messages=({"role": "system", "content": text}, *messages), learned=(False, *learned)
         )
-    for key in (speaker, content):
-        if not isinstance(turn[key], str):
-            raise ValueError(f"{place} must have text in each turn's {key}, got {type(turn[key]).__name__}")
-    return turn[speaker], turn[content]
+        return Read(turns, None)
 
 
-def _check_columns(values: Mapping[str, Any], layout: _Layout, place: str) -> None:
-    for column in layout.columns:
-        if column not in values:
-            raise ValueError(
-                f"{place} must have the field {column}, got {_names(values)}; set data.fields or correct the row"
-            )
-        if not isinstance(values[column], layout.types):
-            want = "a list" if list in layout.types else "text"
-            raise ValueError(f"{place} must have {want} in the field {column}, got {type(values[column]).__name__}")
+class _Plan:
+    """How all rows of a file are read, once the format is known. allowed: known names that may stand there."""
+
+    def __init__(self, layout: Layout, renamed: Mapping[str, str], ignore: Iterable[str]) -> None:
+        self.layout, self.ignore = layout, frozenset(ignore)
+        self.taken = {renamed.get(name, name) for name in (*layout.columns, *layout.optional)}
+        chosen = {"rejected"} if "chosen" in self.taken else set()  # who reads the one leaves the other on purpose
+        self.allowed = self.taken | self.ignore | chosen
+        self.known: dict[tuple[str, ...], tuple[str, ...]] = {}
+
+    def unread(self, columns: tuple[str, ...]) -> tuple[str, ...]:
+        """Those of columns that are not read, in the order of the file; found once for each set of columns."""
+        if columns not in self.known:
+            self.known[columns] = tuple(name for name in columns if name not in self.taken or name in self.ignore)
+        return self.known[columns]
 
 
-def _names(values: Mapping[str, Any]) -> str:
-    return "the fields " + ", ".join(map(str, values)) if values else "no field"
+def _turn_keys(values: Mapping[str, Any]) -> set[str]:
+    lists = [value for value in values.values() if isinstance(value, list)]
+    return {key for value in lists for turn in value if isinstance(turn, dict) for key in turn}
+
+
+def _unknown(values: Mapping[str, Any], place: str) -> str:
+    wanted = ", ".join("+".join(layout.columns) for layout in LAYOUTS.values())
+    below = row_list(dict(values))
+    way = f"if {below} holds the rows, write that list alone" if below else "set data.fields"
+    return f"{place} must have the fields of a known format ({wanted}), got {field_names(dict(values))}; {way}"

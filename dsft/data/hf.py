@@ -2,14 +2,14 @@
 
 import hashlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
-from dsft.data import formats
-from dsft.data.files import Record
-from dsft.data.source import Sample, check_shared, score_exact
+from dsft.data import disk, formats
+from dsft.data.records import Record, table_values
+from dsft.data.source import BadRow, OnBadRow, Sample, check_shared, score_exact
 from dsft.offline import STAGE, AbsentError, unplugged
 
 
@@ -28,6 +28,12 @@ class HuggingFace:
     eval_fraction: float
     shuffle: bool
     max_eval: int | None
+    train_on: formats.TrainOn = (
+        "all"  # these and what follows may be absent from a source that a mixture's YAML spells out
+    )
+    on_bad_row: OnBadRow = "stop"
+    dedup: bool = True
+    ignore: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         """Refuse values out of range."""
@@ -54,15 +60,20 @@ class HuggingFace:
             "source": "hf",
             "splits": [[self._source(split), digest_table(self._load(split))] for split in splits],
             "columns": self._columns().identity(),
+            **({} if self.dedup else {"dedup": False}),
         }
 
-    def rows(self) -> Iterator[Sample]:
+    def rows(self) -> Iterator[Sample | BadRow]:
         """Samples of split; ids are id:row."""
         return self._read(self.split)
 
-    def eval_rows(self) -> Iterator[Sample] | None:
+    def eval_rows(self) -> Iterator[Sample | BadRow] | None:
         """Samples of eval_split, if there is one; ids are id.split:row."""
         return self._read(self.eval_split) if self.eval_split else None
+
+    def skips(self, bad: BadRow) -> bool:
+        """True with data.on_bad_row=skip."""
+        return self.on_bad_row == "skip"
 
     def score(self, entry: dict[str, Any], reference: str, answer: str) -> float:
         """1.0 if answer equals the reference, both stripped."""
@@ -84,6 +95,8 @@ class HuggingFace:
         datasets.logging.set_verbosity_error()
         huggingface_hub.logging.set_verbosity_error()
         path = str(self._folder()) if self._folder().is_dir() else self.path
+        if disk.is_saved(self._folder()):
+            return disk.load(self._folder(), split, name=self.name)
         try:
             return datasets.load_dataset(path, name=self.name, split=split)
         except (ValueError, OSError, datasets.exceptions.DatasetsError) as error:
@@ -93,13 +106,27 @@ class HuggingFace:
             kind, way_out = (AbsentError, f"; {STAGE}") if absent else (ValueError, "")
             raise kind(f"data.path must be a dataset that loads, got {wanted}; {reason}{way_out}") from None
 
-    def _read(self, split: str) -> Iterator[Sample]:
+    def _read(self, split: str) -> Iterator[Sample | BadRow]:
+        splits = [each for each in (self.split, self.eval_split) if each and each != split]
+        others = (record for each in splits for record in self._records(each))
+        columns, path = self._columns(), f"{self.path}, split {split}"
+        return columns.samples(self._records(split), self._source(split), path=path, elsewhere=others)
+
+    def _records(self, split: str) -> Iterator[Record]:
         source = self._source(split)
-        records = (Record(row, f"{source} row {row}", values) for row, values in enumerate(self._load(split)))
-        return self._columns().samples(records, source, path=f"{self.path}, split {split}")
+        for row, values in enumerate(disk.undecoded(self._load(split))):
+            yield Record(row, f"{source} row {row}", table_values(values))
 
     def _columns(self) -> formats.Columns:
-        return formats.Columns(format=self.format, fields=self.fields, system=self.system, verify=self.verify)
+        return formats.Columns(
+            format=self.format,
+            fields=self.fields,
+            system=self.system,
+            verify=self.verify,
+            train_on=self.train_on,
+            ignore=tuple(self.ignore),
+            on_bad_row=self.on_bad_row,
+        )
 
 
 def digest_table(dataset: Any) -> str:

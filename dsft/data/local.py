@@ -1,13 +1,13 @@
 """data=local: rows of a jsonl, json, csv or parquet file."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from dsft.data import formats
 from dsft.data.files import check_file, digest_file, read_records
-from dsft.data.source import Sample, check_shared, score_exact
+from dsft.data.source import BadRow, OnBadRow, Sample, check_shared, refuse_bad, score_exact
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +23,12 @@ class Local:
     eval_fraction: float
     shuffle: bool
     max_eval: int | None
+    train_on: formats.TrainOn = (
+        "all"  # these and what follows may be absent from a source that a mixture's YAML spells out
+    )
+    on_bad_row: OnBadRow = "stop"
+    dedup: bool = True
+    ignore: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         """Refuse values out of range."""
@@ -36,10 +42,12 @@ class Local:
     def check(self) -> None:
         """Raise ValueError if a file is missing or empty, or its first row is broken or in no known format."""
         check_file(self.path, key="data.path")
-        next(self.rows())
+        next(
+            refuse_bad(self.rows(), self.skips), None
+        )  # None: all rows are bad, which open_data says with their number
         if self.eval_path:
             check_file(self.eval_path, key="data.eval_path")
-            next(self._read(self.eval_path))
+            next(refuse_bad(self._read(self.eval_path), self.skips), None)
 
     def identity(self) -> dict[str, Any]:
         """Digests of the files and how they are read."""
@@ -48,22 +56,38 @@ class Local:
             "source": "local",
             "files": [[Path(path).stem, Path(path).suffix.lower(), digest_file(path)] for path in paths],
             "columns": self._columns().identity(),
+            **({} if self.dedup else {"dedup": False}),
         }
 
-    def rows(self) -> Iterator[Sample]:
+    def rows(self) -> Iterator[Sample | BadRow]:
         """Samples of path; ids are stem:row."""
         return self._read(self.path)
 
-    def eval_rows(self) -> Iterator[Sample] | None:
+    def eval_rows(self) -> Iterator[Sample | BadRow] | None:
         """Samples of eval_path, if there is one."""
         return self._read(self.eval_path) if self.eval_path else None
+
+    def skips(self, bad: BadRow) -> bool:
+        """True with data.on_bad_row=skip."""
+        return self.on_bad_row == "skip"
 
     def score(self, entry: dict[str, Any], reference: str, answer: str) -> float:
         """1.0 if answer equals the reference, both stripped."""
         return score_exact(reference, answer)
 
-    def _read(self, path: str) -> Iterator[Sample]:
-        return self._columns().samples(read_records(path), Path(path).stem, path=path)
+    def _read(self, path: str) -> Iterator[Sample | BadRow]:
+        others = (
+            record for each in (self.path, self.eval_path) if each and each != path for record in read_records(each)
+        )
+        return self._columns().samples(read_records(path), Path(path).stem, path=path, elsewhere=others)
 
     def _columns(self) -> formats.Columns:
-        return formats.Columns(format=self.format, fields=self.fields, system=self.system, verify=self.verify)
+        return formats.Columns(
+            format=self.format,
+            fields=self.fields,
+            system=self.system,
+            verify=self.verify,
+            train_on=self.train_on,
+            ignore=tuple(self.ignore),
+            on_bad_row=self.on_bad_row,
+        )

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from dsft.data.order import permutation
-from dsft.data.source import Sample, check_shared
+from dsft.data.source import BadRow, Sample, check_shared
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,6 +20,7 @@ class Mixture:
     eval_fraction: float
     shuffle: bool
     max_eval: int | None
+    dedup: bool = True  # may be absent from a YAML that is older than the key
 
     def __post_init__(self) -> None:
         """Refuse weights without a source, sources without a weight, and keys that only the mixture may set."""
@@ -33,7 +34,7 @@ class Mixture:
             if not 0 < weight < float("inf"):
                 raise ValueError(f"data.weights.{name} must be above 0, got {weight}; leave the source out instead")
         for name, source in self.sources.items():
-            for key, left in (("shuffle", True), ("eval_fraction", 0.0), ("max_eval", None)):
+            for key, left in (("shuffle", True), ("eval_fraction", 0.0), ("max_eval", None), ("dedup", True)):
                 if (got := getattr(source, key)) != left:
                     raise ValueError(
                         f"data.sources.{name}.{key} must be {left}, got {got}; set data.{key} of the mixture"
@@ -47,12 +48,27 @@ class Mixture:
     def identity(self) -> dict[str, Any]:
         """The sources' identities, the weights and the seed."""
         parts = {name: [float(self.weights[name]), source.identity()] for name, source in self.sources.items()}
-        return {"source": "mixture", "parts": parts, "order": list(self.sources), "seed": self.seed}
+        return {"source": "mixture", "parts": parts, "order": list(self.sources), "seed": self.seed} | (
+            {} if self.dedup else {"dedup": False}
+        )
 
-    def rows(self) -> Iterator[Sample]:
-        """The interleaved samples; ids are name/ and the source's own id. Depends on the seed and the sources alone."""
-        names = list(self.sources)
-        samples = [list(self.sources[name].rows()) for name in names]
+    def rows(self) -> Iterator[Sample | BadRow]:
+        """The interleaved samples; ids are name/ and the source's own id. Depends on the seed and the sources alone.
+
+        Bad rows come first, source by source: a bad row takes no other's place.
+        """
+        names, samples = list(self.sources), list[list[Sample]]()
+        for name in names:
+            samples.append([])
+            first = ""
+            for row in self.sources[name].rows():
+                if isinstance(row, BadRow):
+                    first = first or row.reason
+                    yield _prefixed(name, row)
+                else:
+                    samples[-1].append(row)
+            if not samples[-1]:
+                raise ValueError(f"data.sources.{name} must give at least one row, got bad ones alone: {first}")
         counts = shares([len(part) for part in samples], [self.weights[name] for name in names])
         chosen = []
         for index, (part, count) in enumerate(zip(samples, counts, strict=True)):
@@ -62,7 +78,7 @@ class Mixture:
         for label in labels[permutation(len(labels), self.seed, len(names))]:
             yield _prefixed(names[label], next(chosen[label]))
 
-    def eval_rows(self) -> Iterator[Sample] | None:
+    def eval_rows(self) -> Iterator[Sample | BadRow] | None:
         """Held-out samples of all sources that bring some, source by source."""
         parts = {name: part for name, source in self.sources.items() if (part := source.eval_rows()) is not None}
         if not parts:
@@ -73,6 +89,11 @@ class Mixture:
                 f"got {self.eval_fraction}; give one of the two"
             )
         return (_prefixed(name, sample) for name, part in parts.items() for sample in part)
+
+    def skips(self, bad: BadRow) -> bool:
+        """The answer of the source that the row is from."""
+        name = max((name for name in self.sources if bad.source.startswith(f"{name}/")), key=len)
+        return bool(self.sources[name].skips(replace(bad, source=bad.source.removeprefix(f"{name}/"))))
 
     def score(self, entry: dict[str, Any], reference: str, answer: str) -> float:
         """The verdict of the source that the sample is from."""
@@ -85,6 +106,8 @@ def shares(lengths: list[int], weights: list[float]) -> list[int]:
     return [min(length, max(1, round(total * weight))) for length, weight in zip(lengths, weights, strict=True)]
 
 
-def _prefixed(name: str, sample: Sample) -> Sample:
+def _prefixed(name: str, sample: Sample | BadRow) -> Sample | BadRow:
+    if isinstance(sample, BadRow):
+        return replace(sample, source=f"{name}/{sample.source}")
     entry = None if sample.entry is None else {"source": name, "entry": sample.entry}
     return replace(sample, source=f"{name}/{sample.source}", entry=entry)

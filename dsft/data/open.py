@@ -6,12 +6,13 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dsft.data.audit import Audit, Counts
 from dsft.data.cache import VERSION, cache_root, digest_of, find_or_build, tokenizer_identity
 from dsft.data.encoding import Encoded, Encoder
-from dsft.data.source import Sample, Source, held_out
+from dsft.data.skipped import write_skipped
+from dsft.data.source import BadRow, Sample, Source, held_out
 from dsft.data.store import SetWriter, runs
 from dsft.data.tokens import TokenSet
 
@@ -75,39 +76,51 @@ def open_data(
     held, held_counts = _load(folder / "eval") if (folder / "eval").is_dir() else (None, None)
     extra = json.loads((folder / "audit.json").read_text(encoding="utf-8"))
     example = [(str(piece), bool(supervised)) for piece, supervised in extra["example"]]
-    audit = Audit(train=train_counts, eval=held_counts, overlap=extra["overlap"], example=example)
+    audit = Audit(
+        train=train_counts, eval=held_counts, overlap=extra["overlap"], example=example, unread=extra["unread"]
+    )
     return Dataset(source, train, held, audit, digest)
 
 
 def _build(folder: Path, source: Source, encoder: Encoder, *, max_length: int, seed: int) -> None:
-    train = SetWriter(max_length=max_length, limit=None, stop_tokens=encoder.special, answers=False)
-    held = SetWriter(max_length=max_length, limit=source.max_eval, stop_tokens=encoder.special, answers=True)
-    for sample, encoded in _encoded(source.rows(), encoder):
+    shared: dict[str, Any] = {"max_length": max_length, "stop_tokens": encoder.special, "dedup": source.dedup}
+    train = SetWriter(limit=None, answers=False, **shared)
+    held = SetWriter(limit=source.max_eval, answers=True, **shared)
+    for sample, encoded in _encoded(source.rows(), encoder, source):
         apart = source.eval_fraction > 0 and held_out(sample, seed=seed, fraction=source.eval_fraction)
         (held if apart else train).add(sample, encoded)
     own = source.eval_rows()
     if own is not None:
-        for sample, encoded in _encoded(own, encoder):
+        for sample, encoded in _encoded(own, encoder, source):
             if held.full:
                 break
             held.add(sample, encoded)
-    train.counts().check("the training data", max_length)
+    train.check("the training data")
     train.write(folder / "train")
     if own is not None or source.eval_fraction > 0:
-        held.counts().check("the held-out data", max_length)
+        held.check("the held-out data")
         held.write(folder / "eval")
     first = train.kept[0]
     pieces = [
         (encoder.tokenizer.decode(first.tokens[start:end].tolist()), supervised)
         for start, end, supervised in runs(first.mask)
     ]
-    extra = {"overlap": len(train.seen & held.seen), "example": pieces}
+    extra = {"overlap": len(train.seen & held.seen), "example": pieces, "unread": list(train.unread | held.unread)}
     (folder / "audit.json").write_text(json.dumps(extra), encoding="utf-8")
+    write_skipped([*train.skipped, *held.skipped], folder)
 
 
-def _encoded(samples: Iterator[Sample], encoder: Encoder) -> Iterator[tuple[Sample, Encoded]]:
-    while chunk := list(islice(samples, _CHUNK)):
-        yield from zip(chunk, encoder.encode(chunk), strict=True)
+def _encoded(
+    rows: Iterator[Sample | BadRow], encoder: Encoder, source: Source
+) -> Iterator[tuple[Sample | BadRow, Encoded | BadRow]]:
+    """Each row with its tokens, or with why it has none. Raises ValueError for the first bad row not to be skipped."""
+    while chunk := list(islice(rows, _CHUNK)):
+        encoded = iter(encoder.encode([row for row in chunk if isinstance(row, Sample)]))
+        for row in chunk:
+            found = row if isinstance(row, BadRow) else next(encoded)
+            if isinstance(found, BadRow) and not source.skips(found):
+                raise ValueError(found.reason)
+            yield row, found
 
 
 def _load(folder: Path) -> tuple[TokenSet, Counts]:

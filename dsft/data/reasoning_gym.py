@@ -8,7 +8,7 @@ from importlib.metadata import version
 from importlib.util import find_spec
 from typing import Any
 
-from dsft.data.source import Sample, check_shared
+from dsft.data.source import BadRow, Sample, check_shared
 
 _EVAL_SEED = 1_000_000_007
 """Distance between the seeds of rows to learn from and held-out rows: item i of a task is drawn from seed + i."""
@@ -30,6 +30,7 @@ class ReasoningGym:
     eval_fraction: float
     shuffle: bool
     max_eval: int | None
+    dedup: bool = True  # may be absent from a source that an older mixture's YAML spells out
 
     def __post_init__(self) -> None:
         """Refuse values out of range."""
@@ -79,6 +80,10 @@ class ReasoningGym:
     def eval_rows(self) -> Iterator[Sample] | None:
         """As many samples as eval_size, if above 0; ids are task.eval:row."""
         return self._eval_samples() if self.eval_size else None
+
+    def skips(self, bad: BadRow) -> bool:
+        """False: rows are made, and a bad one is no slip of the pen."""
+        return False
 
     def score(self, entry: dict[str, Any], reference: str, answer: str) -> float:
         """1.0 if the task's own verifier gives answer full marks."""

@@ -1,9 +1,12 @@
 """What a source of rows gives: samples, held-out samples, an identity, a verdict on answers."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
+
+OnBadRow = Literal["stop", "skip"]
+"""Values of data.on_bad_row: the first bad row ends the start, or bad rows are left out, counted and listed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,7 +17,8 @@ class Sample:
     without a chat template, None if the row makes no sense without one. reference: the right answer.
     entry: what the source's score needs to judge an answer, JSON-able; None if answers cannot be judged.
     learned: for each message, whether it is supervised; None: every assistant turn is. tools: what the row offers the
-    model to call, for a chat template that renders tools; None where it names none.
+    model to call, for a chat template that renders tools; None where it names none. unread: the row's columns that
+    were not read.
     """
 
     source: str
@@ -26,6 +30,7 @@ class Sample:
     entry: dict[str, Any] | None
     learned: tuple[bool, ...] | None = None
     tools: tuple[Any, ...] | None = None
+    unread: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,9 +44,14 @@ class BadRow:
 
 
 class Source(Protocol):
-    """A frozen dataclass whose fields are its YAML keys."""
+    """A frozen dataclass whose fields are its YAML keys.
+
+    A field with a default may be absent from a YAML of the user's, as it is from one that is older than the field.
+    dedup: whether a row is dropped that has the same tokens and mask as an earlier one.
+    """
 
     shuffle: bool
+    dedup: bool
     eval_fraction: float
     max_eval: int | None
 
@@ -51,11 +61,14 @@ class Source(Protocol):
     def identity(self) -> dict[str, Any]:
         """What decides the samples, JSON-able: content digests and keys, no machine's paths."""
 
-    def rows(self) -> Iterator[Sample]:
-        """Training samples in file order. Raises ValueError naming the place of a bad row."""
+    def rows(self) -> Iterator[Sample | BadRow]:
+        """Training samples in file order, bad rows among them. Raises ValueError if there is no reading on."""
 
-    def eval_rows(self) -> Iterator[Sample] | None:
+    def eval_rows(self) -> Iterator[Sample | BadRow] | None:
         """Held-out samples of their own, or None if the source brings none."""
+
+    def skips(self, bad: BadRow) -> bool:
+        """True if such a row of this source is to be left out and listed; else it ends the start."""
 
     def score(self, entry: dict[str, Any], reference: str, answer: str) -> float:
         """1.0 if answer is right by entry (a sample's, never None), else 0.0."""
@@ -73,7 +86,16 @@ def check_shared(eval_fraction: float, max_eval: int | None, *, own: str | None)
         )
 
 
-def held_out(sample: Sample, *, seed: int, fraction: float) -> bool:
+def refuse_bad(rows: Iterable[Sample | BadRow], skips: Callable[[BadRow], bool]) -> Iterator[Sample]:
+    """The samples among rows. Raises ValueError for the first bad row that is not skipped."""
+    for row in rows:
+        if isinstance(row, Sample):
+            yield row
+        elif not skips(row):
+            raise ValueError(row.reason)
+
+
+def held_out(sample: Sample | BadRow, *, seed: int, fraction: float) -> bool:
     """True for a fraction of all samples, told by (seed, id) alone: no other row changes the answer."""
     digest = hashlib.blake2b(f"{seed}/{sample.source}:{sample.row}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") < fraction * 2.0**64

@@ -12,21 +12,28 @@ from numpy.typing import NDArray
 
 from dsft.data.audit import Counts
 from dsft.data.encoding import Encoded
-from dsft.data.source import Sample
+from dsft.data.skipped import Skipped
+from dsft.data.source import BadRow, Sample
 
 
 class SetWriter:
     """Takes the encoded rows of one set in order; keeps those that can be learned from and counts the others."""
 
-    def __init__(self, *, max_length: int, limit: int | None, stop_tokens: frozenset[int], answers: bool) -> None:
+    def __init__(
+        self, *, max_length: int, limit: int | None, stop_tokens: frozenset[int], answers: bool, dedup: bool
+    ) -> None:
         self.max_length = max_length
         self.limit = limit
         self.stop_tokens = stop_tokens
+        self.dedup = dedup
         self.answers: list[str] | None = [] if answers else None
         self.seen: set[bytes] = set()
         self.kept: list[Encoded] = []
         self.ids: list[tuple[str, int]] = []
-        self.dropped = {"duplicates": 0, "over_long": 0, "zero_mask": 0}
+        self.dropped = {"duplicates": 0, "over_long": 0, "zero_mask": 0, "bad": 0}
+        self.skipped: list[Skipped] = []
+        self.unread: dict[str, None] = {}
+        self.empty_turns = 0
         self.rows = 0
         self.shortest = 0
 
@@ -35,23 +42,37 @@ class SetWriter:
         """True once limit rows are kept."""
         return self.limit is not None and len(self.kept) >= self.limit
 
-    def add(self, sample: Sample, encoded: Encoded) -> None:
+    def add(self, sample: Sample | BadRow, encoded: Encoded | BadRow) -> None:
         """Keep the row, or count why not; a full writer leaves it out and does not count it."""
         if self.full:
             return
         self.rows += 1
+        if isinstance(sample, Sample):
+            self.unread.update(dict.fromkeys(sample.unread))
+        if isinstance(encoded, BadRow) or isinstance(sample, BadRow):
+            bad = encoded if isinstance(encoded, BadRow) else sample
+            self._drop("bad", bad, bad.reason if isinstance(bad, BadRow) else "")
+        else:
+            self._add(sample, encoded)
+
+    def _drop(self, why: str, row: Sample | BadRow, reason: str) -> None:
+        self.dropped[why] += 1
+        self.skipped.append(Skipped(f"{row.source}:{row.row}", row.place, reason))
+
+    def _add(self, sample: Sample, encoded: Encoded) -> None:
         length = len(encoded.tokens)
         self.shortest = min(self.shortest or length, length)
         digest = hashlib.blake2b(encoded.tokens.tobytes() + encoded.mask.tobytes(), digest_size=16).digest()
         if length > self.max_length:
-            self.dropped["over_long"] += 1
+            self._drop("over_long", sample, f"{length} tokens, more than train.max_length={self.max_length}")
         elif np.isin(encoded.tokens[encoded.mask], list(self.stop_tokens)).all():
-            self.dropped["zero_mask"] += 1
-        elif digest in self.seen:
+            self._drop("zero_mask", sample, "no token of it is supervised, ends of turns aside")
+        elif self.dedup and digest in self.seen:
             self.dropped["duplicates"] += 1
         else:
             self.seen.add(digest)
             self.kept.append(encoded)
+            self.empty_turns += encoded.empty_turns
             self.ids.append((sample.source, sample.row))
             if self.answers is not None:
                 self.answers.append(json.dumps({"reference": sample.reference, "entry": sample.entry}))
@@ -67,7 +88,13 @@ class SetWriter:
             tokens=sum(len(row.tokens) for row in self.kept),
             supervised=sum(int(row.mask.sum()) for row in self.kept),
             shortest=self.shortest,
+            empty_turns=self.empty_turns,
         )
+
+    def check(self, what: str) -> None:
+        """Raise ValueError if no row is left to use; what names the set for the reader."""
+        bad = [row.reason for row in self.skipped] if self.dropped["bad"] == self.rows else []
+        self.counts().check(what, self.max_length, bad[0] if bad else "")
 
     def write(self, folder: Path) -> None:
         """Write the set's files into folder, which must not exist."""

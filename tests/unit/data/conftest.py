@@ -55,7 +55,7 @@ def smollm() -> Any:
 def source() -> Callable[..., Any]:
     """Build data=NAME from its YAML with some keys changed."""
 
-    def make(name: str, **keys: Any) -> Any:
+    def make(name: str, /, **keys: Any) -> Any:
         config = yaml.safe_load((CONF / f"{name}.yaml").read_text())
         module, _, attribute = config.pop("_target_").rpartition(".")
         assert set(keys) <= set(config)

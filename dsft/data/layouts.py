@@ -1,0 +1,126 @@
+"""The formats of rows: which columns each has, and how they become turns or text."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from dsft.data.records import RowError, field_names, kind
+from dsft.data.turns import Turns, concatenated, exchange, json_text, read_turns
+
+
+class Read(NamedTuple):
+    """What a row says. plain: (given, learned) for a tokenizer without a chat template, None if it cannot be."""
+
+    turns: Turns
+    plain: tuple[str, str] | None
+
+
+class Layout(NamedTuple):
+    """One format. columns: must be there, of one of types; optional: are read where they are there."""
+
+    columns: tuple[str, ...]
+    optional: tuple[str, ...]
+    types: tuple[type, ...]
+    read: Callable[[Mapping[str, Any], str, frozenset[str]], Read]
+
+    def fits(self, values: Mapping[str, Any], renamed: Mapping[str, str]) -> bool:
+        """True if a row has this format's columns, and none is renamed that this format would leave unread."""
+        return set(self.columns) <= set(values) and set(renamed) <= {*self.columns, *self.optional}
+
+    def check(self, values: Mapping[str, Any], place: str) -> None:
+        """Raise RowError if a column is missing or of another type."""
+        for column in self.columns:
+            value = values.get(column)
+            if column not in values:
+                raise RowError(
+                    f"{place} must have the field {column}, got {field_names(dict(values))}; set data.fields or "
+                    "correct the row"
+                )
+            if not isinstance(value, self.types):
+                want = "text" if str in self.types else "a list"
+                rows = " (pandas: to_json(orient='records', lines=True))" if isinstance(value, dict) else ""
+                raise RowError(
+                    f"{place} must have {want} in the field {column}, got {kind(value)}; correct the row{rows}"
+                )
+
+
+def _read_messages(values: Mapping[str, Any], place: str, ignore: frozenset[str]) -> Read:
+    return Read(read_turns(values["messages"], place, column="messages", ignore=ignore), None)
+
+
+def _read_sharegpt(values: Mapping[str, Any], place: str, ignore: frozenset[str]) -> Read:
+    return Read(read_turns(values["conversations"], place, column="conversations", ignore=ignore), None)
+
+
+def _read_alpaca(values: Mapping[str, Any], place: str, ignore: frozenset[str]) -> Read:
+    given = values.get("input")
+    if given is not None and not isinstance(given, str):
+        raise RowError(f"{place} must have text in the field input, got {kind(given)}; correct the row")
+    prompt = f"{values['instruction']}\n\n{given}" if given else values["instruction"]
+    last = _exchange(prompt, values["output"], "\n")
+    earlier = _history(values.get("history"), place)
+    return Read(concatenated([*earlier, last.turns]), None) if earlier else last
+
+
+def _read_completion(values: Mapping[str, Any], place: str, ignore: frozenset[str]) -> Read:
+    prompt, completion = values["prompt"], values["completion"]
+    if isinstance(prompt, str) and isinstance(completion, str):
+        return _exchange(prompt, completion, "")
+    if isinstance(prompt, str) or isinstance(completion, str):
+        raise RowError(
+            f"{place} must have prompt and completion as text both, or as lists of turns both, got {kind(prompt)} and "
+            f"{kind(completion)}; write both alike"
+        )
+    given, learned = (
+        read_turns(turns, place, column=name, ignore=ignore)
+        for name, turns in (("prompt", prompt), ("completion", completion))
+    )
+    if all(message["role"] != "assistant" for message in learned.messages):
+        raise RowError(f"{place} must have an assistant turn in the completion, got none; correct the row")
+    given = given._replace(learned=(False,) * len(given.messages))
+    return Read(concatenated([given, learned]), None)
+
+
+def _read_question(values: Mapping[str, Any], place: str, ignore: frozenset[str]) -> Read:
+    return _exchange(values["question"], values["answer"], "\n")
+
+
+def _read_text(values: Mapping[str, Any], place: str, ignore: frozenset[str]) -> Read:
+    return Read(Turns((), ()), ("", values["text"]))
+
+
+def _read_pair(values: Mapping[str, Any], place: str, ignore: frozenset[str]) -> Read:
+    raise AssertionError("preference rows are refused before they are read")
+
+
+def _exchange(prompt: str, completion: str, joint: str) -> Read:
+    """One question and its answer; joint stands between them where there is no chat template."""
+    return Read(exchange(prompt, completion), (prompt + joint, completion))
+
+
+def _history(value: Any, place: str) -> list[Turns]:
+    """Earlier exchanges of an alpaca row: a list of [question, answer]."""
+    pairs = json_text(value, place, "history")
+    if pairs is None or pairs == "":
+        return []
+    if not isinstance(pairs, list):
+        raise RowError(f"{place} must have a list of pairs in the field history, got {kind(pairs)}; correct the row")
+    for pair in pairs:
+        if not isinstance(pair, list | tuple) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
+            got = f"a list of {len(pair)}" if isinstance(pair, list) else kind(pair)
+            raise RowError(
+                f"{place} must have pairs of texts [question, answer] in the field history, got {got}; correct the row"
+            )
+    return [exchange(*pair) for pair in pairs]
+
+
+_CHAT = ("system", "tools")
+
+LAYOUTS: dict[str, Layout] = {
+    "messages": Layout(("messages",), _CHAT, (list,), _read_messages),
+    "sharegpt": Layout(("conversations",), _CHAT, (list,), _read_sharegpt),
+    "preference": Layout(("chosen", "rejected"), ("prompt",), (str, list), _read_pair),
+    "alpaca": Layout(("instruction", "output"), ("input", "history", *_CHAT), (str,), _read_alpaca),
+    "prompt_completion": Layout(("prompt", "completion"), _CHAT, (str, list), _read_completion),
+    "question_answer": Layout(("question", "answer"), _CHAT, (str,), _read_question),
+    "text": Layout(("text",), (), (str,), _read_text),
+}

@@ -1,0 +1,69 @@
+"""Columns and keys of turns that are known to change what a row means, and are refused where nothing reads them."""
+
+from collections.abc import Mapping, Set
+from typing import Any, NamedTuple
+
+from dsft.data.records import RowError
+
+
+class Known(NamedTuple):
+    """why: what training without it would get wrong; way: how it can be read, if it can; one: values of 1 are fine."""
+
+    why: str
+    way: str = ""
+    one: bool = False
+
+
+_WEIGHT = Known("rows are not weighted yet", one=True)
+_MEDIA = Known("only text is read")
+_MASK = Known("the mask is told from the turns", "mark turns with weight, 0 or 1")
+_TOKENS = Known("tokens are made from the text, not read")
+_PAIR = Known("a row is learned from one answer", "for the chosen answers alone see data.fields.completion")
+
+COLUMNS: dict[str, Known] = {
+    **dict.fromkeys(("weight", "weights", "loss_weight", "sample_weight", "score", "train", "loss"), _WEIGHT),
+    **dict.fromkeys(("image", "images", "video", "videos", "audio", "audios"), _MEDIA),
+    **dict.fromkeys(("loss_mask", "completion_mask", "assistant_masks", "masks", "segments"), _MASK),
+    **dict.fromkeys(("input_ids", "labels", "token_ids"), _TOKENS),
+    **dict.fromkeys(("chosen", "rejected"), _PAIR),
+    "label": Known("a label is not learned", "write it as the answer"),
+    "system": Known("this format has no system turn", "use a format of conversations"),
+    "system_prompt": Known("it is not in the conversation", "set data.fields.system=system_prompt"),
+    "history": Known("earlier turns are read in the format alpaca alone", "write them as messages"),
+    "tools": Known("plain text offers no tools", "use a format of conversations"),
+    "functions": Known("the functions are not offered to the model", "set data.fields.tools=functions"),
+    "context": Known("the prompt lacks it", "in the format alpaca set data.fields.input=context"),
+    "documents": Known("documents are not given to the chat template", "write them into a turn"),
+    "chat_template_kwargs": Known("a row has no say in how the chat template is rendered"),
+}
+"""Columns that no format reads by that name, or not every format."""
+
+TURN_KEYS: dict[str, Known] = {
+    **dict.fromkeys(("image", "images", "image_url", "video", "videos", "audio", "audios"), _MEDIA),
+    **dict.fromkeys(("train_detail", "loss_mask", "masked", "mask"), _MASK),
+    **dict.fromkeys(("loss_weight", "loss_scale"), Known("turns are not weighted by fractions yet", one=True)),
+    "refusal": Known("the answer is in it and not in the content", "write it as the content"),
+    "chosen": _PAIR,
+    "rejected": _PAIR,
+}
+"""Keys of a turn that nothing reads."""
+
+
+def refuse_unread(
+    values: Mapping[str, Any], known: Mapping[str, Known], place: str, *, read: Set[str], what: str
+) -> None:
+    """Raise RowError for the first of the known names in values that is not in read and says something."""
+    for name in (known.keys() & values.keys()) - read:
+        value, about = values[name], known[name]
+        if _says_nothing(value) or (about.one and str(value).strip().lower() in ("1", "1.0", "true")):
+            continue
+        way = f"{about.way}, or " if about.way else ""
+        shown = value if isinstance(value, bool | int | float) else type(value).__name__
+        raise RowError(
+            f"{place} must not have the {what} {name}, got {shown}: {about.why}; {way}read the rows without it by "
+            f"data.ignore=[{name}]"
+        )
+
+
+def _says_nothing(value: Any) -> bool:
+    return value is None or value is False or (isinstance(value, str | list | dict) and not value)
