@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from dsft.data.audit import Audit, Counts
 from dsft.data.cache import VERSION, cache_root, digest_of, find_or_build, tokenizer_identity
 from dsft.data.encoding import Encoded, Encoder
-from dsft.data.source import Sample, Source, held_out
+from dsft.data.source import BadRow, Sample, Source, held_out
 from dsft.data.store import SetWriter, runs
 from dsft.data.tokens import TokenSet
 
@@ -107,7 +107,10 @@ def _build(folder: Path, source: Source, encoder: Encoder, *, max_length: int, s
 
 def _encoded(samples: Iterator[Sample], encoder: Encoder) -> Iterator[tuple[Sample, Encoded]]:
     while chunk := list(islice(samples, _CHUNK)):
-        yield from zip(chunk, encoder.encode(chunk), strict=True)
+        for sample, encoded in zip(chunk, encoder.encode(chunk), strict=True):
+            if isinstance(encoded, BadRow):
+                raise ValueError(encoded.reason)
+            yield sample, encoded
 
 
 def _load(folder: Path) -> tuple[TokenSet, Counts]:
