@@ -34,10 +34,11 @@ def preflight(composed: Composed) -> dict[str, Any] | None:
     from dsft.data.open import open_data
     from dsft.data.order import total_steps
 
-    data = open_data(run.data, files.tokenizer(), max_length=run.train.max_length, seed=run.train.seed)
+    day = None if anew else folder.provenance(run_dir).get("template_date")
+    data = open_data(run.data, files.tokenizer(), max_length=run.train.max_length, seed=run.train.seed, day=day)
     _check_fit(run, files, data)
     run.method.check(total_steps(run.train, len(data.train)))
-    digests = {"base_digest": files.digest(), "data_digest": data.digest}
+    digests = {"base_digest": files.digest(), **data.digests}
     folder.check_digests(run_dir, digests, composed.resolved)
     if done:
         published.check(run_dir)
@@ -47,14 +48,15 @@ def preflight(composed: Composed) -> dict[str, Any] | None:
     plan = make_plan(composed, files)
     if not anew:
         folder.check_parameters(run_dir, plan)
-    return {"plan": plan, "digests": digests, "audit": data.audit}
+    return {"plan": plan, "digests": digests, "audit": data.audit, "notes": data.notes}
 
 
 def _check_fit(run: Run, files: "ModelFiles", data: "Dataset") -> None:
-    """Refuse rows beyond the model's reach, and a metric that these data do not give."""
+    """Refuse rows and tokens beyond the model's reach, and a metric that these data do not give."""
     from dsft.plan import check_positions
 
     check_positions(run, files)
+    _check_vocabulary(files, data)
     shape, longest = files.config, int(data.train.lengths.max())
     reach, before = getattr(shape, "max_position_embeddings", None), run.method.positions
     if reach is not None and longest + before > reach:
@@ -70,6 +72,19 @@ def _check_fit(run: Run, files: "ModelFiles", data: "Dataset") -> None:
         )
 
 
+def _check_vocabulary(files: "ModelFiles", data: "Dataset") -> None:
+    """Refuse tokens for which the embedding has no row: some were added to the tokenizer, and not to the model."""
+    rows = getattr(files.config.get_text_config(), "vocab_size", None)
+    if rows is None or data.top_token < rows:
+        return
+    token = files.tokenizer().convert_ids_to_tokens(data.top_token)
+    raise ValueError(
+        f"model must have an embedding row for each token of the data, got token {token!r} (number {data.top_token}) "
+        f"and {rows} rows; resize the model's embedding and save it (resize_token_embeddings), or use the tokenizer "
+        "that it was trained with"
+    )
+
+
 def announce(composed: Composed, prepared: Mapping[str, Any]) -> None:
     """Print the plan, and what a person should see before the run begins."""
     from dsft.plan import as_text
@@ -82,7 +97,7 @@ def announce(composed: Composed, prepared: Mapping[str, Any]) -> None:
     for tracker in composed.run.tracker.values():
         if hasattr(tracker, "why"):
             print(f"tracker      {tracker.why().removeprefix('tracker=')}")
-    for line in prepared["audit"].lines():
+    for line in [*prepared["audit"].lines(), *prepared["notes"]]:
         print(line)
     console = Console(highlight=False, soft_wrap=True)
     console.print("an example, what is supervised in green:", style="bold")
