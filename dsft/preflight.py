@@ -74,7 +74,8 @@ def _check_fit(run: Run, files: "ModelFiles", data: "Dataset") -> None:
 
 def _check_vocabulary(files: "ModelFiles", data: "Dataset") -> None:
     """Refuse tokens for which the embedding has no row: some were added to the tokenizer, and not to the model."""
-    rows = getattr(files.config.get_text_config(), "vocab_size", None)
+    text = files.config.get_text_config()
+    rows = getattr(text, "vocab_size", None)
     if rows is None or data.top_token < rows:
         return
     token = files.tokenizer().convert_ids_to_tokens(data.top_token)

@@ -8,7 +8,7 @@ same characters; a turn of which neither shows them is refused.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from dsft.data.marks import NEVER, CannotRenderError, Span, Traced
@@ -61,19 +61,23 @@ class Conversation:
     def looked_up(self, index: int) -> Span:
         """The turn's characters by the marks of the template's loops."""
         first, end = self.block(index)
-        block, prompt = self.full[first:end], self._prompt(index, first)
+        block = self.full[first:end]
         if not block.strip():
             return end, end
         if index + 1 == len(self.messages):
             end = len(self.full)  # what closes the whole closes this turn
-        if block.startswith(prompt):
-            return first + len(prompt), end
-        if self.full.endswith(prompt, 0, first):  # the turn before it has written the header
-            return first, end
-        shared = min(_shared(block, prompt), _shared(_SAID.sub(NEVER, self._told_apart().block(index)), prompt))
-        for length in range(shared, 0, -1):
-            if prompt[:length].strip() and _THINKING.match(prompt, length):
-                return first + length, end
+        for prompt in self._prompts(index, first):
+            if block.startswith(prompt):
+                return first + len(prompt), end
+            if self.full.endswith(prompt, 0, first):  # the turn before it has written the header
+                return first, end
+            apart = self._told_apart().block(index)
+            if apart.startswith(NEVER):  # no header: it goes on with the turn before it
+                return first, end
+            shared = min(_shared(block, prompt), _shared(apart, prompt))
+            for length in range(shared, 0, -1):
+                if prompt[:length].strip() and _THINKING.match(prompt, length):
+                    return first + length, end
         raise CannotRenderError("it begins otherwise than with the generation prompt")
 
     def block(self, index: int) -> Span:
@@ -89,20 +93,20 @@ class Conversation:
             raise CannotRenderError("it writes another turn among it")
         return self._traced.blocks[index]
 
-    def _prompt(self, index: int, first: int) -> str:
-        """The generation prompt before turn index, whose block begins at first."""
+    def _prompts(self, index: int, first: int) -> Iterator[str]:
+        """The generation prompt before turn index, whose block begins at first: by the text, then by the marks."""
         before, past = self.before(index), self.full[:first]
         if before.startswith(past):
-            return before[len(past) :]
+            yield before[len(past) :]
         asked = self.template.trace(self.messages[:index], self.tools, prompt=True)
         last, extra = asked.last, ""
         if index - 1 in asked.blocks:
-            told = self.template.trace(self.messages[:index], self.tools)
-            shorter, longer = told.block(index - 1), asked.block(index - 1)
+            plain = self.template.trace(self.messages[:index], self.tools)
+            shorter, longer = plain.block(index - 1), asked.block(index - 1)
             if not longer.startswith(shorter):
                 raise CannotRenderError("it rewrites a turn for a generation prompt")
             last, extra = asked.blocks[index - 1][1], longer[len(shorter) :]
-        return extra + asked.text[last:]
+        yield extra + asked.text[last:]
 
     def _told_apart(self) -> Traced:
         """The conversation once more, where what each message says stands between its number in noncharacters.

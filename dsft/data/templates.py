@@ -85,7 +85,7 @@ class ChatTemplate:
 
 def one_line(error: Exception) -> str:
     """The first line of what an error says, after its name where it is not the template's own refusal."""
-    said = (str(error).strip() or "nothing said").splitlines()[0]
+    said = (str(error).strip() or "nothing said").splitlines()[0].rstrip(".")
     return said if isinstance(error, TemplateError) and str(error).strip() else f"{type(error).__name__}: {said}"
 
 

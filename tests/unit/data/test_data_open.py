@@ -122,28 +122,6 @@ def test_cache_is_read_and_gives_the_same(opened: Any, source: Any, jsonl: Any, 
     assert isinstance(again.train.arrays["tokens"], np.memmap)
 
 
-def test_digest_follows_everything_that_decides_the_tokens(
-    opened: Any, source: Any, jsonl: Any, make_tokenizer: Any, tmp_path: Path
-) -> None:
-    local = source("local", path=jsonl(ROWS))
-    other_template = make_tokenizer()
-    other_template.chat_template = other_template.chat_template.replace("'\n' }}{% endfor", "'\n\n' }}{% endfor")
-    digests = [
-        opened(local).digest,
-        opened(local, max_length=199).digest,
-        opened(local, tokenizer=other_template).digest,
-        opened(source("local", path=local.path, system="Hi")).digest,
-        opened(source("local", path=jsonl(ROWS[:-1]))).digest,
-    ]
-    assert len(set(digests)) == len(digests)
-    moved = tmp_path / "elsewhere"
-    moved.mkdir()
-    jsonl(ROWS)
-    (moved / "rows.jsonl").write_bytes(Path(local.path).read_bytes())
-    assert opened(source("local", path=str(moved / "rows.jsonl"))).digest == digests[0]
-    assert opened(local, seed=9).digest == digests[0]
-
-
 def test_failed_build_leaves_no_cache(tmp_path: Path) -> None:
     def fail(folder: Path) -> None:
         (folder / "half").write_text("x")
