@@ -71,12 +71,27 @@ def check_parameters(run_dir: Path, plan: Mapping[str, Any]) -> None:
 def check_digests(run_dir: Path, digests: Mapping[str, str], resolved: Mapping[str, Any]) -> None:
     """Refuse to resume on a base model or data whose content has changed under its name."""
     old = {} if anew(run_dir, resolved) else _known(run_dir)
+    now = [("model", old.get("base_digest"), digests["base_digest"], "content")]
+    if _by_tokens(old, digests):
+        same = old.get("data_digest") == digests["data_digest"]
+        by = "tokens" + ", though rows and template are the same: jinja or transformers is another one" * same
+        now.append(("data", old.get("tokens_digest", old.get("data_digest")), digests["tokens_digest"], by))
+    else:
+        now.append(("data", old.get("data_digest"), digests["data_digest"], "content"))
     different = [
-        f"{group} was {old[key][:12]}, is {digest[:12]} by its content"
-        for (key, digest), group in zip(digests.items(), ("model", "data"), strict=True)
-        if key in old and old[key] != digest and group not in resolved["resume"]["allow"]
+        f"{group} was {was[:12]}, is {digest[:12]} by its {by}"
+        for group, was, digest, by in now
+        if was is not None and was != digest and group not in resolved["resume"]["allow"]
     ]
     refuse_others(run_dir, different)
+
+
+def _by_tokens(old: Mapping[str, str], digests: Mapping[str, str]) -> bool:
+    """True if a run's data are known by their tokens; those that older dsft began are known by their inputs.
+
+    old: of _known. A manifest holds one digest, and does not say which.
+    """
+    return "tokens_digest" in old or not old or old.get("data_digest") == digests["tokens_digest"]
 
 
 def check_length(run_dir: Path, resolved: Mapping[str, Any]) -> bool:
@@ -167,8 +182,10 @@ def create(run_dir: Path, composed: Composed, plan: Mapping[str, Any], digests: 
 
 
 def _write(run_dir: Path, composed: Composed, plan: Mapping[str, Any], digests: Mapping[str, str]) -> None:
+    old = _known(run_dir)
+    kept = {key: value for key, value in digests.items() if key != "tokens_digest" or _by_tokens(old, digests)}
     content = {
-        "run": _known(run_dir).get("run", uuid.uuid4().hex),
+        "run": old.get("run", uuid.uuid4().hex),
         "dsft": __version__,
         "commit": _commit(),
         "python": platform.python_version(),
@@ -177,7 +194,7 @@ def _write(run_dir: Path, composed: Composed, plan: Mapping[str, Any], digests: 
         "packages": versions(),
         "choices": [vars(choice) for choice in composed.choices],
         "job": {key: value for key, value in os.environ.items() if key in ("SLURM_JOB_ID", "SLURM_ARRAY_TASK_ID")},
-        **digests,
+        **kept,
     }
     replace_text(run_dir / "config.yaml", dump_yaml(stored(composed.resolved)))  # first: it makes the folder a run's
     replace_text(run_dir / "overrides.yaml", dump_yaml(typed(composed.overrides)))
@@ -228,7 +245,8 @@ def identity(run_dir: Path, resolved: Mapping[str, Any]) -> Identity:
     decisive = {path: value for path, value in leaves(resolved) if not is_free(path, FREE)}
     digest = hashlib.sha256(json.dumps(decisive, sort_keys=True, default=str).encode()).hexdigest()
     known = provenance(run_dir)
-    return Identity(run=known["run"], config=digest, base=known["base_digest"], data=known["data_digest"])
+    data = known["tokens_digest" if "tokens_digest" in known else "data_digest"]
+    return Identity(run=known["run"], config=digest, base=known["base_digest"], data=data)
 
 
 def state(run_dir: Path) -> dict[str, Any]:

@@ -98,7 +98,7 @@ def work(run_dir: Path, attempt: Attempt) -> int:
         with patience.phase("greeting", LIMIT_S):  # which has a limit of its own
             hello = greet(world, folder.versions(), socket.gethostname())
         with patience.phase("data", _data_s(run_dir)):
-            files, data = find(run, world, hello)
+            files, data = find(run, world, hello, day=folder.provenance(run_dir).get("template_date"))
         total = total_steps(run.train, len(data.train))
         with _held(run_dir, world, attempt) as holder:
             with patience.phase("trackers", TRACKER_S):
@@ -160,8 +160,9 @@ def _data_s(run_dir: Path) -> float:
     """Return the seconds that opening the data may take: more where this node has to tokenise them."""
     from dsft.data.cache import cache_root, token_folder
 
-    digest = folder.provenance(run_dir).get("data_digest")
-    return 0.0 if digest and token_folder(cache_root(), digest).is_dir() else TOKENISING_S
+    known = folder.provenance(run_dir)
+    inputs, day = known.get("data_digest"), known.get("template_date")
+    return 0.0 if inputs and token_folder(cache_root(), inputs, day).is_dir() else TOKENISING_S
 
 
 @contextlib.contextmanager
@@ -196,13 +197,16 @@ def _asked(run_dir: Path) -> "Run":
         raise verdict.CannotBeginError(str(error)) from error
 
 
-def find(run: "Run", world: "World", hello: "Mapping[str, Any]") -> "tuple[ModelFiles, Dataset]":
-    """The base model and the data, which are the same on all ranks, else CannotBeginError. Collective."""
+def find(run: "Run", world: "World", hello: "Mapping[str, Any]", *, day: str | None) -> "tuple[ModelFiles, Dataset]":
+    """The base model and the data, which are the same on all ranks, else CannotBeginError. Collective.
+
+    day: the date that the chat template was told at the run's first start, None if it asks for none.
+    """
     from dsft.comm.hello import require_same
     from dsft.data.open import open_data
 
     files = run.model.resolve()
-    data = open_data(run.data, files.tokenizer(), max_length=run.train.max_length, seed=run.train.seed)
+    data = open_data(run.data, files.tokenizer(), max_length=run.train.max_length, seed=run.train.seed, day=day)
     if world.size > 1:
         base = {"base model": files.digest()} if world.local_rank == 0 else {}  # ranks of a node see the same files
         require_same(world.gather({**base, "data": data.digest}), hello["ranks"])

@@ -14,6 +14,7 @@ from rich.console import Console
 from dsft import folder, offline, origin, published
 from dsft.compose import Composed
 from dsft.config import Run
+from dsft.door import at_the_door
 from dsft.offline import AbsentError
 
 if TYPE_CHECKING:
@@ -37,8 +38,9 @@ def preflight(composed: Composed) -> dict[str, Any] | None:
         tracker.check()
     run.data.check()
     files = run.model.resolve()
-    data = _open(run, files, files.tokenizer())
-    digests = {"base_digest": files.digest(), "data_digest": data.digest}
+    day = None if anew else folder.provenance(run_dir).get("template_date")
+    data = _open(run, files, files.tokenizer(), day)
+    digests = {"base_digest": files.digest(), **data.digests}
     folder.check_digests(run_dir, digests, composed.resolved)
     if done:
         published.check(run_dir)
@@ -52,13 +54,13 @@ def preflight(composed: Composed) -> dict[str, Any] | None:
     plan = make_plan(composed, files)
     if not anew:
         folder.check_parameters(run_dir, plan)
-    notes = [] if not anew and folder.goes_on(run_dir) else _origin(composed, digests["base_digest"], files)
+    started = [] if not anew and folder.goes_on(run_dir) else _origin(composed, digests["base_digest"], files)
     return {
         "plan": plan,
         "digests": digests,
         "audit": data.audit,
         "tokens": data.train.folder.parent,
-        "notes": notes,
+        "notes": [*data.notes, *started],
     }
 
 
@@ -129,22 +131,23 @@ def _noted(unchecked: list[str], what: str) -> Iterator[None]:
         unchecked.append(what)
 
 
-def _open(run: Run, files: "ModelFiles", tokenizer: Any) -> "Dataset":
+def _open(run: Run, files: "ModelFiles", tokenizer: Any, day: str | None = None) -> "Dataset":
     """The data, tokenised and found to fit model, metric and method."""
     from dsft.data.open import open_data
     from dsft.data.order import total_steps
 
-    data = open_data(run.data, tokenizer, max_length=run.train.max_length, seed=run.train.seed)
+    data = open_data(run.data, tokenizer, max_length=run.train.max_length, seed=run.train.seed, day=day)
     _check_fit(run, files, data)
     run.method.check(total_steps(run.train, len(data.train)))
     return data
 
 
 def _check_fit(run: Run, files: "ModelFiles", data: "Dataset") -> None:
-    """Refuse rows beyond the model's reach, and a metric that these data do not give."""
+    """Refuse rows and tokens beyond the model's reach, and a metric that these data do not give."""
     from dsft.plan import check_positions
 
     check_positions(run, files)
+    _check_vocabulary(files, data)
     shape, longest = files.config, int(data.train.lengths.max())
     reach, before = getattr(shape, "max_position_embeddings", None), run.method.positions
     if reach is not None and longest + before > reach:
@@ -158,6 +161,20 @@ def _check_fit(run: Run, files: "ModelFiles", data: "Dataset") -> None:
         raise ValueError(
             f"train.early_stop_metric={metric} needs held-out rows that give it; hold some out or unset it"
         )
+
+
+def _check_vocabulary(files: "ModelFiles", data: "Dataset") -> None:
+    """Refuse tokens for which the embedding has no row: some were added to the tokenizer, and not to the model."""
+    text = files.config.get_text_config()
+    rows = getattr(text, "vocab_size", None)
+    if rows is None or data.top_token < rows:
+        return
+    token = files.tokenizer().convert_ids_to_tokens(data.top_token)
+    raise ValueError(
+        f"model must have an embedding row for each token of the data, got token {token!r} (number {data.top_token}) "
+        f"and {rows} rows; resize the model's embedding and save it (resize_token_embeddings), or use the tokenizer "
+        "that it was trained with"
+    )
 
 
 def announce(composed: Composed, prepared: Mapping[str, Any]) -> None:
@@ -178,3 +195,12 @@ def announce(composed: Composed, prepared: Mapping[str, Any]) -> None:
     console.print("an example, what is supervised in green:", style="bold")
     console.print(prepared["audit"].coloured())
     print(f"run folder   {composed.run.run_dir}", flush=True)
+
+
+def create(run_dir: Path, composed: Composed, prepared: Mapping[str, Any]) -> None:
+    """Make the run folder, with the list of the rows that are not learned from."""
+    from dsft.data.skipped import copy_skipped
+
+    folder.create(run_dir, composed, prepared["plan"], prepared["digests"])
+    with at_the_door(run_dir):
+        copy_skipped(prepared["tokens"], run_dir)

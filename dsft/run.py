@@ -4,10 +4,9 @@ import os
 import signal
 import sys
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 from dsft_launchers.codes import CRASHED, DONE, STOPPED, USER_ERROR
 from dsft_launchers.verdict import CANNOT_BEGIN, CannotBeginError
@@ -15,9 +14,8 @@ from dsft_launchers.verdict import CANNOT_BEGIN, CannotBeginError
 from dsft import dispatch, folder
 from dsft.checkpoint import lease
 from dsft.compose import Composed, compose, hand_to_hydra, hydra_flags
-from dsft.door import at_the_door
 from dsft.entry import BEGUN, enter, lose_lines
-from dsft.preflight import announce, preflight, rehearse, tell_unchecked
+from dsft.preflight import announce, create, preflight, rehearse, tell_unchecked
 from dsft.wording import refuse
 
 
@@ -72,22 +70,13 @@ def _start(composed: Composed) -> int:
             print("dsft: the reader of the output is gone; stopped before the run began", file=sys.stderr)
             raise
         lose_lines()
-        _create(run_dir, composed, prepared)
+        create(run_dir, composed, prepared)
 
     if composed.start.kind == "slurm":
         return dispatch.dispatch(composed, begin)
     with _claim(composed).beating():
         begin()
         return _launch(run_dir, composed.start.size)
-
-
-def _create(run_dir: Path, composed: Composed, prepared: Mapping[str, Any]) -> None:
-    """Make the run folder, with the list of the rows that are not learned from."""
-    from dsft.data.skipped import copy_skipped
-
-    folder.create(run_dir, composed, prepared["plan"], prepared["digests"])
-    with at_the_door(run_dir):
-        copy_skipped(prepared["tokens"], run_dir)
 
 
 def _launch(run_dir: Path, size: int) -> int:
@@ -150,7 +139,7 @@ def _join(composed: Composed) -> int:
             else:
                 _claim(composed)
                 announce(composed, prepared)
-                _create(Path(run_dir), composed, prepared)
+                create(Path(run_dir), composed, prepared)
         except ValueError as error:
             refusal = str(error)
     refusal, run_dir, done = world.gather((refusal, run_dir, done))[0]

@@ -53,7 +53,7 @@ def stage(run: Run) -> None:
     """
     run.model.check()
     run.data.check()
-    from dsft.data.cache import cache_root, token_folder
+    from dsft.data.cache import cache_root
     from dsft.data.open import open_data
 
     hub, datasets = _hugging_face()
@@ -63,7 +63,9 @@ def stage(run: Run) -> None:
     stock.tell("model", [files.folder or hub / f"models--{files.name_or_path.replace('/', '--')}"])
     data = open_data(run.data, tokenizer, max_length=run.train.max_length, seed=run.train.seed)
     stock.tell("data", [*hub.glob("datasets--*"), *datasets.glob("*")])
-    stock.tell("tokens", [token_folder(cache_root(), data.digest)])
+    stock.tell("tokens", [data.train.folder.parent])
+    for note in data.notes:
+        print(f"note         {note.replace('this run', 'runs of that day')}")
     print(
         f"staged       {stock.fetched:,} bytes" if stock.fetched else "staged       nothing was fetched, all was there"
     )

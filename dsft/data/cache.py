@@ -8,13 +8,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from filelock import FileLock
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-VERSION = 2
+VERSION = 3
 """Raise it when the same input must give other tokens, masks or files than the code before."""
+INPUTS = 2
+"""The version in the digest of what goes in. Run folders keep that digest: raised, none of them would go on."""
+
+_BLOCK = 2**22
+"""Elements that are hashed at a time."""
 
 
 def cache_root() -> Path:
@@ -40,18 +46,38 @@ def tokenizer_identity(tokenizer: "PreTrainedTokenizerBase") -> list[Any]:
     ]
 
 
-def token_folder(root: Path, digest: str) -> Path:
-    """Where tokens of that digest lie, or will."""
-    return root / "tokens" / digest
+def content_digests(folder: Path) -> dict[str, str]:
+    """SHA-256 of each array and file of the token sets in folder: by "train/tokens", "eval/answers" and so on.
+
+    Of an array's type, shape and values, not of its file, whose header is numpy's own.
+    """
+    found = {}
+    for path in sorted(folder.glob("*/*")):
+        name = f"{path.parent.name}/{path.stem}"
+        if path.suffix == ".npy":
+            array = np.load(path, mmap_mode="r")
+            state = hashlib.sha256(f"{array.dtype.str} {array.shape}".encode())
+            for start in range(0, len(array), _BLOCK):
+                state.update(array[start : start + _BLOCK].tobytes())
+            found[name] = state.hexdigest()
+        elif path.suffix == ".jsonl":
+            found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
+        else:
+            found[f"{path.parent.name}/names"] = digest_of({"names": json.loads(path.read_text())["names"]})
+    return found
 
 
-def find_or_build(root: Path, digest: str, build: Callable[[Path], None]) -> Path:
-    """The token_folder; build(folder) fills it if it is not there yet.
+def token_folder(root: Path, inputs: str, day: str | None) -> Path:
+    """Where the tokens lie, or will, that come of inputs (their digest) and the day that a chat template is told."""
+    return root / "tokens" / digest_of({"version": VERSION, "inputs": inputs, "day": day})
+
+
+def find_or_build(folder: Path, build: Callable[[Path], None]) -> Path:
+    """The folder, of token_folder; build(aside) fills it if it is not there yet.
 
     One process builds while the others wait; the folder appears by rename once its files are on disk, so that a killed
-    build leaves nothing that could be taken for a whole one. Raises ValueError if root cannot be written.
+    build leaves nothing that could be taken for a whole one. Raises ValueError if its root cannot be written.
     """
-    folder = token_folder(root, digest)
     if folder.is_dir():
         return folder
     try:
@@ -61,7 +87,7 @@ def find_or_build(root: Path, digest: str, build: Callable[[Path], None]) -> Pat
     except OSError as error:
         reason = error.strerror or str(error)
         raise ValueError(
-            f"DSFT_CACHE must be a folder that can be written, got {root} ({reason}); set DSFT_CACHE"
+            f"DSFT_CACHE must be a folder that can be written, got {folder.parents[1]} ({reason}); set DSFT_CACHE"
         ) from None
     try:
         if not folder.is_dir():

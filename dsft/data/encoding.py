@@ -4,116 +4,215 @@ The rule of the mask, in one place: an assistant turn is what the template write
 including the token that ends the turn. White space that the template writes after that token (the newline of ChatML)
 belongs to no one and is not supervised: the model stops at the end-of-turn token and never has to write it. Where a
 template ends turns without a special token, its closing white space is the only stop there is and stays supervised.
-The first token of a row is never supervised, because nothing predicts it.
+The last turn of a row reaches to the end of its text: an end of text that the template writes there belongs to it.
+Where a template writes an earlier turn without the thoughts that its generation prompt opens (`<think>`), the turn
+begins where it departs from the generation prompt. The first token of a row is never supervised, because nothing
+predicts it. The tokens are those of apply_chat_template on the whole conversation, always; spans.py finds the turns
+in it. A row of which no mask can be shown right is refused.
 """
 
-import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import date
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from jinja2.exceptions import TemplateError
 from numpy.typing import NDArray
 
-from dsft.data.source import Sample
+from dsft.data.marks import CannotRenderError, Span
+from dsft.data.source import BadRow, Sample
+from dsft.data.spans import Conversation
+from dsft.data.templates import ChatTemplate, one_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Span = tuple[int, int]
+Ids = NDArray[np.int32]
+Pair = tuple[Ids, Ids]
+"""Tokens (L,) and their first and last + 1 characters (L, 2)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
     """tokens (L,) int32; mask (L,) bool, True = supervised; prompt: tokens before the last assistant turn's first.
 
-    empty_turns: supervised turns that the template renders to nothing but their end.
+    empty_turns: supervised turns that the template renders to nothing but their end. asked: the prompt as the
+    tokenizer writes it for a model that is to answer, where that is not the row's first tokens: a token across the
+    border holds some of the answer, or the template writes a turn that was answered otherwise. Known only for samples
+    whose answers can be judged.
     """
 
-    tokens: NDArray[np.int32]
+    tokens: Ids
     mask: NDArray[np.bool_]
     prompt: int
     empty_turns: int = 0
+    asked: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Rendered:
+    """A conversation's text; the characters of its supervised turns and of its last assistant turn.
+
+    asked: the text that a model is given to write the last turn, if that is wanted. marked: the mask of a template
+    that marks the assistant's part itself, silent the turns in it that are not supervised all the same.
+    """
+
+    text: str
+    learned: tuple[Span, ...] = ()
+    last: Span | None = None
+    asked: str | None = None
+    marked: NDArray[np.bool_] | None = None
+    silent: tuple[Span, ...] = ()
 
 
 class Encoder:
-    """A tokenizer's way to write samples. Raises ValueError if the tokenizer cannot say where its tokens came from."""
+    """A tokenizer's way to write samples. day: for templates that ask for the date; None: today.
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
+    Raises ValueError if the tokenizer cannot say where its tokens came from, or jinja cannot read its template.
+    """
+
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase", day: date | None = None) -> None:
         if not tokenizer.is_fast:
             raise ValueError(
                 f"model must have a fast tokenizer, got {type(tokenizer).__name__}; add its tokenizer.json"
             )
         self.tokenizer = tokenizer
-        self.template: str | None = tokenizer.get_chat_template() if tokenizer.chat_template else None
-        self.marked = self.template is not None and bool(re.search(r"\{%-?\s*generation\s*-?%\}", self.template))
-        special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
-        self.special = frozenset(special | set(tokenizer.all_special_ids))
+        self.day = day or date.today()
+        self.plain_template = self._template(tools=False)
+        self.tools_template = self._template(tools=True) if isinstance(tokenizer.chat_template, Mapping) else None
+        self.tools_template = self.tools_template or self.plain_template
+        added = tokenizer.added_tokens_decoder.items()
+        self.special = frozenset({i for i, token in added if token.special} | set(tokenizer.all_special_ids))
+        self.tags = self.special | {i for i, token in added if token.content[:1] + token.content[-1:] in ("<>", "[]")}
         self.blank: dict[int, bool] = {}
 
-    def encode(self, samples: Sequence[Sample]) -> list[Encoded]:
-        """One Encoded per sample. Raises ValueError naming the place of a sample that the template cannot render."""
-        chats = [i for i, sample in enumerate(samples) if self.template is not None and sample.messages]
-        plains = sorted(set(range(len(samples))) - set(chats))
-        encoded: dict[int, Encoded] = {}
-        if self.marked:
-            encoded.update(zip(chats, self._encode_marked([samples[i] for i in chats]), strict=True))
-        else:
-            encoded.update(zip(chats, self._encode_chats([samples[i] for i in chats]), strict=True))
-        encoded.update(zip(plains, self._encode_plain([samples[i] for i in plains]), strict=True))
-        return [encoded[i] for i in range(len(samples))]
+    @property
+    def reads_date(self) -> bool:
+        """True if what the template writes depends on the day."""
+        return any(each is not None and each.reads_date for each in (self.plain_template, self.tools_template))
+
+    @property
+    def renders_tools(self) -> bool:
+        """True if the template does something with the tools that a row offers."""
+        return self.tools_template is not None and self.tools_template.reads_tools
+
+    def encode(self, samples: Sequence[Sample]) -> list[Encoded | BadRow]:
+        """One result per sample, in their order: a row that template or tokenizer refuse is a BadRow.
+
+        Raises ValueError for what the model lacks altogether: a chat template for conversations, an end of text.
+        """
+        results: list[Encoded | BadRow | None] = [None] * len(samples)
+        chats: list[tuple[int, _Rendered]] = []
+        plains: list[tuple[int, tuple[str, str]]] = []
+        for index, sample in enumerate(samples):
+            if self.plain_template is None or not sample.messages:
+                plains.append((index, self._plain(sample)))
+                continue
+            rendered = self._render(sample)
+            if isinstance(rendered, BadRow):
+                results[index] = rendered
+            else:
+                chats.append((index, rendered))
+        texts = [rendered.text for _, rendered in chats]
+        for (index, rendered), pair in zip(chats, self._tokenize(texts, special=False), strict=True):
+            results[index] = self._chat(samples[index], rendered, pair)
+        texts = [given + learned for _, (given, learned) in plains]
+        for (index, halves), pair in zip(plains, self._tokenize(texts, special=True), strict=True):
+            results[index] = self._text(samples[index], halves, pair)
+        assert None not in results
+        return [each for each in results if each is not None]
 
     def ends_turn(self, token: int) -> bool:
         """True if token is a special one, as those that end a turn or a text are."""
         return token in self.special
 
-    def _encode_chats(self, samples: Sequence[Sample]) -> list[Encoded]:
-        rendered = [self._render_spans(sample) for sample in samples]
-        encodings = self._tokenize([text for text, _ in rendered], add_special_tokens=False)
-        encoded = []
-        for (_, spans), (tokens, offsets) in zip(rendered, encodings, strict=True):
-            mask, prompt = np.zeros(len(tokens), dtype=np.bool_), len(tokens)
-            for span in spans:
-                first, last = self._turn_tokens(tokens, offsets, span)
-                mask[first:last], prompt = True, first
-            mask[:1] = False
-            encoded.append(Encoded(tokens, mask, prompt))
-        return encoded
+    def _template(self, *, tools: bool) -> ChatTemplate | None:
+        """The template that transformers takes for rows with or without tools."""
+        if not self.tokenizer.chat_template:
+            return None
+        try:
+            source = self.tokenizer.get_chat_template(tools=[{}] if tools else None)
+        except ValueError as error:
+            raise ValueError(
+                f"model must have a chat template called default, got others: {one_line(error)}; name one of them so"
+            ) from None
+        return ChatTemplate(self.tokenizer, source, self.day)
 
-    def _encode_marked(self, samples: Sequence[Sample]) -> list[Encoded]:
-        """Templates that mark the assistant's part themselves ({% generation %}): their word is taken."""
-        encoded = []
-        for sample in samples:
-            row: Any = self._apply(
-                sample, sample.messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
-            )
-            mask = np.array(row["assistant_masks"], dtype=np.bool_)
-            mask[:1] = False
-            starts = np.flatnonzero(mask & ~np.roll(mask, 1))
-            encoded.append(
-                Encoded(np.array(row["input_ids"], dtype=np.int32), mask, int(starts[-1]) if len(starts) else len(mask))
-            )
-        return encoded
+    def _render(self, sample: Sample) -> _Rendered | BadRow:
+        """The whole conversation as text and its turns' characters, or why there is none."""
+        template = self.tools_template if sample.tools else self.plain_template
+        assert template is not None
+        if sample.tools and not template.reads_tools:
+            return _bad(sample, "offer no tools to a chat template that does not read them", f"{len(sample.tools)}",
+                        "set data.ignore=[tools] or use a model that is told of tools")  # fmt: skip
+        turns = [index for index, message in enumerate(sample.messages) if message["role"] == "assistant"]
+        learned = [index for index in turns if sample.learned is None or sample.learned[index]]
+        if learned[:1] == [0]:
+            return _bad(sample, "start with a user or system turn", "assistant", "drop it or set data.system")
+        try:
+            talk = Conversation(template, sample.messages, sample.tools)
+        except CannotRenderError as error:
+            return _bad(sample, "fit the model's chat template", f"its refusal: {error}", "drop the row")
+        turn = 0
+        try:
+            asked = talk.before(turns[-1]) if turns and sample.entry is not None else None
+            if template.marks_itself:
+                silent = tuple(talk.block(turn) for turn in turns if turn not in learned)
+                return _Rendered(talk.full, asked=asked, marked=_marks(template, sample), silent=silent)
+            spans = {}
+            for turn in sorted({*learned, *turns[-1:]} - {0}):
+                spans[turn] = talk.turn(turn)
+        except CannotRenderError as error:
+            return _bad(
+                sample, "have turns whose part in the chat template's text can be told",
+                f"one of which it cannot (turn {turn + 1}: {error})",
+                "mark the assistant's part in the template with {% generation %}, or drop the row",
+            )  # fmt: skip
+        return _Rendered(
+            talk.full, tuple(spans[turn] for turn in learned), spans.get(turns[-1]) if turns else None, asked
+        )
 
-    def _encode_plain(self, samples: Sequence[Sample]) -> list[Encoded]:
-        pairs = [self._plain(sample) for sample in samples]
-        encodings = self._tokenize([given + learned for given, learned in pairs], add_special_tokens=True)
+    def _chat(self, sample: Sample, rendered: _Rendered, pair: Pair | str) -> Encoded | BadRow:
+        """Tokens and mask of a conversation."""
+        if isinstance(pair, str):
+            return _untokenised(sample, pair)
+        tokens, offsets = pair
+        if rendered.marked is not None:
+            spans, mask = _runs(rendered.marked), rendered.marked.copy()
+            for span in rendered.silent:
+                mask[slice(*_covered(offsets, span))] = False
+            learned, last = [span for span in spans if mask[slice(*span)].any()], spans[-1] if spans else None
+        else:
+            learned = [self._turn_tokens(tokens, offsets, span) for span in rendered.learned]
+            mask = np.zeros(len(tokens), dtype=np.bool_)
+            for first, end in learned:
+                mask[first:end] = True
+            last = self._turn_tokens(tokens, offsets, rendered.last) if rendered.last else None
+        mask[:1] = False
+        prompt = last[0] if last else len(tokens)
+        empty = sum(all(self._is_blank(t) or t in self.tags for t in tokens[slice(*span)].tolist()) for span in learned)
+        encoded = Encoded(tokens, mask, prompt, empty)
+        if rendered.asked is None:
+            return encoded
+        ((asked, _),) = self._backend([rendered.asked], special=False)
+        same = asked.tolist() == tokens[:prompt].tolist()
+        return encoded if same else replace(encoded, asked=tuple(asked.tolist()))
+
+    def _text(self, sample: Sample, halves: tuple[str, str], pair: Pair | str) -> Encoded | BadRow:
+        """Tokens and mask of plain text: the second half is supervised, with an end of text behind it."""
         eos = self.tokenizer.eos_token_id
-        if samples and eos is None:
+        if eos is None:
             raise ValueError(
                 "model must have a tokenizer with an end-of-text token for plain text, got none; set its eos_token"
             )
-        encoded = []
-        for (given, learned), (tokens, offsets) in zip(pairs, encodings, strict=True):
-            if len(tokens) and tokens[-1] == eos:
-                tokens, offsets = tokens[:-1], offsets[:-1]
-            span = (len(given), len(given) + len(learned))
-            first = _covered(offsets, span)[0] if given else 0
-            tokens = np.append(tokens, np.int32(eos))
-            mask = np.arange(len(tokens)) >= max(first, 1)
-            encoded.append(Encoded(tokens, mask, first))
-        return encoded
+        if isinstance(pair, str):
+            return _untokenised(sample, pair)
+        (given, learned), (tokens, offsets) = halves, pair
+        if len(tokens) and tokens[-1] == eos:
+            tokens, offsets = tokens[:-1], offsets[:-1]
+        first = _covered(offsets, (len(given), len(given) + len(learned)))[0] if given else 0
+        tokens = np.append(tokens, np.int32(eos))
+        return Encoded(tokens, np.arange(len(tokens)) >= max(first, 1), first)
 
     def _plain(self, sample: Sample) -> tuple[str, str]:
         if sample.plain is None:
@@ -123,54 +222,36 @@ class Encoder:
             )
         return sample.plain
 
-    def _render_spans(self, sample: Sample) -> tuple[str, list[Span]]:
-        """The whole conversation as text, and the characters of each assistant turn in it, end of turn included."""
-        full, spans = self._render(sample, len(sample.messages)), []
-        for index, message in enumerate(sample.messages):
-            if message["role"] != "assistant":
-                continue
-            if index == 0:
-                raise ValueError(
-                    f"{sample.place} must start with a user or system turn, got assistant; drop it or set data.system"
-                )
-            before = self._render(sample, index, add_generation_prompt=True)
-            after = full if index + 1 == len(sample.messages) else self._render(sample, index + 1)
-            if not (full.startswith(before) and full.startswith(after)):
-                raise ValueError(
-                    f"model must have a chat template that never rewrites earlier text, got one that does "
-                    f"(turn {index + 1} of {sample.place}); mark the assistant's part in it with {{% generation %}}"
-                )
-            spans.append((len(before), len(after)))
-        return full, spans
-
-    def _render(self, sample: Sample, count: int, *, add_generation_prompt: bool = False) -> str:
-        return str(
-            self._apply(sample, sample.messages[:count], tokenize=False, add_generation_prompt=add_generation_prompt)
-        )
-
-    def _apply(self, sample: Sample, messages: Sequence[dict[str, Any]], **options: Any) -> Any:
+    def _tokenize(self, texts: list[str], *, special: bool) -> list[Pair | str]:
+        """Per text its tokens (L,) and their characters (L, 2), or why the tokenizer cannot read it."""
         try:
-            return self.tokenizer.apply_chat_template(list(messages), **options)
-        except TemplateError as error:
-            reason = (str(error) or type(error).__name__).splitlines()[0]
-            raise ValueError(
-                f"{sample.place} must fit the model's chat template, got its refusal: {reason}; drop the row"
-            ) from None
+            return list(self._backend(texts, special=special))
+        except (TypeError, ValueError, UnicodeError):  # one of them; which, the tokenizer does not say
+            return [self._tokenize_one(text, special=special) for text in texts]
 
-    def _tokenize(
-        self, texts: list[str], *, add_special_tokens: bool
-    ) -> list[tuple[NDArray[np.int32], NDArray[np.int32]]]:
-        """Per text its tokens (L,) and their characters (L, 2); much faster than tokenizer(...) with offsets."""
+    def _tokenize_one(self, text: str, *, special: bool) -> Pair | str:
+        try:
+            text.encode()
+            return self._backend([text], special=special)[0]
+        except UnicodeEncodeError as error:
+            return f"{text[error.start]!a}, half of a character"
+        except (TypeError, ValueError, UnicodeError) as error:
+            return one_line(error)
+
+    def _backend(self, texts: list[str], *, special: bool) -> list[Pair]:
+        """Much faster than tokenizer(...) with offsets."""
         backend = self.tokenizer.backend_tokenizer
         backend.no_truncation()
         backend.no_padding()
-        encodings = backend.encode_batch(texts, add_special_tokens=add_special_tokens)
+        encodings = backend.encode_batch(texts, add_special_tokens=special)
         return [
             (np.array(e.ids, dtype=np.int32), np.array(e.offsets, dtype=np.int32).reshape(-1, 2)) for e in encodings
         ]
 
-    def _turn_tokens(self, tokens: NDArray[np.int32], offsets: NDArray[np.int32], span: Span) -> Span:
+    def _turn_tokens(self, tokens: Ids, offsets: Ids, span: Span) -> Span:
         """First and last + 1 token of the assistant turn in span, cut after the token that ends it."""
+        if span[0] == span[1]:
+            return (at := int(np.searchsorted(offsets[:, 0], span[0]))), at
         first, last = _covered(offsets, span)
         end = last
         while end > first and self._is_blank(int(tokens[end - 1])):
@@ -184,7 +265,29 @@ class Encoder:
         return self.blank[token]
 
 
-def _covered(offsets: NDArray[np.int32], span: Span) -> Span:
+def _marks(template: ChatTemplate, sample: Sample) -> NDArray[np.bool_]:
+    """The mask (L,) of a template that marks the assistant's part itself ({% generation %}): its word is taken."""
+    row: Any = template.apply(
+        sample.messages, sample.tools, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+    )
+    return np.array(row["assistant_masks"], dtype=np.bool_)
+
+
+def _runs(mask: NDArray[np.bool_]) -> list[Span]:
+    """First and last + 1 of the stretches that are supervised."""
+    edges = np.flatnonzero(np.diff(np.concatenate([[False], mask, [False]]).astype(np.int8)))
+    return [(int(first), int(end)) for first, end in zip(edges[::2], edges[1::2], strict=True)]
+
+
+def _bad(sample: Sample, rule: str, got: str, way_out: str) -> BadRow:
+    return BadRow(sample.source, sample.row, sample.place, f"{sample.place} must {rule}, got {got}; {way_out}")
+
+
+def _untokenised(sample: Sample, reason: str) -> BadRow:
+    return _bad(sample, "hold text that the model's tokenizer can read", reason, "correct it or drop the row")
+
+
+def _covered(offsets: Ids, span: Span) -> Span:
     """First and last + 1 of the tokens with a character in span; a token across its border counts.
 
     Byte-level tokenizers trim spaces off the offsets, so a token of white space may be empty: one inside span counts.

@@ -3,13 +3,22 @@
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import date
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dsft.data.audit import Audit, Counts
-from dsft.data.cache import VERSION, cache_root, digest_of, find_or_build, tokenizer_identity
+from dsft.data.cache import (
+    INPUTS,
+    cache_root,
+    content_digests,
+    digest_of,
+    find_or_build,
+    token_folder,
+    tokenizer_identity,
+)
 from dsft.data.encoding import Encoded, Encoder
 from dsft.data.skipped import write_skipped
 from dsft.data.source import BadRow, Sample, Source, held_out
@@ -25,13 +34,31 @@ _CHUNK = 1024
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """Tokenised data of a run. digest: SHA-256 of everything that decided it, hexadecimal."""
+    """Tokenised data of a run. digest, inputs: SHA-256, hexadecimal, of the tokens and all that goes with them, and of
+    everything that decided them. day: the date that the chat template was told (ISO), None if it asks for none.
+    top_token: the largest token of all examples.
+    """
 
     source: Source
     train: TokenSet
     eval: TokenSet | None
     audit: Audit
     digest: str
+    inputs: str
+    day: str | None
+    top_token: int
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """What a run folder keeps of them: data_digest of the inputs, tokens_digest, and the template_date if any."""
+        day = {} if self.day is None else {"template_date": self.day}
+        return {"data_digest": self.inputs, "tokens_digest": self.digest, **day}
+
+    @property
+    def notes(self) -> list[str]:
+        """What a person should know beside the audit, a line each."""
+        fixed = f"the chat template reads the date; it is fixed to {self.day} for this run"
+        return [] if self.day is None else [fixed]
 
     @cached_property
     def verifiable(self) -> tuple[int, ...]:
@@ -48,19 +75,22 @@ class Dataset:
 
 
 def open_data(
-    source: Source, tokenizer: "PreTrainedTokenizerBase", *, max_length: int, seed: int, cache_dir: Path | None = None
-) -> Dataset:
+    source: Source, tokenizer: "PreTrainedTokenizerBase", *, max_length: int, seed: int, cache_dir: Path | None = None,
+    day: str | None = None,
+) -> Dataset:  # fmt: skip
     """The source's rows, tokenised, told apart and audited; from the token cache if they were before.
 
     max_length: tokens, longer rows are dropped and counted. seed: of the split that data.eval_fraction asks for.
-    cache_dir: instead of $DSFT_CACHE or ~/.cache/dsft. Safe to call in many processes at once. Raises ValueError, one
+    cache_dir: instead of $DSFT_CACHE or ~/.cache/dsft. day: the date (ISO) for a chat template that asks for it, as the
+    run's first start told it (Dataset.day); None: today. Safe to call in many processes at once. Raises ValueError, one
     line, for data that cannot be read or leaves nothing to learn from.
     """
     source.check()
-    encoder = Encoder(tokenizer)
-    digest = digest_of(
+    encoder = Encoder(tokenizer, date.fromisoformat(day) if day else None)
+    told = encoder.day.isoformat() if encoder.reads_date else None
+    inputs = digest_of(
         {
-            "version": VERSION,
+            "version": INPUTS,
             "source": source.identity(),
             "eval": [source.max_eval, source.eval_fraction, seed if source.eval_fraction > 0 else None],
             "tokenizer": tokenizer_identity(tokenizer),
@@ -68,8 +98,7 @@ def open_data(
         }
     )
     folder = find_or_build(
-        cache_dir or cache_root(),
-        digest,
+        token_folder(cache_dir or cache_root(), inputs, told),
         lambda aside: _build(aside, source, encoder, max_length=max_length, seed=seed),
     )
     train, train_counts = _load(folder / "train")
@@ -79,7 +108,7 @@ def open_data(
     audit = Audit(
         train=train_counts, eval=held_counts, overlap=extra["overlap"], example=example, unread=extra["unread"]
     )
-    return Dataset(source, train, held, audit, digest)
+    return Dataset(source, train, held, audit, extra["digest"], inputs, told, extra["top_token"])
 
 
 def _build(folder: Path, source: Source, encoder: Encoder, *, max_length: int, seed: int) -> None:
@@ -105,7 +134,15 @@ def _build(folder: Path, source: Source, encoder: Encoder, *, max_length: int, s
         (encoder.tokenizer.decode(first.tokens[start:end].tolist()), supervised)
         for start, end, supervised in runs(first.mask)
     ]
-    extra = {"overlap": len(train.seen & held.seen), "example": pieces, "unread": list(train.unread | held.unread)}
+    arrays = content_digests(folder)
+    extra = {
+        "overlap": len(train.seen & held.seen),
+        "example": pieces,
+        "unread": list(train.unread | held.unread),
+        "arrays": arrays,
+        "digest": digest_of(arrays),
+        "top_token": max(int(row.tokens.max()) for part in (train, held) for row in part.kept),
+    }
     (folder / "audit.json").write_text(json.dumps(extra), encoding="utf-8")
     write_skipped([*train.skipped, *held.skipped], folder)
 

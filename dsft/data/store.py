@@ -75,7 +75,8 @@ class SetWriter:
             self.empty_turns += encoded.empty_turns
             self.ids.append((sample.source, sample.row))
             if self.answers is not None:
-                self.answers.append(json.dumps({"reference": sample.reference, "entry": sample.entry}))
+                asked = {} if encoded.asked is None else {"asked": encoded.asked}
+                self.answers.append(json.dumps({"reference": sample.reference, "entry": sample.entry, **asked}))
 
     def counts(self) -> Counts:
         """What became of the rows so far."""

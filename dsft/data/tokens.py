@@ -56,7 +56,13 @@ class TokenSet:
         return self.arrays["tokens"][first:last], self.arrays["mask"][first:last]
 
     def prompt(self, index: int) -> NDArray[np.int32]:
-        """The tokens before the example's last assistant turn, generation prompt included; none for plain text."""
+        """What a model is given to write the example's last assistant turn, generation prompt included; empty for text.
+
+        Held-out examples whose answers can be judged have it as the tokenizer writes it for that, which may be other
+        tokens than those before the turn in the example.
+        """
+        if (self.folder / "answers.jsonl").exists() and (asked := self._answers[index].get("asked")) is not None:
+            return np.array(asked, dtype=np.int32)
         return self.example(index)[0][: self.arrays["prompts"][index]]
 
     def reference(self, index: int) -> str:

@@ -10,10 +10,11 @@ from typing import Any
 
 from dsft_launchers import cluster, submit
 
-from dsft import folder, snapshot
+from dsft import snapshot
 from dsft.compose import Composed
 from dsft.config import Slurm
 from dsft.dispatch import batch_step, job_of, queued, request
+from dsft.preflight import create
 
 DRY_SIZE = 1001
 """SLURM's own MaxArraySize, where it cannot be asked."""
@@ -93,7 +94,7 @@ def _record(sweep: Path, points: Mapping[int, Ready], each: Array, array: str, c
         snapshot.copy(code)
         for index in each.points:
             run_dir, ready = sweep / str(index), points[index]
-            folder.create(run_dir, ready.composed, ready.prepared["plan"], ready.prepared["digests"])
+            create(run_dir, ready.composed, ready.prepared)
             queued(run_dir, f"{array}_{index - each.first}", code)
         cluster.ask("scontrol", "release", array)
     except cluster.ClusterError as error:

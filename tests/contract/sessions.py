@@ -55,7 +55,7 @@ def left_by(run_dir: Path, method: str, *words: str) -> tuple[Session, Dataset]:
     session, data = session_of(method, "optim.lr=1e-2", *words)
     train(session, data, 1, 2)
     files = session.files
-    digests = {"base_digest": files.digest(), "data_digest": data.digest}
+    digests = {"base_digest": files.digest(), **data.digests}
     folder.create(run_dir, composed_of(method, *words), {"model": files.name_or_path}, digests)
     write_result(session, run_dir / "adapter")
     return session, data

@@ -43,9 +43,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Session, Dataset,
     session, data = session_of("lora", "optim.lr=1e-2")
     train(session, data, 1)
     plan = {"parameters": {"total": 525_184, "trainable": 89_088}}
-    folder.create(
-        run_dir, composed_of("lora"), plan, {"base_digest": session.files.digest(), "data_digest": data.digest}
-    )
+    folder.create(run_dir, composed_of("lora"), plan, {"base_digest": session.files.digest(), **data.digests})
     return session, data, run_dir
 
 

@@ -250,10 +250,11 @@ def test_a_lost_provenance_keeps_the_runs_own_name(run_dir: Path) -> None:
     resolved = load_yaml(run_dir / "config.yaml")
     (run_dir / "provenance.json").unlink()
     assert folder._known(run_dir)["run"] == before["run"]
-    same = {key: before[key] for key in ("base_digest", "data_digest")}
+    same = {key: before[key] for key in ("base_digest", "data_digest", "tokens_digest")}
     folder.check_digests(run_dir, same, resolved)
+    folder.check_digests(run_dir, {**same, "data_digest": "of another machine"}, resolved)
     with pytest.raises(ValueError, match=r"data was .* by its content"):
-        folder.check_digests(run_dir, {**same, "data_digest": "other rows"}, resolved)
+        folder.check_digests(run_dir, {**same, "tokens_digest": "other rows"}, resolved)
 
 
 def test_retention_keeps_the_newest_and_the_milestones(run_dir: Path) -> None:

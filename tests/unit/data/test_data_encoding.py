@@ -10,9 +10,6 @@ MARKED = (
     "{% generation %}{{ m['content'] + '<|im_end|>' }}{% endgeneration %}{% else %}{{ m['content'] + '<|im_end|>' }}"
     "{% endif %}{{ '\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-REWRITING = (
-    "{% for m in messages %}{{ m['role'] + ':' + (m['content'] if loop.last else 'cut') + '<|im_end|>' }}{% endfor %}"
-)
 BARE = (
     "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}assistant: {% endif %}"
@@ -59,16 +56,6 @@ def test_marked_template_decides_itself_and_agrees(
     assert found.example(0)[0].tolist() == marked.example(0)[0].tolist()
     assert found.example(0)[1].tolist() == marked.example(0)[1].tolist()
     assert found.prompt(0).tolist() == marked.prompt(0).tolist()
-
-
-def test_template_that_rewrites_earlier_turns_is_refused(
-    make_tokenizer: Any, source: Any, jsonl: Any, tmp_path: Path
-) -> None:
-    local = source("local", path=jsonl([{"messages": TALK}]))
-    with pytest.raises(
-        ValueError, match=r"never rewrites earlier text, got one that does \(turn 3 of .*rows\.jsonl:1\)"
-    ):
-        _open(local, make_tokenizer(REWRITING), tmp_path)
 
 
 def test_template_without_end_token_keeps_its_closing_newline(

@@ -1,0 +1,129 @@
+"""Which characters of a conversation's text are an assistant turn: from after its header to where its end is written.
+
+Where the template only ever adds to what it wrote, the text before the turn (with the generation prompt) and the text
+up to it are beginnings of the whole, and the turn lies between them. Where it renders earlier turns otherwise than the
+last one (an empty think block in the last turn only, an end of text at the very end), the turn's block is looked up in
+the marked text, and its header is that part of the generation prompt with which the block begins. Either way gives the
+same characters; a turn of which neither shows them is refused.
+"""
+
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from dsft.data.marks import NEVER, CannotRenderError, Span, Traced
+from dsft.data.templates import ChatTemplate, Message
+
+_THINKING = re.compile(r"\s*(?:[<\[]\W{0,2}\w{0,8}?(?:think|thought|reason)|$)", re.IGNORECASE)
+"""How a generation prompt goes on that opens a block of thoughts, which a template leaves out of other turns."""
+
+_SAID = re.compile(f"{NEVER}([0-9]+){NEVER}")
+
+
+class Conversation:
+    """One row's messages under a template. before and turn raise CannotRenderError with the reason."""
+
+    def __init__(self, template: ChatTemplate, messages: Sequence[Message], tools: Sequence[Any] | None) -> None:
+        self.template = template
+        self.messages = messages
+        self.tools = tools
+        self.full = template.text(messages, tools)
+        self._traced: Traced | None = None
+        self._apart: Traced | None = None
+        self._before: dict[int, str] = {}
+
+    def before(self, index: int) -> str:
+        """The text that a model is given to write message index: the ones before it and the generation prompt."""
+        if index == 0:
+            raise CannotRenderError("nothing stands before it")
+        if index not in self._before:
+            self._before[index] = self.template.text(self.messages[:index], self.tools, prompt=True)
+        return self._before[index]
+
+    def turn(self, index: int) -> Span:
+        """The characters of assistant turn index, its end included; with nothing written for it, an empty span."""
+        return self.added(index) or self.looked_up(index)
+
+    def added(self, index: int) -> Span | None:
+        """The turn's characters where the template only adds to what it wrote before, else None."""
+        before = self.before(index)
+        if not self.full.startswith(before):
+            return None
+        if index + 1 == len(self.messages):
+            return len(before), len(self.full)
+        try:
+            after = self.template.text(self.messages[: index + 1], self.tools)
+        except CannotRenderError:  # a template may want another turn behind this one
+            return None
+        whole = len(before) <= len(after) and self.full.startswith(after)
+        return (len(before), len(after)) if whole else None
+
+    def looked_up(self, index: int) -> Span:
+        """The turn's characters by the marks of the template's loops."""
+        first, end = self.block(index)
+        block = self.full[first:end]
+        if not block.strip():
+            return end, end
+        if index + 1 == len(self.messages):
+            end = len(self.full)  # what closes the whole closes this turn
+        for prompt in self._prompts(index, first):
+            if block.startswith(prompt):
+                return first + len(prompt), end
+            if self.full.endswith(prompt, 0, first):  # the turn before it has written the header
+                return first, end
+            apart = self._told_apart().block(index)
+            if apart.startswith(NEVER):  # no header: it goes on with the turn before it
+                return first, end
+            shared = min(_shared(block, prompt), _shared(apart, prompt))
+            for length in range(shared, 0, -1):
+                if prompt[:length].strip() and _THINKING.match(prompt, length):
+                    return first + length, end
+        raise CannotRenderError("it begins otherwise than with the generation prompt")
+
+    def block(self, index: int) -> Span:
+        """What the template wrote while its loop was at the message."""
+        if self._traced is None:
+            self._traced = self.template.trace(self.messages, self.tools)
+        spans = [span for _, span in sorted(self._traced.blocks.items()) if span[0] < span[1]]
+        if index in self._traced.unclear or spans != sorted(spans):
+            raise CannotRenderError("it writes turns twice, inside each other, or in another order")
+        if index not in self._traced.blocks:
+            raise CannotRenderError("it does not write it in a loop over the messages")
+        if any(number != str(index) for number in _SAID.findall(self._told_apart().block(index))):
+            raise CannotRenderError("it writes another turn among it")
+        return self._traced.blocks[index]
+
+    def _prompts(self, index: int, first: int) -> Iterator[str]:
+        """The generation prompt before turn index, whose block begins at first: by the text, then by the marks."""
+        before, past = self.before(index), self.full[:first]
+        if before.startswith(past):
+            yield before[len(past) :]
+        asked = self.template.trace(self.messages[:index], self.tools, prompt=True)
+        last, extra = asked.last, ""
+        if index - 1 in asked.blocks:
+            plain = self.template.trace(self.messages[:index], self.tools)
+            shorter, longer = plain.block(index - 1), asked.block(index - 1)
+            if not longer.startswith(shorter):
+                raise CannotRenderError("it rewrites a turn for a generation prompt")
+            last, extra = asked.blocks[index - 1][1], longer[len(shorter) :]
+        yield extra + asked.text[last:]
+
+    def _told_apart(self) -> Traced:
+        """The conversation once more, where what each message says stands between its number in noncharacters.
+
+        A template may render the answers of tools while its loop is at the turn that called them: that is seen here.
+        """
+        if self._apart is None:
+            self._apart = self.template.trace([_numbered(*each) for each in enumerate(self.messages)], self.tools)
+        return self._apart
+
+
+def _numbered(index: int, message: Message) -> Message:
+    said, number = message.get("content"), f"{NEVER}{index}{NEVER}"
+    return {**message, "content": number + said + number} if isinstance(said, str) else message
+
+
+def _shared(text: str, other: str) -> int:
+    """Characters with which both begin."""
+    length = min(len(text), len(other))
+    return next((at for at in range(length) if text[at] != other[at]), length)

@@ -1,0 +1,110 @@
+"""A run's data are known by their tokens; by what went into them where an older dsft began the run."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dsft.data.cache import content_digests, digest_of, tokenizer_identity
+from dsft.data.open import open_data
+from tests.unit.data.conftest import CHATML
+from tests.unit.data.turns import CHATS
+
+ROWS = [{"question": f"q{i}", "answer": f"answer {i}"} for i in range(20)]
+DATED = "{{ strftime_now('%Y-%m-%d') }}" + CHATML
+
+
+@pytest.fixture
+def opened(chatml: Any, tmp_path: Path) -> Any:
+    def door(source: Any, *, tokenizer: Any = chatml, cache: str = "cache", seed: int = 0, **keys: Any) -> Any:
+        keys = {"max_length": 200, **keys}
+        return open_data(source, tokenizer, seed=seed, cache_dir=tmp_path / cache, **keys)
+
+    return door
+
+
+def test_inputs_are_told_apart_by_all_that_decides_the_tokens(
+    opened: Any, source: Any, jsonl: Any, make_tokenizer: Any, tmp_path: Path
+) -> None:
+    local = source("local", path=jsonl(ROWS))
+    other_template = make_tokenizer(CHATML.replace("'\n' }}{% endfor", "'\n\n' }}{% endfor"))
+    different = [
+        opened(local),
+        opened(local, tokenizer=other_template),
+        opened(source("local", path=local.path, system="Hi")),
+        opened(source("local", path=local.path, eval_fraction=0.3)),
+        opened(source("local", path=local.path, eval_fraction=0.3), seed=1),
+        opened(source("local", path=jsonl(ROWS[:-1]))),
+    ]
+    jsonl(ROWS)
+    for digests in ([data.inputs for data in different], [data.digest for data in different]):
+        assert len(set(digests)) == len(digests)
+    shorter = opened(local, max_length=199)
+    assert shorter.inputs != different[0].inputs
+    assert shorter.digest == different[0].digest, "the same tokens"
+    moved = tmp_path / "elsewhere"
+    moved.mkdir()
+    (moved / "rows.jsonl").write_bytes(Path(local.path).read_bytes())
+    again = opened(source("local", path=str(moved / "rows.jsonl")), seed=9, cache="another")
+    assert (again.inputs, again.digest) == (different[0].inputs, different[0].digest)
+
+
+def test_the_digest_of_inputs_is_what_older_run_folders_hold(opened: Any, source: Any, jsonl: Any, chatml: Any) -> None:
+    local = source("local", path=jsonl(ROWS))
+    parts = {"version": 2, "source": local.identity(), "eval": [None, 0.0, None], "max_length": 200}
+    assert opened(local).inputs == digest_of({**parts, "tokenizer": tokenizer_identity(chatml)})
+
+
+def test_every_array_and_the_answers_are_in_the_digest(opened: Any, source: Any, jsonl: Any) -> None:
+    held = jsonl([{"question": "q", "answer": "a"}], "held.jsonl")
+    data = opened(source("local", path=jsonl(ROWS), eval_path=held, verify="exact"))
+    folder = data.train.folder.parent
+    kept = json.loads((folder / "audit.json").read_text())
+    assert kept["arrays"] == content_digests(folder)
+    assert data.digest == kept["digest"] == digest_of(kept["arrays"])
+    parts = {"tokens", "mask", "offsets", "prompts", "supervised", "sources", "rows", "names"}
+    assert set(kept["arrays"]) == {f"{part}/{name}" for part in ("train", "eval") for name in parts} | {"eval/answers"}
+    for path in sorted(folder.glob("*/*")):
+        whole = path.read_bytes()
+        path.write_bytes(whole.replace(b"held", b"hold") if path.suffix == ".json" else _last_bit(whole))
+        same_name = path.parent.name == "train" and path.suffix == ".json"
+        assert (content_digests(folder) == kept["arrays"]) == same_name, path
+        path.write_bytes(whole)
+
+
+def _last_bit(content: bytes) -> bytes:
+    at = len(content.rstrip(b"\n")) - 3 if content.endswith(b"\n") else len(content) - 1
+    return content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :]
+
+
+def test_the_date_is_fixed_by_the_first_start_and_decides_the_tokens(
+    opened: Any, source: Any, jsonl: Any, make_tokenizer: Any
+) -> None:
+    local, tokenizer = source("local", path=jsonl([{"messages": CHATS["single"]}])), make_tokenizer(DATED)
+    first = opened(local, tokenizer=tokenizer, day="2026-11-29")
+    later = opened(local, tokenizer=tokenizer, day="2026-11-30")
+    again = opened(local, tokenizer=tokenizer, day="2026-11-29", cache="another machine")
+    assert first.inputs == later.inputs == again.inputs
+    assert first.digest == again.digest != later.digest
+    assert first.digests["template_date"] == "2026-11-29"
+    assert first.notes == ["the chat template reads the date; it is fixed to 2026-11-29 for this run"]
+    today = opened(local, tokenizer=tokenizer)
+    assert today.day not in (None, "2026-11-29") or today.digest == first.digest
+    undated = opened(local, day="2026-11-29")
+    assert (undated.day, undated.notes, set(undated.digests)) == (None, [], {"data_digest", "tokens_digest"})
+
+
+@pytest.mark.parametrize("answer", ["four", "\n\nfour", " 4"])
+def test_a_model_is_asked_with_what_the_template_gives_it(
+    answer: str, source: Any, jsonl: Any, smollm: Any, tmp_path: Path
+) -> None:
+    """The newline of the header and one that begins the answer are one token in training, and not in generation."""
+    held = jsonl([{"question": "2+2", "answer": answer}], "held.jsonl")
+    local = source("local", path=jsonl(ROWS), eval_path=held, verify="exact")
+    data = open_data(local, smollm, max_length=200, seed=0, cache_dir=tmp_path)
+    turns = [{"role": "user", "content": "2+2"}]
+    given = smollm.apply_chat_template(turns, add_generation_prompt=True)["input_ids"]
+    assert data.eval.prompt(0).tolist() == given
+    first = int(data.eval.arrays["prompts"][0])
+    assert (data.eval.example(0)[0][:first].tolist() == given) == (not answer.startswith("\n"))
