@@ -120,7 +120,7 @@ class Conversation:
 
 def _numbered(index: int, message: Message) -> Message:
     said, number = message.get("content"), f"{NEVER}{index}{NEVER}"
-    return {**message, "content": number + said + number} if isinstance(said, str) else message
+    return {**message, "content": number + said + number} if said and isinstance(said, str) else message
 
 
 def _shared(text: str, other: str) -> int:
