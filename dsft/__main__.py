@@ -24,10 +24,11 @@ USAGE = "usage: dsft VERB ... | --help | --version\n" + "\n".join(
 
 def main() -> NoReturn:
     """Begin, and hand the arguments to the verb."""
-    enter(_hand_over)
+    enter(hand_over)
 
 
-def _hand_over() -> int:
+def hand_over() -> int:
+    """Do what sys.argv says; returns the exit code, 2 where it names no verb."""
     verb = sys.argv[1] if len(sys.argv) > 1 else ""
     if verb in ("--version", "-V"):
         print(f"dsft {__version__}")

@@ -15,8 +15,11 @@ BEFORE = {"torchrun": "torchrun ... -m", "slurm task": "srun ... python -m"}
 
 def command_of(run_dir: Path) -> str:
     """Return the command line that goes on with the run in run_dir, as its last start was typed."""
-    words = load_yaml(run_dir / "overrides.yaml") if (run_dir / "overrides.yaml").is_file() else []
-    return command_line(words, run_dir, started=provenance(run_dir).get("started", "local"))
+    try:
+        words, started = load_yaml(run_dir / "overrides.yaml"), provenance(run_dir).get("started", "local")
+    except Exception:  # YAML's, OmegaConf's: what was typed is lost, and no reason to end a run for; dots say so
+        words, started = ["..."], "local"
+    return command_line(words, run_dir, started=started)
 
 
 def command_line(overrides: Sequence[str], run_dir: Path, *, started: str) -> str:

@@ -214,6 +214,10 @@ def hydra_flags(argv: Sequence[str]) -> tuple[list[str], list[str]]:
             f"--config-name and --config-path must be left out, got {args.config_name or args.config_path}; put your "
             "settings into conf/experiment/NAME.yaml and take experiment=NAME, or name a folder with --config-dir"
         )
+    if args.experimental_rerun is not None:
+        raise ValueError("--experimental-rerun must be left out; a run goes on by its run_dir")
+    if (args.resolve or args.package is not None) and not args.cfg:
+        raise ValueError("--resolve and --package belong to --cfg; add --cfg job, or leave them out")
     overrides = [*args.overrides, *unknown]  # argparse leaves what stands behind an option
     if args.config_dir is not None:
         folder = Path(args.config_dir).absolute()

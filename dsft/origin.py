@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dsft.folder import provenance
-from dsft.methods.stored import NATIVE, PEFT, TENSORS
+from dsft.results import NATIVE, PEFT, TENSORS
 
 NAMED = {NATIVE: "base_model", PEFT: "base_model_name_or_path"}
 """File of an adapter that describes it -> its key with the name of the base."""

@@ -145,6 +145,13 @@ def test_a_setting_with_effect_or_that_asks_for_nothing_is_taken(words: list[str
     assert compose(words).overrides == tuple(words)
 
 
+@pytest.mark.parametrize("flag", ["--resolve", "--experimental-rerun=x", "--package=train"])
+def test_a_flag_without_effect_is_refused(flag: str) -> None:
+    with pytest.raises(ValueError, match=r"belong to --cfg|must be left out"):
+        hydra_flags([flag, "train.steps=2"])
+    assert hydra_flags(["--cfg", "job", "--resolve", "train.steps=2"])[1] == ["train.steps=2"]
+
+
 @pytest.mark.parametrize("flag", ["--config-name=mine", "--config-path=/mine"])
 def test_another_primary_configuration_is_refused(flag: str) -> None:
     with pytest.raises(ValueError, match=r"must be left out, got /?mine; put your settings into conf/experiment/NAME"):

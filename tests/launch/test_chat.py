@@ -137,7 +137,7 @@ def test_a_prompt_beyond_the_models_reach_is_refused_before_anyone_answers(runs:
         ([], "the following arguments are required: runs; usage: dsft chat RUN"),
         (["/no/such/run"], "RUN must be a run's folder, got /no/such/run, which does not exist"),
         ([Path.cwd()], "without config.yaml, adapter_config.json or dsft_adapter.json; give the run_dir of a run"),
-        ([_unfinished], "has none; finish it: python -m dsft.run run_dir="),
+        ([_unfinished], "has none; finish it: python -m dsft.run ... run_dir="),
         ([_damaged], "missing or damaged; restore it"),
         ([_file], "bad, which is a file; give the run_dir of a run"),
         ([_cut_short], "adapter_model.safetensors damaged (Error while deserializing header: "),

@@ -35,6 +35,13 @@ def test_it_leads_to_the_folder_that_the_run_is_in(name: str, tmp_path: Path) ->
     assert (run.run_dir, run.data.path) == (str(tmp_path / name), "a b.jsonl")
 
 
+@pytest.mark.parametrize("content", [None, "["])
+def test_what_was_typed_and_is_lost_is_dots(content: str | None, tmp_path: Path) -> None:
+    if content is not None:
+        (tmp_path / "overrides.yaml").write_text(content)
+    assert command_of(tmp_path) == f"python -m dsft.run ... run_dir={tmp_path}"
+
+
 def test_a_run_dir_that_was_typed_is_left_as_it_is(tmp_path: Path) -> None:
     assert typed(tmp_path / "run", "model=tiny", "run_dir=runs/a") == "python -m dsft.run model=tiny run_dir=runs/a"
 

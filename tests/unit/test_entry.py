@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from dsft import __version__, verify
+from dsft.__main__ import hand_over
+
 SPEAKS = """
 import subprocess, sys
 from pathlib import Path
@@ -50,3 +53,32 @@ def test_where_nobody_reads_it_ends_quietly_or_goes_on_once_it_works(
     assert done.returncode == code, done.stderr
     assert done.stderr == (b"err\nchild\n" if ran else b"")
     assert (tmp_path / "file").read_text() == ("'' True" if ran else "")
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "out", "err"),
+    [
+        (["--help"], 0, "usage: dsft VERB", ""),
+        (["--version"], 0, f"dsft {__version__}", ""),
+        ([], 2, "", "usage: dsft VERB"),
+        (["trian"], 2, "", "usage: dsft VERB"),
+        (["stage", "--help"], 0, "python -m dsft.stage [overrides]", ""),
+    ],
+)
+def test_help_and_version_are_answers_and_no_verb_is_a_mistake(
+    words: list[str], code: int, out: str, err: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["dsft", *words])
+    assert hand_over() == code
+    said = capsys.readouterr()
+    assert said.out.startswith(out)
+    assert said.err.startswith(err)
+    assert bool(said.out) is (code == 0)
+
+
+def test_verify_answers_who_asks_what_it_is(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["dsft.verify", "--help"])
+    assert verify.main() == 0
+    assert capsys.readouterr().out.startswith("python -m dsft.verify RUN RESULT")
