@@ -9,7 +9,7 @@ from dsft.entry import enter
 
 VERBS = {
     "run": "[overrides]: compose, check, launch, train, evaluate, export; -m runs a sweep",
-    "plan": "[overrides] [--json]: what a run would be, without weights",
+    "plan": "[overrides] [--gpu N] [--json]: what a run would be, without weights",
     "stage": "[overrides]: fetch what a run needs of the network, and tokenise",
     "sweep": "status|resume|retry|cancel|table SWEEP",
     "export": "RUN --to adapter|merged OUT",
