@@ -58,6 +58,48 @@ def test_tokens_and_mask_are_those_written_by_hand(
     assert supervised(chatml, train, 0) == [f"{said}<|im_end|>" for role, said in turns if role == "assistant"]
 
 
+TWICE = [("user", "1"), ("assistant", "2"), ("user", "3"), ("assistant", "4")]
+MARKED = [
+    ({1: {"weight": 0}}, "all", ["4"]),
+    ({1: {"train": False}, 3: {"train": True}}, "all", ["4"]),
+    ({3: {"weight": 0}}, "all", ["2"]),
+    ({}, "last", ["4"]),
+    ({1: {"weight": 1}}, "last", ["4"]),
+]
+
+
+@pytest.mark.parametrize(("marks", "train_on", "learned"), MARKED)
+def test_marks_and_train_on_say_which_turns_are_supervised(
+    marks: Any, train_on: str, learned: list[str], opened: Any, source: Any, jsonl: Any, chatml: Any, supervised: Any
+) -> None:
+    turns = [{"role": role, "content": said, **marks.get(at, {})} for at, (role, said) in enumerate(TWICE)]
+    train = opened(source("local", path=jsonl([{"messages": turns}]), train_on=train_on)).train
+    assert chatml.decode(train.example(0)[0].tolist()) == "".join(_turn(*turn) for turn in TWICE)
+    assert supervised(chatml, train, 0) == [f"{said}<|im_end|>" for said in learned]
+
+
+TOOLS = [{"type": "function", "function": {"name": "sum", "parameters": {"type": "object", "properties": {}}}}]
+
+
+def test_tools_stand_in_the_prompt_as_the_template_writes_them(
+    make_tokenizer: Any, source: Any, jsonl: Any, tmp_path: Path
+) -> None:
+    template = "{% for tool in tools or [] %}{{ tool | tojson }}{% endfor %}"
+    tokenizer = make_tokenizer(template + make_tokenizer().chat_template)
+    rows = jsonl([{**CHAT, "tools": json.dumps(TOOLS)}])
+    data = open_data(source("local", path=rows), tokenizer, max_length=400, seed=0, cache_dir=tmp_path / "cache")
+    whole = tokenizer.apply_chat_template(CHAT["messages"], tools=TOOLS, tokenize=False)
+    assert tokenizer.decode(data.train.example(0)[0].tolist()) == whole
+    assert '"sum"' in whole
+
+
+def test_tools_that_a_template_does_not_read_are_refused_unless_ignored(opened: Any, source: Any, jsonl: Any) -> None:
+    rows = jsonl([{**CHAT, "tools": TOOLS}])
+    with pytest.raises(ValueError, match=r"rows\.jsonl:1 must offer no tools .* data\.ignore=\[tools\]"):
+        opened(source("local", path=rows))
+    assert len(opened(source("local", path=rows, ignore=["tools"])).train) == 1
+
+
 def test_columns_that_are_not_read_are_named_once(opened: Any, source: Any, jsonl: Any) -> None:
     rows = [{"id": 1, **CHAT, "weight": 0.5}, {**CHAT, "source": "web", "id": 2}]
     lines = opened(source("local", path=jsonl(rows), ignore=["weight"])).audit.lines()
