@@ -6,8 +6,8 @@ from functools import cached_property
 from typing import Any, Literal, get_args
 
 from dsft.data.json_rows import row_list
-from dsft.data.layouts import LAYOUTS, Layout, Read
-from dsft.data.meaning import COLUMNS, refuse_unread
+from dsft.data.layouts import LAYOUTS, OPTIONAL, TURNS, Layout, Read
+from dsft.data.meaning import BESIDE_ONE_PROMPT, COLUMNS, refuse_unread
 from dsft.data.records import Record, RowError, field_names, kind
 from dsft.data.source import BadRow, OnBadRow, Sample
 from dsft.data.turns import json_text, only_last, read_tools
@@ -71,9 +71,9 @@ class Columns:
         for what no other row could mend: no row at all, a key that does not go with the format.
         """
         plan: _Plan | None = None
-        idle, rows = set(self.ignore), 0
+        idle, rows, absent = set(self.ignore), 0, {self._renamed[name] for name in self._renamed.keys() & OPTIONAL}
         for record in records:
-            rows += 1
+            rows, absent = rows + 1, absent - record.values.keys()
             item: Sample | BadRow
             try:
                 values = self._values(record)
@@ -87,6 +87,11 @@ class Columns:
             yield item
         if not rows:
             raise ValueError(f"data must hold at least one row, got none in {path}; write rows or name another")
+        if absent:
+            raise ValueError(
+                f"data.fields must name columns that some row has, got {min(absent)}, which none in {path} has; "
+                "correct or unset it"
+            )
         for record in elsewhere if idle else ():
             idle -= set(record.values) | _turn_keys(record.values)
         if idle:
@@ -97,7 +102,7 @@ class Columns:
     def _sample(self, record: Record, values: dict[str, Any], plan: "_Plan", source: str) -> Sample:
         place, layout = record.place, plan.layout
         layout.check(values, place)
-        refuse_unread(record.values, COLUMNS, place, read=plan.allowed, what="column")
+        refuse_unread(record.values, plan.known, place, read=plan.allowed, what="column")
         found = layout.read(values, place, plan.ignore)
         tools = read_tools(values["tools"], place) if "tools" in layout.optional and "tools" in values else None
         turns, plain = self._with_system(found, values if "system" in layout.optional else {}, place)
@@ -127,6 +132,8 @@ class Columns:
             raise RowError(record.fault)
         values = {name: value for name, value in record.values.items() if name not in self.ignore}
         for name, column in self._renamed.items():
+            if column not in record.values and name in OPTIONAL:
+                continue
             if column not in record.values:
                 raise RowError(
                     f"{record.place} must have the field {column} (data.fields.{name}), got {field_names(values)}; "
@@ -148,9 +155,12 @@ class Columns:
         if name == "auto":
             raise RowError(_unknown(values, place))
         if name == "preference":
+            way = "data.format=prompt_completion data.fields={completion: chosen}"
+            if isinstance(values["chosen"], list):
+                way = "data.format=messages data.fields={messages: chosen}"
             raise ValueError(
                 f"data must be examples of one answer, got preference pairs (chosen, rejected) at {place}; "
-                "to learn the chosen answers set data.format=prompt_completion data.fields={completion: chosen}"
+                f"to learn the chosen answers set {way}"
             )
         left = {"system": (self.system, None), "verify": (self.verify, "none"), "train_on": (self.train_on, "all")}
         for key, (value, default) in left.items() if name == "text" else ():
@@ -188,13 +198,14 @@ class _Plan:
         self.taken = {renamed.get(name, name) for name in (*layout.columns, *layout.optional)}
         chosen = {"rejected"} if "chosen" in self.taken else set()  # who reads the one leaves the other on purpose
         self.allowed = self.taken | self.ignore | chosen
-        self.known: dict[tuple[str, ...], tuple[str, ...]] = {}
+        self.known = COLUMNS if layout.columns in TURNS else {**COLUMNS, **BESIDE_ONE_PROMPT}
+        self.sorted: dict[tuple[str, ...], tuple[str, ...]] = {}
 
     def unread(self, columns: tuple[str, ...]) -> tuple[str, ...]:
         """Those of columns that are not read, in the order of the file; found once for each set of columns."""
-        if columns not in self.known:
-            self.known[columns] = tuple(name for name in columns if name not in self.taken or name in self.ignore)
-        return self.known[columns]
+        if columns not in self.sorted:
+            self.sorted[columns] = tuple(name for name in columns if name not in self.taken or name in self.ignore)
+        return self.sorted[columns]
 
 
 def _turn_keys(values: Mapping[str, Any]) -> set[str]:
@@ -204,6 +215,9 @@ def _turn_keys(values: Mapping[str, Any]) -> set[str]:
 
 def _unknown(values: Mapping[str, Any], place: str) -> str:
     wanted = ", ".join("+".join(layout.columns) for layout in LAYOUTS.values())
-    below = row_list(dict(values))
-    way = f"if {below} holds the rows, write that list alone" if below else "set data.fields"
+    below, way = row_list(dict(values)), "set data.fields"
+    if below and {"role", "from"} & values[below][0].keys():
+        way = f"if {below} holds the turns, set data.fields.messages={below}"
+    elif below and len(values) == 1:
+        way = f"if {below} holds the rows, write that list alone"
     return f"{place} must have the fields of a known format ({wanted}), got {field_names(dict(values))}; {way}"

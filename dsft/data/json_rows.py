@@ -14,6 +14,9 @@ _LONG_NUMBER = re.compile(r"\d{4301,}")
 """More digits than Python turns into an integer (sys.set_int_max_str_digits)."""
 
 
+DEEP = "must not be nested so deep that it cannot be read; drop or flatten the row"
+
+
 class _TwiceError(ValueError):
     """An object has a key twice: json.loads would take the last one without a word."""
 
@@ -89,7 +92,7 @@ def _record(row: int, place: str, text: str) -> Record:
         reason = f"{error.msg} at column {error.colno}"
         return bad_record(row, place, f"must be one JSON object a line: {reason}; correct or complete the line")
     except RecursionError:
-        return bad_record(row, place, "must not be nested so deep that it cannot be read; drop or flatten the row")
+        return bad_record(row, place, DEEP)
     except _TwiceError as error:
         return bad_record(row, place, f"must name each field once, got {error} twice; remove one of the two")
     except ValueError:
@@ -107,6 +110,8 @@ def _checked(row: int, place: str, text: str, values: Any) -> Record:
         except UnicodeEncodeError as error:
             half = f"\\u{ord(error.object[error.start]):04x}"
             return bad_record(row, place, f"must hold whole characters, got half of one ({half}); write it anew")
+        except RecursionError:
+            return bad_record(row, place, DEEP)
     return Record(row, place, values)
 
 
@@ -173,7 +178,7 @@ def _broken(file: Path, text: str, error: Exception, *, at: int = 0) -> ValueErr
     if isinstance(error, json.JSONDecodeError):
         return ValueError(f"{file}:{error.lineno} must be valid JSON: {error.msg}; correct or complete the file")
     if isinstance(error, RecursionError):
-        return ValueError(f"{file}:{line} must not be nested so deep that it cannot be read; drop or flatten the row")
+        return ValueError(f"{file}:{line} {DEEP}")
     if isinstance(error, _TwiceError):
         return ValueError(f"{file}:{line} must name each field once, got {error} twice; remove one of the two")
     long = _LONG_NUMBER.search(text, at)

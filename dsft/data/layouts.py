@@ -74,6 +74,11 @@ def _read_completion(values: Mapping[str, Any], place: str, ignore: frozenset[st
         read_turns(turns, place, column=name, ignore=ignore)
         for name, turns in (("prompt", prompt), ("completion", completion))
     )
+    if learned.messages[: len(given.messages)] == given.messages:
+        raise RowError(
+            f"{place} must have a completion that goes on from the prompt, got one that begins with it; read it alone "
+            "by data.format=messages data.fields.messages=COLUMN, the column of the completion"
+        )
     if all(message["role"] != "assistant" for message in learned.messages):
         raise RowError(f"{place} must have an assistant turn in the completion, got none; correct the row")
     given = given._replace(learned=(False,) * len(given.messages))
@@ -124,3 +129,11 @@ LAYOUTS: dict[str, Layout] = {
     "question_answer": Layout(("question", "answer"), _CHAT, (str,), _read_question),
     "text": Layout(("text",), (), (str,), _read_text),
 }
+
+OPTIONAL = frozenset(name for layout in LAYOUTS.values() for name in layout.optional) - frozenset(
+    name for layout in LAYOUTS.values() for name in layout.columns
+)
+"""Names of columns that any row may lack."""
+
+TURNS = (("messages",), ("conversations",))
+"""Columns of the formats whose rows are several turns."""

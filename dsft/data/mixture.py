@@ -1,6 +1,8 @@
 """data=mixture: several sources, interleaved by weight."""
 
+import re
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -42,8 +44,9 @@ class Mixture:
 
     def check(self) -> None:
         """Raise ValueError for the first source that has something wrong with it."""
-        for source in self.sources.values():
-            source.check()
+        for name, source in self.sources.items():
+            with _own_keys(name):
+                source.check()
 
     def identity(self) -> dict[str, Any]:
         """The sources' identities, the weights and the seed."""
@@ -61,10 +64,10 @@ class Mixture:
         for name in names:
             samples.append([])
             first = ""
-            for row in self.sources[name].rows():
+            for row in _told_apart(name, self.sources[name].rows()):
                 if isinstance(row, BadRow):
                     first = first or row.reason
-                    yield _prefixed(name, row)
+                    yield row
                 else:
                     samples[-1].append(row)
             if not samples[-1]:
@@ -76,7 +79,7 @@ class Mixture:
             chosen.append(iter([part[row] for row in rows]))
         labels = np.repeat(np.arange(len(names)), counts)
         for label in labels[permutation(len(labels), self.seed, len(names))]:
-            yield _prefixed(names[label], next(chosen[label]))
+            yield next(chosen[label])
 
     def eval_rows(self) -> Iterator[Sample | BadRow] | None:
         """Held-out samples of all sources that bring some, source by source."""
@@ -88,7 +91,7 @@ class Mixture:
                 f"data.eval_fraction must be 0 where sources hold rows out ({' '.join(parts)}), "
                 f"got {self.eval_fraction}; give one of the two"
             )
-        return (_prefixed(name, sample) for name, part in parts.items() for sample in part)
+        return (sample for name, part in parts.items() for sample in _told_apart(name, part))
 
     def skips(self, bad: BadRow) -> bool:
         """The answer of the source that the row is from."""
@@ -106,8 +109,30 @@ def shares(lengths: list[int], weights: list[float]) -> list[int]:
     return [min(length, max(1, round(total * weight))) for length, weight in zip(lengths, weights, strict=True)]
 
 
+def _told_apart(name: str, rows: Iterator[Sample | BadRow]) -> Iterator[Sample | BadRow]:
+    """The rows of one source, with its name before their ids, and its keys in what is wrong with them."""
+    with _own_keys(name):
+        for row in rows:
+            yield _prefixed(name, row)
+
+
 def _prefixed(name: str, sample: Sample | BadRow) -> Sample | BadRow:
     if isinstance(sample, BadRow):
-        return replace(sample, source=f"{name}/{sample.source}")
+        return replace(sample, source=f"{name}/{sample.source}", reason=_of_source(name, sample.reason))
     entry = None if sample.entry is None else {"source": name, "entry": sample.entry}
     return replace(sample, source=f"{name}/{sample.source}", entry=entry)
+
+
+@contextmanager
+def _own_keys(name: str) -> Iterator[None]:
+    """What a source refuses by its keys below data is refused by those that the mixture has for it."""
+    try:
+        yield
+    except ValueError as error:
+        raise type(error)(_of_source(name, str(error))) from None
+
+
+def _of_source(name: str, said: str) -> str:
+    """What is said, with the source's own keys; ++, as the mixture's YAML need not have those with a default."""
+    typed = re.sub(r"\bdata\.(?!sources\.)(\w+)=", rf"++data.sources.{name}.\1=", said)
+    return re.sub(r"\bdata\.(?!sources\.)(\w+)", rf"data.sources.{name}.\1", typed)

@@ -25,6 +25,9 @@ FLAGS = ("weight", "train", "loss")
 """Keys of a turn that say whether it is supervised: OpenAI's weight, axolotl's train, ms-swift's loss."""
 
 
+TEXT_PARTS = ("text", "input_text", "output_text")
+"""Types of the parts of a content that are text: of chats, and of OpenAI's responses."""
+
 _NONE: frozenset[str] = frozenset()
 
 
@@ -142,7 +145,12 @@ def _text(value: Any, place: str, content: str, *, empty: bool) -> str:
 
 
 def _part(part: Any, place: str) -> str:
-    if isinstance(part, dict) and part.get("type", "text") == "text" and isinstance(part.get("text"), str):
+    if isinstance(part, dict) and part.get("type", "text") in TEXT_PARTS and isinstance(part.get("text"), str):
+        if marked := [key for key in FLAGS if part.get(key) is not None]:
+            raise RowError(
+                f"{place} must have no {marked[0]} in a part of a turn's content, which is supervised whole or not at "
+                "all; write the parts as turns, or mark the turn"
+            )
         return str(part["text"])
     got = str(part["type"]) if isinstance(part, dict) and "type" in part else kind(part)
     raise RowError(

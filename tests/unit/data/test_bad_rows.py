@@ -51,9 +51,6 @@ ROWS: list[tuple[Any, Any, str]] = [
     (CHAT, _say(content="!", weight=1, train=False), "got weight and train that differ"),
     (CHAT, _ask(content="?", train=True), "supervise assistant turns alone, got train=True in a user turn"),
     (CHAT, _ask(content="?", weight=1), "supervise assistant turns alone, got weight=1 in a user turn"),
-    (CHAT, _say(content="!", train_detail=[{"begin_offset": 0}]), "the key of a turn train_detail, got list"),
-    (CHAT, _say(content="!", loss_scale=0.1), "the key of a turn loss_scale, got 0.1"),
-    (CHAT, _say(content="", refusal="No."), "the key of a turn refusal, got str: the answer is in it"),
     (CHAT, _say(tool_calls=CALL), "a list of objects in tool_calls, got dict"),
     (CHAT, _say(tool_calls="f()"), "a list of objects in tool_calls, got str"),
     (CHAT, _ask(content="?", tool_calls=[CALL]), "tool_calls in assistant turns, got them in a user turn"),
@@ -72,20 +69,13 @@ ROWS: list[tuple[Any, Any, str]] = [
     (CHAT, {**CHAT, "tools": "get_weather(city)"}, "JSON in the field tools, got text that is none"),
     (CHAT, {**CHAT, "tools": [1]}, "a list of objects in the field tools, got a list of other things"),
     (CHAT, {**CHAT, "tools": 7}, "a list of objects in the field tools, got int"),
-    (CHAT, {**CHAT, "functions": [{"name": "f"}]}, r"the column functions, .*set data.fields.tools=functions"),
-    (CHAT, {**CHAT, "system_prompt": "Hi"}, r"the column system_prompt, .*set data.fields.system=system_prompt"),
     (CHAT, {"messages": [{"role": "system", "content": "a"}, USER, BOT], "system": "b"}, "one system turn"),
     (CHAT, {**CHAT, "system": ["a"]}, "text in the field system, got list"),
-    (CHAT, {**CHAT, "weight": 0.5}, "the column weight, got 0.5: rows are not weighted yet"),
-    (CHAT, {**CHAT, "score": 4.5}, "the column score, got 4.5"),
     (CHAT, {**CHAT, "images": ["a.png"]}, "the column images, got list: only text is read"),
-    (CHAT, {**CHAT, "chosen": [BOT], "rejected": [BOT]}, "the column (chosen|rejected), got list: a row is learned"),
-    (CHAT, {**CHAT, "documents": [{"title": "a"}]}, "the column documents, got list"),
-    (CHAT, {**CHAT, "chat_template_kwargs": {"enable_thinking": False}}, "the column chat_template_kwargs, got dict"),
+    (CHAT, _say(content=[{"type": "text", "text": "!", "train": False}]), "no train in a part of a turn's content"),
     (SHARE, _share("hummany"), "conversations from .*, got hummany"),
     (SHARE, _share("gpt4"), "conversations from .*, got gpt4"),
     (SHARE, {"conversations": [{"value": "?"}]}, "turns with from and value, got the fields value"),
-    (SHARE, {**SHARE, "history": [["a", "b"]]}, "the column history, got list"),
     (ALPACA, {**ALPACA, "history": ["a", "b"]}, r"pairs of texts \[question, answer\] in the field history, got str"),
     (ALPACA, {**ALPACA, "history": [["a", "b", "c"]]}, "in the field history, got a list of 3"),
     (ALPACA, {**ALPACA, "history": {"a": "b"}}, "a list of pairs in the field history, got dict"),
@@ -93,16 +83,51 @@ ROWS: list[tuple[Any, Any, str]] = [
     (ALPACA, {**ALPACA, "output": float("nan")}, "text in the field output, got float"),
     (ALPACA, {"instruction": "a", "response": "b"}, "the field output, got the fields instruction, response"),
     (PAIR, {"prompt": [USER], "completion": "b"}, "text both, or as lists of turns both, got list and str"),
-    (PAIR, {"prompt": [USER], "completion": [USER]}, "an assistant turn in the completion, got none"),
+    (PAIR, {"prompt": [USER], "completion": [USER, BOT]}, "a completion that goes on from the prompt"),
+    (PAIR, {"prompt": [BOT], "completion": [USER]}, "an assistant turn in the completion, got none"),
     (PAIR, {"prompt": "a", "completion": ["b"]}, "text both, or as lists of turns both, got str and list"),
+    (TEXT, {"text": ["a"]}, "text in the field text, got list"),
+    (TEXT, {"text": "\ud83d"}, r"whole characters, got half of one \(\\ud83d\)"),
+]  # fmt: skip
+
+
+MEANT: list[tuple[Any, Any, str]] = [
+    (CHAT, _say(content="!", train_detail=[{"begin_offset": 0}]), "the key of a turn train_detail, got list"),
+    (CHAT, _say(content="!", loss_scale=0.1), "the key of a turn loss_scale, got 0.1"),
+    (CHAT, _say(content="", refusal="No."), "the key of a turn refusal, got str: the answer is in it"),
+    (CHAT, {**CHAT, "functions": [{"name": "f"}]}, r"the column functions, .*set data.fields.tools=functions"),
+    (CHAT, {**CHAT, "system_prompt": "Hi"}, r"the column system_prompt, .*set data.fields.system=system_prompt"),
+    (CHAT, {**CHAT, "weight": 0.5}, "the column weight, got 0.5: rows are not weighted yet"),
+    (CHAT, {**CHAT, "score": 4.5}, "the column score, got 4.5"),
+    (CHAT, {**CHAT, "chosen": [BOT], "rejected": [BOT]}, "the column (chosen|rejected), got list: a row is learned"),
+    (CHAT, {**CHAT, "documents": [{"title": "a"}]}, "the column documents, got list"),
+    (CHAT, {**CHAT, "chat_template_kwargs": {"enable_thinking": False}}, "the column chat_template_kwargs, got dict"),
+    (SHARE, {**SHARE, "history": [["a", "b"]]}, "the column history, got list"),
     (PAIR, {**PAIR, "label": True}, "the column label, got True: a label is not learned"),
     ({"question": "a", "answer": "b"}, {"question": "a", "context": "c", "answer": "b"}, "the column context, got str"),
     (TEXT, {**TEXT, "label": 1}, "the column label, got 1"),
     (TEXT, {**TEXT, "input_ids": [1, 2]}, "the column input_ids, got list: tokens are made from the text"),
     (TEXT, {**TEXT, "system": "Hi"}, "the column system, got str: this format has no system turn"),
-    (TEXT, {"text": ["a"]}, "text in the field text, got list"),
-    (TEXT, {"text": "\ud83d"}, r"whole characters, got half of one \(\\ud83d\)"),
+    (CHAT, {**CHAT, "score": 1}, "the column score, got 1"),
+    (CHAT, {**CHAT, "train": False}, "the column train, got False"),
+    (CHAT, _say(content="!", loss_mask=False), "the key of a turn loss_mask, got False"),
+    (CHAT, _say(content="!", function_calls="f()"), "the key of a turn function_calls, got str.*tool_calls"),
+    (CHAT, {"messages": [{"role": "system", "content": "", "tools": [1]}, USER, BOT]}, "the key of a turn tools, got"),
+    (PAIR, {**PAIR, "label": False}, "the column label, got False: a label is not learned"),
+    (PAIR, {**PAIR, "input": "a"}, "the column input, got str: the prompt lacks it"),
+    (PAIR, {**PAIR, "reasoning": "a"}, "the column reasoning, got str: the answer lacks it"),
 ]  # fmt: skip
+"""Values that speak of all rows: leaving out those that have them would train on what somebody weighted down."""
+
+
+@pytest.mark.parametrize(("good", "bad", "message"), MEANT)
+@pytest.mark.parametrize("on_bad_row", ["stop", "skip"])
+def test_what_would_change_the_meaning_is_refused_and_never_skipped(
+    on_bad_row: str, good: Any, bad: Any, message: str, source: Any, jsonl: Any
+) -> None:
+    local = source("local", path=jsonl([good, bad, good]), on_bad_row=on_bad_row)
+    with pytest.raises(ValueError, match=rf"rows\.jsonl:2 must .*{message}.*data\.ignore=\[\w+\]$"):
+        list(refuse_bad(local.rows(), local.skips))
 
 
 @pytest.mark.parametrize(("good", "bad", "message"), ROWS)

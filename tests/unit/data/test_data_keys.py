@@ -243,3 +243,24 @@ def test_the_run_folder_gets_the_list_only_if_a_row_is_in_it(tmp_path: Path) -> 
         (cache / NAME).write_text(content)
         copy_skipped(cache, run)
         assert (run / NAME).is_file() == bool(content)
+
+
+def test_a_mixture_names_the_keys_of_the_source(source: Any, jsonl: Any) -> None:
+    local = source("local", path=jsonl([{**CHAT, "score": 3}]))
+    mixture = source("mixture", sources={"web": local}, weights={"web": 1.0})
+    with pytest.raises(ValueError, match=r"by \+\+data\.sources\.web\.ignore=\[score\]$"):
+        mixture.check()
+    broken = source("local", path=jsonl([CHAT, {"messages": []}], "broken.jsonl"))
+    bad = next(row for row in source("mixture", sources={"web": broken}, weights={"web": 1.0}).rows())
+    assert isinstance(bad, BadRow)
+    assert bad.source == "web/broken"
+    assert bad.reason.endswith("with ++data.sources.web.on_bad_row=skip")
+
+
+def test_an_optional_column_may_be_missing_from_a_row_but_not_from_all(source: Any, jsonl: Any) -> None:
+    row = {"instruction": "i", "output": "o"}
+    renamed = {"fields": {"input": "context"}}
+    rows = list(source("local", path=jsonl([row, {**row, "context": "c"}]), **renamed).rows())
+    assert [sample.messages[0]["content"] for sample in rows] == ["i", "i\n\nc"]
+    with pytest.raises(ValueError, match=r"data\.fields must name columns that some row has, got context"):
+        list(source("local", path=jsonl([row], "none.jsonl"), **renamed).rows())

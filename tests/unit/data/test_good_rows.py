@@ -67,7 +67,7 @@ WEIGHTS = [
     (_chat("s:0 x", "u:0 1", "a:1 2"), "s-x u-1 a+2"),
     (_chat("u 1", "a:0 2", "u 3", "a:0 4"), "u-1 a-2 u-3 a-4"),
     (_chat("u 1", "a:0 2", "a 3"), "u-1 a-2 a+3"),
-    (_chat("u 1", "a:1 2", weight=1, score=1.0, loss_weight=None), "u-1 a+2"),
+    (_chat("u 1", "a:1 2", weight=1, loss_weight=None), "u-1 a+2"),
     ({"conversations": [{"from": "human", "value": "1"}, {"from": "gpt", "value": "2", "weight": 0}]}, "u-1 a-2"),
     ({"conversations": [{"from": "human", "value": "1"}, {"from": "gpt", "value": "2", "train": True}]}, "u-1 a+2"),
 ]
