@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date
 from functools import cached_property
 from itertools import islice
@@ -24,6 +24,7 @@ from dsft.data.skipped import write_skipped
 from dsft.data.source import BadRow, Sample, Source, held_out
 from dsft.data.store import SetWriter, runs
 from dsft.data.tokens import TokenSet
+from dsft.data.unwritten import Written
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -151,12 +152,15 @@ def _encoded(
     rows: Iterator[Sample | BadRow], encoder: Encoder, source: Source
 ) -> Iterator[tuple[Sample | BadRow, Encoded | BadRow]]:
     """Each row with its tokens, or with why it has none. Raises ValueError for the first bad row not to be skipped."""
+    written = Written(encoder.tokenizer)
     while chunk := list(islice(rows, _CHUNK)):
         encoded = iter(encoder.encode([row for row in chunk if isinstance(row, Sample)]))
         for row in chunk:
             found = row if isinstance(row, BadRow) else next(encoded)
             if isinstance(found, BadRow) and not source.skips(found):
                 raise ValueError(found.reason)
+            if isinstance(row, Sample) and (names := written.unwritten(row)):
+                row = replace(row, unread=(*row.unread, *(f"{name} of turns" for name in names)))
             yield row, found
 
 

@@ -264,3 +264,21 @@ def test_an_optional_column_may_be_missing_from_a_row_but_not_from_all(source: A
     assert [sample.messages[0]["content"] for sample in rows] == ["i", "i\n\nc"]
     with pytest.raises(ValueError, match=r"data\.fields must name columns that some row has, got context"):
         list(source("local", path=jsonl([row], "none.jsonl"), **renamed).rows())
+
+
+CALLS = {
+    "role": "assistant", "content": "Let me see.", "tool_calls": [{"type": "function", "function": {"name": "f"}}],
+}  # fmt: skip
+
+
+def test_calls_that_a_template_does_not_write_are_refused_unless_ignored(opened: Any, source: Any, jsonl: Any) -> None:
+    rows = jsonl([{"messages": [CHAT["messages"][0], CALLS]}])
+    with pytest.raises(ValueError, match=r"rows\.jsonl:1 must call no tools .* data\.ignore=\[tool_calls\]"):
+        opened(source("local", path=rows))
+    assert len(opened(source("local", path=rows, ignore=["tool_calls"])).train) == 1
+
+
+def test_keys_of_turns_that_a_template_does_not_write_are_named(opened: Any, source: Any, jsonl: Any) -> None:
+    turns = [{**CHAT["messages"][0], "name": "Ann"}, {**CHAT["messages"][1], "reasoning_content": "Hm."}]
+    lines = opened(source("local", path=jsonl([{"messages": turns}]))).audit.lines()
+    assert lines[1:] == ["columns not read: name of turns, reasoning_content of turns"]
