@@ -32,8 +32,8 @@ def composed_of(method: str, *words: str) -> Composed:
     """Three steps of four generated examples in fp32."""
     return compose([
         "model=tiny", "data=reasoning_gym", "data.size=32", "data.eval_size=0", "train.precision=fp32", "train.steps=3",
-        "train.global_batch_size=4", "launcher=local", "optim.lr=1e-3", "optim.schedule=constant", f"method={method}",
-        *words,
+        "train.global_batch_size=4", "launcher=local", "strategy=single", "optim.lr=1e-3", "optim.schedule=constant",
+        f"method={method}", *words,
     ])  # fmt: skip
 
 
