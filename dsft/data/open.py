@@ -112,7 +112,7 @@ def open_data(
 
 
 def _build(folder: Path, source: Source, encoder: Encoder, *, max_length: int, seed: int) -> None:
-    shared: dict[str, Any] = {"max_length": max_length, "stop_tokens": encoder.special, "dedup": source.dedup}
+    shared: dict[str, Any] = {"max_length": max_length, "stop_tokens": encoder.kinds.special, "dedup": source.dedup}
     train = SetWriter(limit=None, answers=False, **shared)
     held = SetWriter(limit=source.max_eval, answers=True, **shared)
     for sample, encoded in _encoded(source.rows(), encoder, source):
