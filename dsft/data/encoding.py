@@ -4,7 +4,9 @@ The rule of the mask, in one place: an assistant turn is what the template write
 including the token that ends the turn. White space that the template writes after that token (the newline of ChatML)
 belongs to no one and is not supervised: the model stops at the end-of-turn token and never has to write it. Where a
 template ends turns without a special token, its closing white space is the only stop there is and stays supervised.
-The last turn of a row reaches to the end of its text: an end of text that the template writes there belongs to it.
+Where words, a token of the generation prompt or the header of a question follow it, they are no one's either. The last
+turn of a row reaches to the end of its text: an end of text that the template writes there belongs to it, because a
+model that answers writes it too, and the marked twins of such templates have it.
 Where a template writes an earlier turn without the thoughts that its generation prompt opens (`<think>`), the turn
 begins where it departs from the generation prompt. The first token of a row is never supervised, because nothing
 predicts it. The tokens are those of apply_chat_template on the whole conversation, always; spans.py finds the turns

@@ -20,7 +20,7 @@ from dsft.data.cache import (
     tokenizer_identity,
 )
 from dsft.data.encoding import Encoded, Encoder
-from dsft.data.skipped import write_skipped
+from dsft.data.skipped import with_way_out, write_skipped
 from dsft.data.source import BadRow, Sample, Source, held_out
 from dsft.data.store import SetWriter, runs
 from dsft.data.tokens import TokenSet
@@ -154,7 +154,7 @@ def _encoded(
     while chunk := list(islice(rows, _CHUNK)):
         encoded = iter(encoder.encode([row for row in chunk if isinstance(row, Sample)]))
         for row in chunk:
-            found = row if isinstance(row, BadRow) else next(encoded)
+            found = row if isinstance(row, BadRow) else with_way_out(source, next(encoded))
             if isinstance(found, BadRow) and not source.skips(found):
                 raise ValueError(found.reason)
             yield row, found

@@ -49,7 +49,7 @@ class Conversation:
         numbers = self.said.get(index)
         if not numbers or self.messages[index].get("tool_calls"):
             return Turn(first, end, None, end, str)
-        self._check_header(index, self.full[first : numbers[0]])
+        first += self._header(index, self.full[first : numbers[0]])
         said = numbers[-1]
         rest = end - shared_end(self.full[said:end], [self.full[:at] for at in self._questions()])
         return Turn(first, end, said, rest, lambda: self._prompt_alone(index))
@@ -63,16 +63,22 @@ class Conversation:
         before, plain = self.before(index), self.template.text(self.messages[:index], self.tools)
         return before[_shared(before, plain) :]
 
-    def _check_header(self, index: int, header: str) -> None:
-        """Raise CannotRenderError if the turn begins with a header that a generation prompt ought to have."""
-        if _THINKING.match(header):
-            return
+    def _header(self, index: int, written: str) -> int:
+        """Characters of a header with which the turn begins though no generation prompt wrote it, of those written.
+
+        Raises CannotRenderError if there may be one that is not another turn's generation prompt.
+        """
+        if _THINKING.match(written):
+            return 0
         try:
-            prompt = self._prompt_alone(index)
-        except CannotRenderError:  # a template may want an answer behind a question: none is then asked without it
-            return
-        if not prompt:
-            raise CannotRenderError(f"it begins with {header!r} and add_generation_prompt does not write that")
+            if self._prompt_alone(index):
+                return 0
+        except CannotRenderError:  # it wants an answer or a prompt behind a question, so it writes one
+            return 0
+        others = (i for i, message in enumerate(self.messages) if message["role"] == "assistant" and 0 < i != index)
+        if not any(written == self._prompt_alone(other) for other in others):
+            raise CannotRenderError(f"it begins with {written!r}, which the template does not write as a prompt for it")
+        return len(written)
 
     @cached_property
     def said(self) -> Places:
@@ -94,7 +100,7 @@ class Conversation:
         """Raise CannotRenderError unless span holds all of what the turn says in the text, and of no other turn."""
         first, end = span
         for other, numbers in self.said.items():
-            if other == index and not all(first <= at <= end for at in numbers):
+            if other == index and not all(at <= end and self._opens(index, at, first) for at in numbers):
                 raise CannotRenderError("it writes what the turn says elsewhere too")
             if other != index and any(first < at < end for at in numbers):
                 raise CannotRenderError("it writes another turn among it")
@@ -135,6 +141,11 @@ class Conversation:
                 if prompt[:length].strip() and _THINKING.match(prompt, length):
                     return first + length, end
         raise CannotRenderError("it begins otherwise than with the generation prompt")
+
+    def _opens(self, index: int, at: int, first: int) -> bool:
+        """True if what the turn says from at on is its own, or opens its thoughts as the generation prompt does."""
+        opened = self.full[at:first]
+        return _THINKING.match(opened) is not None and opened in self.before(index)
 
     def _check_unwritten(self, index: int) -> None:
         """Raise CannotRenderError unless the turn, of which the loops wrote nothing, is shown to be nowhere else."""
