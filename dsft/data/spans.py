@@ -48,6 +48,8 @@ class Conversation:
         self._check(index, span)
         numbers = self.said.get(index)
         if not numbers or self.messages[index].get("tool_calls"):
+            if first < end:
+                first += self._header_of_a_word(index, first)
             return Turn(first, end, None, end, str)
         first += self._header(index, self.full[first : numbers[0]])
         said = numbers[-1]
@@ -79,6 +81,24 @@ class Conversation:
         if not any(written == self._prompt_alone(other) for other in others):
             raise CannotRenderError(f"it begins with {written!r}, which the template does not write as a prompt for it")
         return len(written)
+
+    def _header_of_a_word(self, index: int, first: int) -> int:
+        """_header of a turn that calls tools or says nothing, seen by the one that a word in its place has.
+
+        Characters from first on. Raises CannotRenderError as _header does.
+        """
+        said = [*self.messages[:index], {"role": "assistant", "content": "word"}]
+        try:
+            if self._prompt_alone(index):
+                return 0
+            word = Conversation(self.template, said, self.tools)
+            span, numbers = word.added(index), word.said.get(index)
+        except CannotRenderError:  # the template takes no word here: what it would write before it is not known
+            return 0
+        if span is None or not numbers:
+            return 0
+        written = word.full[span[0] : numbers[0]]
+        return word._header(index, written) if self.full.startswith(written, first) else 0
 
     @cached_property
     def said(self) -> Places:

@@ -72,6 +72,7 @@ def test_turns_are_left_out_of_the_mask_however_the_template_writes_them(
         (MERGED_MARKED, CHATS["two answers"], ("A2", "A3"), "not to be learned: the template marks it together"),
         (COPIED_MARKED, CHATS["empty answer"], ("A2",), "not to be learned: what it says is not in the text"),
         (QUOTING, CHATS["several"], (), "turn 2: it writes another turn among it"),
+        (DEAF, [asked("Q1"), told("", tool_calls=CALLS)], (), "turn 2: it begins with '<|im_start|>assistant"),
         (DEAF, CHATS["several"], (), r"turn 2: it begins with '<|im_start|>assistant\n', which the template"),
     ],
 )
