@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ from filelock import FileLock
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-VERSION = 3
+VERSION = 4
 """Raise it when the same input must give other tokens, masks or files than the code before."""
 INPUTS = 2
 """The version in the digest of what goes in. Run folders keep that digest: raised, none of them would go on."""
@@ -68,8 +69,13 @@ def content_digests(folder: Path) -> dict[str, str]:
 
 
 def token_folder(root: Path, inputs: str, day: str | None) -> Path:
-    """Where the tokens lie, or will, that come of inputs (their digest) and the day that a chat template is told."""
-    return root / "tokens" / digest_of({"version": VERSION, "inputs": inputs, "day": day})
+    """Where the tokens lie, or will, that come of inputs (their digest) and the day that a chat template is told.
+
+    The packages that render and tokenise have a part in it: another version of them may write something else.
+    """
+    packages = {name: version(name) for name in ("jinja2", "tokenizers", "transformers")}
+    identity = {"version": VERSION, "inputs": inputs, "day": day, "packages": packages}
+    return root / "tokens" / digest_of(identity)
 
 
 def find_or_build(folder: Path, build: Callable[[Path], None]) -> Path:

@@ -4,7 +4,9 @@ The rule of the mask, in one place: an assistant turn is what the template write
 including the token that ends the turn. White space that the template writes after that token (the newline of ChatML)
 belongs to no one and is not supervised: the model stops at the end-of-turn token and never has to write it. Where a
 template ends turns without a special token, its closing white space is the only stop there is and stays supervised.
-The last turn of a row reaches to the end of its text: an end of text that the template writes there belongs to it.
+Where words, a token of the generation prompt or the header of a question follow it, they are no one's either. The last
+turn of a row reaches to the end of its text: an end of text that the template writes there belongs to it, because a
+model that answers writes it too, and the marked twins of such templates have it.
 Where a template writes an earlier turn without the thoughts that its generation prompt opens (`<think>`), the turn
 begins where it departs from the generation prompt. The first token of a row is never supervised, because nothing
 predicts it. The tokens are those of apply_chat_template on the whole conversation, always; spans.py finds the turns
@@ -20,16 +22,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dsft.data.marks import CannotRenderError, Span
+from dsft.data.masks import Ids, Mask, Pair, TokenKinds, Turn, runs_of, silence
 from dsft.data.source import BadRow, Sample
 from dsft.data.spans import Conversation
 from dsft.data.templates import ChatTemplate, one_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-Ids = NDArray[np.int32]
-Pair = tuple[Ids, Ids]
-"""Tokens (L,) and their first and last + 1 characters (L, 2)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,15 +53,17 @@ class _Rendered:
     """A conversation's text; the characters of its supervised turns and of its last assistant turn.
 
     asked: the text that a model is given to write the last turn, if that is wanted. marked: the mask of a template
-    that marks the assistant's part itself, silent the turns in it that are not supervised all the same.
+    that marks the assistant's part itself, silent the turns in it that are not supervised all the same, unsure those
+    of them whose characters have to be told by what they say.
     """
 
-    text: str
-    learned: tuple[Span, ...] = ()
-    last: Span | None = None
+    talk: Conversation
+    learned: tuple[Turn, ...] = ()
+    last: Turn | None = None
     asked: str | None = None
-    marked: NDArray[np.bool_] | None = None
+    marked: Mask | None = None
     silent: tuple[Span, ...] = ()
+    unsure: tuple[int, ...] = ()
 
 
 class Encoder:
@@ -81,10 +82,7 @@ class Encoder:
         self.plain_template = self._template(tools=False)
         self.tools_template = self._template(tools=True) if isinstance(tokenizer.chat_template, Mapping) else None
         self.tools_template = self.tools_template or self.plain_template
-        added = tokenizer.added_tokens_decoder.items()
-        self.special = frozenset({i for i, token in added if token.special} | set(tokenizer.all_special_ids))
-        self.tags = self.special | {i for i, token in added if token.content[:1] + token.content[-1:] in ("<>", "[]")}
-        self.blank: dict[int, bool] = {}
+        self.kinds = TokenKinds(tokenizer)
 
     @property
     def reads_date(self) -> bool:
@@ -113,7 +111,7 @@ class Encoder:
                 results[index] = rendered
             else:
                 chats.append((index, rendered))
-        texts = [rendered.text for _, rendered in chats]
+        texts = [rendered.talk.full for _, rendered in chats]
         for (index, rendered), pair in zip(chats, self._tokenize(texts, special=False), strict=True):
             results[index] = self._chat(samples[index], rendered, pair)
         texts = [given + learned for _, (given, learned) in plains]
@@ -124,7 +122,7 @@ class Encoder:
 
     def ends_turn(self, token: int) -> bool:
         """True if token is a special one, as those that end a turn or a text are."""
-        return token in self.special
+        return token in self.kinds.special
 
     def _template(self, *, tools: bool) -> ChatTemplate | None:
         """The template that transformers takes for rows with or without tools."""
@@ -157,44 +155,53 @@ class Encoder:
         try:
             asked = talk.before(turns[-1]) if turns and sample.entry is not None else None
             if template.marks_itself:
-                silent = tuple(talk.block(turn) for turn in turns if turn not in learned)
-                return _Rendered(talk.full, asked=asked, marked=_marks(template, sample), silent=silent)
+                silent = {turn: talk.silenced(turn) for turn in turns if turn not in learned}
+                return _Rendered(
+                    talk, asked=asked, marked=_marks(template, sample),
+                    silent=tuple(span for span in silent.values() if span),
+                    unsure=tuple(turn for turn, span in silent.items() if span is None),
+                )  # fmt: skip
             spans = {}
             for turn in sorted({*learned, *turns[-1:]} - {0}):
                 spans[turn] = talk.turn(turn)
         except CannotRenderError as error:
-            return _bad(
-                sample, "have turns whose part in the chat template's text can be told",
-                f"one of which it cannot (turn {turn + 1}: {error})",
-                "mark the assistant's part in the template with {% generation %}, or drop the row",
-            )  # fmt: skip
-        return _Rendered(
-            talk.full, tuple(spans[turn] for turn in learned), spans.get(turns[-1]) if turns else None, asked
-        )
+            return _untold(sample, f"turn {turn + 1}: {error}", marked=template.marks_itself)
+        return _Rendered(talk, tuple(spans[turn] for turn in learned), spans.get(turns[-1]) if turns else None, asked)
 
     def _chat(self, sample: Sample, rendered: _Rendered, pair: Pair | str) -> Encoded | BadRow:
         """Tokens and mask of a conversation."""
         if isinstance(pair, str):
             return _untokenised(sample, pair)
-        tokens, offsets = pair
+        tokens, text = pair[0], rendered.talk.full
         if rendered.marked is not None:
-            spans, mask = _runs(rendered.marked), rendered.marked.copy()
-            for span in rendered.silent:
-                mask[slice(*_covered(offsets, span))] = False
+            spans, mask = runs_of(rendered.marked), rendered.marked.copy()
+            try:
+                for span in rendered.silent:
+                    mask[slice(*self.kinds.covered(text, pair, span))] = False
+                if rendered.unsure:
+                    silence(mask, pair, rendered.unsure, rendered.talk.said)
+            except CannotRenderError as error:
+                return _untold(sample, f"turn {rendered.unsure[0] + 1}, not to be learned: {error}", marked=True)
             learned, last = [span for span in spans if mask[slice(*span)].any()], spans[-1] if spans else None
         else:
-            learned = [self._turn_tokens(tokens, offsets, span) for span in rendered.learned]
+            learned = [self.kinds.turn(text, pair, turn) for turn in rendered.learned]
             mask = np.zeros(len(tokens), dtype=np.bool_)
             for first, end in learned:
                 mask[first:end] = True
-            last = self._turn_tokens(tokens, offsets, rendered.last) if rendered.last else None
+            last = self.kinds.turn(text, pair, rendered.last) if rendered.last else None
         mask[:1] = False
         prompt = last[0] if last else len(tokens)
-        empty = sum(all(self._is_blank(t) or t in self.tags for t in tokens[slice(*span)].tolist()) for span in learned)
+        kinds = self.kinds
+        empty = sum(
+            all(kinds.is_blank(t) or t in kinds.tags for t in tokens[slice(*span)].tolist()) for span in learned
+        )
         encoded = Encoded(tokens, mask, prompt, empty)
         if rendered.asked is None:
             return encoded
-        ((asked, _),) = self._backend([rendered.asked], special=False)
+        (given,) = self._tokenize([rendered.asked], special=False)
+        if isinstance(given, str):
+            return _untokenised(sample, given)
+        asked = given[0]
         same = asked.tolist() == tokens[:prompt].tolist()
         return encoded if same else replace(encoded, asked=tuple(asked.tolist()))
 
@@ -210,7 +217,8 @@ class Encoder:
         (given, learned), (tokens, offsets) = halves, pair
         if len(tokens) and tokens[-1] == eos:
             tokens, offsets = tokens[:-1], offsets[:-1]
-        first = _covered(offsets, (len(given), len(given) + len(learned)))[0] if given else 0
+        span = len(given), len(given) + len(learned)
+        first = self.kinds.covered(given + learned, (tokens, offsets), span)[0] if given else 0
         tokens = np.append(tokens, np.int32(eos))
         return Encoded(tokens, np.arange(len(tokens)) >= max(first, 1), first)
 
@@ -226,7 +234,9 @@ class Encoder:
         """Per text its tokens (L,) and their characters (L, 2), or why the tokenizer cannot read it."""
         try:
             return list(self._backend(texts, special=special))
-        except (TypeError, ValueError, UnicodeError):  # one of them; which, the tokenizer does not say
+        except MemoryError:
+            raise
+        except Exception:  # tokenizers raises no narrower class; which text it is, it does not say
             return [self._tokenize_one(text, special=special) for text in texts]
 
     def _tokenize_one(self, text: str, *, special: bool) -> Pair | str:
@@ -235,7 +245,9 @@ class Encoder:
             return self._backend([text], special=special)[0]
         except UnicodeEncodeError as error:
             return f"{text[error.start]!a}, half of a character"
-        except (TypeError, ValueError, UnicodeError) as error:
+        except MemoryError:
+            raise
+        except Exception as error:  # a token that is missing from the vocabulary is an Exception of no other class
             return one_line(error)
 
     def _backend(self, texts: list[str], *, special: bool) -> list[Pair]:
@@ -248,35 +260,13 @@ class Encoder:
             (np.array(e.ids, dtype=np.int32), np.array(e.offsets, dtype=np.int32).reshape(-1, 2)) for e in encodings
         ]
 
-    def _turn_tokens(self, tokens: Ids, offsets: Ids, span: Span) -> Span:
-        """First and last + 1 token of the assistant turn in span, cut after the token that ends it."""
-        if span[0] == span[1]:
-            return (at := int(np.searchsorted(offsets[:, 0], span[0]))), at
-        first, last = _covered(offsets, span)
-        end = last
-        while end > first and self._is_blank(int(tokens[end - 1])):
-            end -= 1
-        return first, end if end > first and self.ends_turn(int(tokens[end - 1])) else last
 
-    def _is_blank(self, token: int) -> bool:
-        """True if token is white space and not a special token; remembered, because most rows end with the same one."""
-        if token not in self.blank:
-            self.blank[token] = not self.ends_turn(token) and not str(self.tokenizer.decode([token])).strip()
-        return self.blank[token]
-
-
-def _marks(template: ChatTemplate, sample: Sample) -> NDArray[np.bool_]:
+def _marks(template: ChatTemplate, sample: Sample) -> Mask:
     """The mask (L,) of a template that marks the assistant's part itself ({% generation %}): its word is taken."""
     row: Any = template.apply(
         sample.messages, sample.tools, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
     )
     return np.array(row["assistant_masks"], dtype=np.bool_)
-
-
-def _runs(mask: NDArray[np.bool_]) -> list[Span]:
-    """First and last + 1 of the stretches that are supervised."""
-    edges = np.flatnonzero(np.diff(np.concatenate([[False], mask, [False]]).astype(np.int8)))
-    return [(int(first), int(end)) for first, end in zip(edges[::2], edges[1::2], strict=True)]
 
 
 def _bad(sample: Sample, rule: str, got: str, way_out: str) -> BadRow:
@@ -287,10 +277,9 @@ def _untokenised(sample: Sample, reason: str) -> BadRow:
     return _bad(sample, "hold text that the model's tokenizer can read", reason, "correct it or drop the row")
 
 
-def _covered(offsets: Ids, span: Span) -> Span:
-    """First and last + 1 of the tokens with a character in span; a token across its border counts.
-
-    Byte-level tokenizers trim spaces off the offsets, so a token of white space may be empty: one inside span counts.
-    """
-    inside = np.flatnonzero((offsets[:, 0] < span[1]) & (offsets[:, 1] > span[0]))
-    return (int(inside[0]), int(inside[-1]) + 1) if len(inside) else (len(offsets), len(offsets))
+def _untold(sample: Sample, reason: str, *, marked: bool) -> BadRow:
+    way_out = "write each message in the template's loop over them" if marked else (
+        "mark the assistant's part in the template with {% generation %}"
+    )  # fmt: skip
+    rule = "have turns whose part in the chat template's text can be told"
+    return _bad(sample, rule, f"one of which it cannot ({reason})", f"{way_out}, or drop the row")

@@ -20,7 +20,7 @@ from dsft.data.cache import (
     tokenizer_identity,
 )
 from dsft.data.encoding import Encoded, Encoder
-from dsft.data.skipped import write_skipped
+from dsft.data.skipped import with_way_out, write_skipped
 from dsft.data.source import BadRow, Sample, Source, held_out
 from dsft.data.store import SetWriter, runs
 from dsft.data.tokens import TokenSet
@@ -113,7 +113,7 @@ def open_data(
 
 
 def _build(folder: Path, source: Source, encoder: Encoder, *, max_length: int, seed: int) -> None:
-    shared: dict[str, Any] = {"max_length": max_length, "stop_tokens": encoder.special, "dedup": source.dedup}
+    shared: dict[str, Any] = {"max_length": max_length, "stop_tokens": encoder.kinds.special, "dedup": source.dedup}
     train = SetWriter(limit=None, answers=False, **shared)
     held = SetWriter(limit=source.max_eval, answers=True, **shared)
     for sample, encoded in _encoded(source.rows(), encoder, source):
@@ -156,7 +156,7 @@ def _encoded(
     while chunk := list(islice(rows, _CHUNK)):
         encoded = iter(encoder.encode([row for row in chunk if isinstance(row, Sample)]))
         for row in chunk:
-            found = row if isinstance(row, BadRow) else next(encoded)
+            found = row if isinstance(row, BadRow) else with_way_out(source, next(encoded))
             if isinstance(found, BadRow) and not source.skips(found):
                 raise ValueError(found.reason)
             if isinstance(row, Sample) and (names := written.unwritten(row)):

@@ -3,8 +3,13 @@
 import json
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
+
+from dsft.data.source import BadRow, Source
+
+T = TypeVar("T")
 
 NAME = "skipped_rows.jsonl"
 
@@ -29,3 +34,16 @@ def copy_skipped(folder: Path, run_dir: Path) -> None:
         shutil.copyfile(found, run_dir / NAME)
     else:
         (run_dir / NAME).unlink(missing_ok=True)
+
+
+def with_way_out(source: Source, found: T | BadRow) -> T | BadRow:
+    """found; if a model cannot take the row, with the key that leaves such rows out, where the row's source has it."""
+    if not isinstance(found, BadRow):
+        return found
+    key, of_row = "data", source
+    for name, part in getattr(source, "sources", {}).items():
+        if found.source.startswith(f"{name}/"):
+            key, of_row = f"++data.sources.{name}", part
+    if getattr(of_row, "on_bad_row", None) != "stop":
+        return found
+    return replace(found, reason=f"{found.reason}, or leave such rows out with {key}.on_bad_row=skip")

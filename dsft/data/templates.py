@@ -1,7 +1,6 @@
 """A tokenizer's chat template: what it reads, what it renders, and where in the text it renders each message."""
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from datetime import date
 from typing import TYPE_CHECKING, Any
@@ -37,7 +36,7 @@ class ChatTemplate:
                 f"model must have a chat template that jinja can read, got an error in its line {error.lineno}: "
                 f"{one_line(error)}; correct the template (chat_template.jinja or tokenizer_config.json)"
             ) from None
-        self.marks_itself = bool(re.search(r"\{%-?\s*generation\s*-?%\}", source))
+        self.marks_itself = any(True for _ in tree.find_all(nodes.Scope))  # of _Generation: no other tag makes one
         self.source = _dated(tree, day) + source if self.reads_date else source
         self._marked: str | None = None
 
@@ -85,7 +84,8 @@ class ChatTemplate:
 
 def one_line(error: Exception) -> str:
     """The first line of what an error says, after its name where it is not the template's own refusal."""
-    said = (str(error).strip() or "nothing said").splitlines()[0].rstrip(".")
+    said = (str(error).strip() or "nothing said").splitlines()[0]
+    said = said if said.endswith("..") else said.removesuffix(".")
     return said if isinstance(error, TemplateError) and str(error).strip() else f"{type(error).__name__}: {said}"
 
 
@@ -115,6 +115,6 @@ def _dated(tree: nodes.Template, day: date) -> str:
     known = json.dumps({form: day.strftime(form) for form in sorted(forms)})
     unknown = "raise_exception('it asks for the date in a form that is not in its text')"
     return (
-        f"{{%+ macro strftime_now(form) +%}}{{%+ set known = {known} +%}}"
-        f"{{{{ known[form] if form in known else {unknown} }}}}{{%+ endmacro %}}\n"
+        f"{{%+ macro strftime_now(format) +%}}{{%+ set known = {known} +%}}"
+        f"{{{{ known[format] if format in known else {unknown} }}}}{{%+ endmacro %}}\n"
     )

@@ -89,6 +89,10 @@ def test_a_template_that_asks_for_the_date_is_told_the_given_one(make_tokenizer:
     (encoded,) = Encoder(tokenizer, date(2021, 3, 4)).encode([sample(CHATS["single"])])
     assert isinstance(encoded, Encoded)
     assert tokenizer.decode(encoded.tokens.tolist()).startswith("Today: 04 Mar 2021!<|im_start|>user")
+    named = make_tokenizer(DATED.replace("strftime_now('", "strftime_now(format='"))
+    (the_same,) = Encoder(named, date(2021, 3, 4)).encode([sample(CHATS["single"])])
+    assert isinstance(the_same, Encoded)
+    assert the_same.tokens.tolist() == encoded.tokens.tolist()
     assert not Encoder(make_tokenizer()).reads_date
     before = date.today()
     (now,) = Encoder(tokenizer).encode([sample(CHATS["single"])])
