@@ -1,8 +1,9 @@
 """From what was typed to a frozen Run: the only importer of Hydra and OmegaConf."""
 
 import os
+import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from dsft_launchers.join import count_devices, resolve
 
 from dsft import config, rules, spelling
 from dsft.building import build_dataclass, build_value
+from dsft.flags import without_config_dir
 from dsft.idle import refuse_idle
 from dsft.options import Choice, choices, keys
 from dsft.wording import OWN_CONF, one_line, own_keys
@@ -97,9 +99,7 @@ def build(tree: Mapping[str, Any]) -> config.Run:
 
 def read(run_dir: Path) -> config.Run:
     """Return the Run that a run folder's config.yaml describes, which stores nothing that acts for one start alone."""
-    from omegaconf import OmegaConf
-
-    tree = plain(OmegaConf.load(run_dir / "config.yaml"))
+    tree = load_yaml(run_dir / "config.yaml")
     return build({**tree, "resume": {**tree["resume"], "anew": False, "takeover": False}})
 
 
@@ -111,10 +111,10 @@ def plain(node: Any) -> Any:
 
 
 def load_yaml(path: Path) -> Any:
-    """A YAML file as plain dicts and lists."""
+    """Return the plain tree that dump_yaml has written; a ${...} without a backslash stays as it is."""
     from omegaconf import OmegaConf
 
-    return _raw(OmegaConf.load(path))
+    return _each_text(_raw(OmegaConf.load(path)), _unescaped)
 
 
 def _raw(node: Any) -> Any:
@@ -124,10 +124,29 @@ def _raw(node: Any) -> Any:
 
 
 def dump_yaml(tree: Any) -> str:
-    """A plain tree as YAML."""
+    """Return a resolved tree as YAML, in which every ${ is text: it is escaped, so that OmegaConf reads it as text."""
     from omegaconf import OmegaConf
 
-    return OmegaConf.to_yaml(OmegaConf.create(tree))
+    return OmegaConf.to_yaml(OmegaConf.create(_each_text(tree, _escaped)))
+
+
+def _each_text(node: Any, change: Callable[[str], str]) -> Any:
+    """Return a plain tree with each of its texts changed; keys stay."""
+    if isinstance(node, Mapping):
+        return {key: _each_text(value, change) for key, value in node.items()}
+    if isinstance(node, list | tuple):
+        return [_each_text(value, change) for value in node]
+    return change(node) if isinstance(node, str) else node
+
+
+def _escaped(text: str) -> str:
+    """Backslashes before ${ count twice, and one more takes its meaning from it."""
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", text)
+
+
+def _unescaped(text: str) -> str:
+    """The inverse: an odd number of backslashes before ${ is half as many before a text."""
+    return re.sub(r"(?<!\\)(\\*)\1\\\$\{", r"\1${", text)
 
 
 def _check_typed(overrides: Sequence[str]) -> dict[str, Any]:
@@ -200,35 +219,6 @@ def _plain_class(group: str, tree: Mapping[str, Any]) -> type:
     return config.Slurm if group == "launcher" and "partition" in tree else _PLAIN[group]
 
 
-def hydra_flags(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Split argv into (flags that Hydra answers itself, overrides); --config-dir is noted for the search path."""
-    from hydra._internal.utils import get_args_parser
-
-    parser = get_args_parser()
-    args, unknown = parser.parse_known_args(list(argv))
-    options = [word for word in unknown if word.startswith("-")]
-    if options:
-        raise ValueError(f"{options[0]} is not an option; overrides are KEY=VALUE, see --help")
-    if args.config_name is not None or args.config_path is not None:
-        raise ValueError(
-            f"--config-name and --config-path must be left out, got {args.config_name or args.config_path}; put your "
-            "settings into conf/experiment/NAME.yaml and take experiment=NAME, or name a folder with --config-dir"
-        )
-    if args.experimental_rerun is not None:
-        raise ValueError("--experimental-rerun must be left out; a run goes on by its run_dir")
-    if (args.resolve or args.package is not None) and not args.cfg:
-        raise ValueError("--resolve and --package belong to --cfg; add --cfg job, or leave them out")
-    overrides = [*args.overrides, *unknown]  # argparse leaves what stands behind an option
-    if args.config_dir is not None:
-        folder = Path(args.config_dir).absolute()
-        if not folder.is_dir():
-            raise ValueError(f"--config-dir must be a folder, got {args.config_dir}; give one that exists")
-        os.environ["DSFT_CONFIG_DIR"] = str(folder)
-    asks = args.help or args.hydra_help or args.cfg or args.info is not None or args.multirun or args.shell_completion
-    flags = [word for word in argv if word not in overrides]
-    return ([*flags, *overrides] if asks else []), overrides
-
-
 def hand_to_hydra(argv: Sequence[str]) -> int:
     """Let Hydra answer --cfg, --info, --help, --shell-completion and -m; returns the exit code."""
     import hydra
@@ -236,7 +226,7 @@ def hand_to_hydra(argv: Sequence[str]) -> int:
     from omegaconf.errors import OmegaConfBaseException
 
     os.environ["HYDRA_FULL_ERROR"] = "1"
-    words = _without_config_dir(argv)
+    words = without_config_dir(argv)
     _check_typed([word for word in words if "=" in word and not word.startswith("-")])
     if any(word.startswith("hydra/launcher=") and word != "hydra/launcher=dsft" for word in words):
         _never(None)
@@ -257,16 +247,3 @@ def hand_to_hydra(argv: Sequence[str]) -> int:
 def _never(cfg: Any) -> None:
     """Hydra's task function: a plain run never comes here, and a sweep's points are processes of their own."""
     raise ValueError("hydra/launcher must be dsft, which starts points here and on SLURM; leave it out")
-
-
-def _without_config_dir(argv: Sequence[str]) -> list[str]:
-    """Argv without --config-dir DIR, which the search path already knows (Hydra's own cannot shadow)."""
-    words, skip = [], False
-    for word in argv:
-        if skip:
-            skip = False
-        elif word in ("--config-dir", "-cd"):
-            skip = True
-        elif not word.startswith("--config-dir="):
-            words.append(word)
-    return words

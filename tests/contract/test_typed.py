@@ -5,7 +5,10 @@ import shlex
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from dsft.compose import compose, hydra_flags
+from dsft import __version__
+from dsft.compose import compose
+from dsft.flags import hydra_flags
+from dsft.run import main
 from dsft.synonyms import KEYS, SENTENCES
 from dsft.wording import OWN_CONF, own_keys
 
@@ -156,3 +159,33 @@ def test_a_flag_without_effect_is_refused(flag: str) -> None:
 def test_another_primary_configuration_is_refused(flag: str) -> None:
     with pytest.raises(ValueError, match=r"must be left out, got /?mine; put your settings into conf/experiment/NAME"):
         hydra_flags([flag, "train.steps=2"])
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (
+            ["--config", "my.yaml"],
+            "--config must be left out, got my.yaml; options are KEY=VALUE; a YAML of your own is",
+        ),
+        (["-c", "my.yaml"], "chosen by experiment=NAME"),
+        (["--config-dir"], "--config-dir must have a value, got none"),
+        (["--cfg"], "--cfg must have a value, got none"),
+        (["--cfg", "foo"], "--cfg must be one of 'job', 'hydra', 'all', got 'foo'"),
+        (["--info", "foo"], "--info must be one of 'all'"),
+        (["--multirun=true"], "--multirun must be without a value, got 'true'"),
+    ],
+)
+def test_a_flag_that_cannot_be_read_is_one_line(
+    words: list[str], line: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(words) == 2
+    said = capsys.readouterr()
+    assert line in said.err
+    assert said.err.count("\n") == 1
+    assert not said.out
+
+
+def test_the_version_is_ours(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"dsft {__version__}\n"
