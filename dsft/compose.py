@@ -1,10 +1,11 @@
 """From what was typed to a frozen Run: the only importer of Hydra and OmegaConf."""
 
+import contextlib
 import os
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ from dsft.building import build_dataclass, build_value
 from dsft.flags import without_config_dir
 from dsft.idle import refuse_idle
 from dsft.options import Choice, choices, keys
-from dsft.wording import OWN_CONF, one_line, own_keys
+from dsft.paths import check_run_dir, expand
+from dsft.wording import OWN_CONF, as_value, one_line, own_keys
 
 CLASSES = ("model", "method", "quantization", "strategy", "objective", "data")
 """Groups whose option is a class that its YAML names."""
@@ -67,7 +69,9 @@ def compose(overrides: Sequence[str], *, planning: bool = False, gpus: bool = Fa
         raise ValueError(f"method.lr must stay the YAML's, got {typed[0]}; set optim.lr, whose default it is")
     values = _check_typed(overrides)
     tree, chosen = _compose_tree(list(overrides))
-    start = _start(tree["launcher"], planning=planning, on_gpus=gpus)
+    names = {choice.group: choice.option for choice in chosen}
+    with _whose(values, names["experiment"]):
+        start = _start(tree["launcher"], planning=planning, on_gpus=gpus)
     size = start.size
     repairs = [f"launcher={tree['launcher']['name']}: {start.kind}, {start.why}"]
     if tree["strategy"]["_target_"] == "auto":
@@ -75,16 +79,22 @@ def compose(overrides: Sequence[str], *, planning: bool = False, gpus: bool = Fa
         tree, chosen = _compose_tree([o for o in overrides if o != "strategy=auto"] + [f"strategy={option}"])
         repairs.append(f"strategy=auto: {option}, for {size} process{'es' if size > 1 else ''}")
     tree, more = rules.repair(tree, start.place)
-    if not tree["run_dir"]:
-        raise ValueError("run_dir must name a folder, got none; leave it out for a new one below runs/")
+    check_run_dir(tree["run_dir"])
     names = {choice.group: choice.option for choice in chosen}
-    try:
+    with _whose(values, names["experiment"]):
         run = build(tree)
-    except ValueError as error:
-        raise ValueError(spelling.with_whose(str(error), values, names["experiment"])) from error
     rules.refuse(run, names, start.place)
     refuse_idle(run, start.kind, values)
     return Composed(run, start, tree, tuple(overrides), tuple(chosen), tuple(repairs) + more)
+
+
+@contextlib.contextmanager
+def _whose(typed: Mapping[str, object], experiment: str) -> Iterator[None]:
+    """Name the experiment in the refusal of a key that it sets."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(spelling.with_whose(str(error), typed, experiment)) from error
 
 
 def build(tree: Mapping[str, Any]) -> config.Run:
@@ -189,13 +199,16 @@ def _compose_tree(overrides: list[str]) -> tuple[dict[str, Any], list[Choice]]:
         missing = sorted(OmegaConf.missing_keys(cfg))
         if missing:
             raise ValueError(f"{missing[0]} must be given; add {missing[0]}=VALUE")
-        tree: dict[str, Any] = {"tracker": {}, **plain(cfg)}
+        tree: dict[str, Any] = expand({"tracker": {}, **plain(cfg)})
     except (HydraException, OmegaConfBaseException, YAMLError) as error:
         said = one_line(error, lambda group: {name: _raw(tree) for name, tree in keys(group, sources).items()})
         raise ValueError(said) from error
     for group in CLASSES:
         if not isinstance(tree.get(group), dict) or "_target_" not in tree[group]:
             raise ValueError(f"{group} must be an option whose YAML names its class with _target_; choose one")
+    for name, each in tree["tracker"].items():
+        if not isinstance(each, dict) or "_target_" not in each:
+            raise ValueError(spelling.no_tracker(str(name), each))
     return tree, found
 
 
@@ -216,7 +229,13 @@ def _start(tree: Mapping[str, Any], *, planning: bool, on_gpus: bool) -> Started
 
 
 def _plain_class(group: str, tree: Mapping[str, Any]) -> type:
-    return config.Slurm if group == "launcher" and "partition" in tree else _PLAIN[group]
+    of_a_job = group == "launcher" and "partition" in tree and not _is_local(tree)
+    return config.Slurm if of_a_job else _PLAIN[group]
+
+
+def _is_local(tree: Mapping[str, Any]) -> bool:
+    """Return True for the keys of launcher=local, to which others of a SLURM job may have been added."""
+    return tree.get("name") == "local" and not {field.name for field in fields(config.Slurm)} <= set(tree)
 
 
 def hand_to_hydra(argv: Sequence[str]) -> int:
@@ -227,7 +246,11 @@ def hand_to_hydra(argv: Sequence[str]) -> int:
 
     os.environ["HYDRA_FULL_ERROR"] = "1"
     words = without_config_dir(argv)
-    _check_typed([word for word in words if "=" in word and not word.startswith("-")])
+    typed = _check_typed([word for word in words if "=" in word and not word.startswith("-")])
+    if "run_dir" in typed:
+        check_run_dir(typed["run_dir"])
+        place = f"run_dir={as_value(expand(typed)['run_dir'])}"  # Hydra's sweeper makes the folder, which keeps a ~
+        words = [place if word.startswith("run_dir=~") or re.match("run_dir=['\"]~", word) else word for word in words]
     if any(word.startswith("hydra/launcher=") and word != "hydra/launcher=dsft" for word in words):
         _never(None)
     sys.argv = ["dsft", *words]

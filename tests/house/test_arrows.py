@@ -26,6 +26,7 @@ FLOORS = (
     LEAVES,
     ("engine",),
     ("rules", "idle", "options", "proven", "wording", "entry"),
+    ("paths",),
     ("spelling", "building", "flags"),
     ("compose",),
     ("folder", "again", "origin", "door", "likeness", "earlier", "published", "recorder", "snapshot", "results"),
