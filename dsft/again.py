@@ -25,11 +25,11 @@ def command_of(run_dir: Path) -> str:
 def command_line(overrides: Sequence[str], run_dir: Path, *, started: str) -> str:
     """Return the command that starts these overrides in run_dir, quoted for a shell. started: a kind of Started.
 
-    run_dir is added where it was not typed: its default is a new folder for each start.
+    run_dir stands in the place of the word that was typed, which may name a new folder for each start (${now:...}), as
+    its default does.
     """
-    words = list(overrides)
-    if not any(word.lstrip("+").startswith("run_dir=") for word in words):
-        words.append(f"run_dir={as_value(str(run_dir))}")
+    words = [word for word in overrides if not word.lstrip("+").startswith("run_dir=")]
+    words.append(f"run_dir={as_value(str(run_dir))}")
     folder = os.environ.get("DSFT_CONFIG_DIR")
     chosen = [] if folder is None else ["--config-dir", folder]
     return f"{BEFORE.get(started, 'python -m')} dsft.run {shlex.join([*chosen, *words])}"

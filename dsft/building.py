@@ -9,6 +9,9 @@ from typing import Any, get_type_hints
 
 from dsft.wording import rule, suggest
 
+UNLIMITED = ("train.max_grad_norm", "train.hang_after")
+"""Keys for which inf means that there is no limit; every other number is finite."""
+
 
 def build_value(value: Any, path: str) -> Any:
     """Turn each mapping with a _target_ into an instance of that dataclass, from the inside out."""
@@ -57,7 +60,7 @@ def build_dataclass(cls: type, values: Mapping[str, Any], path: str) -> Any:
 def _checked(value: Any, hint: Any, path: str) -> Any:
     from pydantic import TypeAdapter, ValidationError
 
-    if isinstance(value, float) and not math.isfinite(value) and not (value > 0 and path == "train.max_grad_norm"):
+    if isinstance(value, float) and not math.isfinite(value) and not (value > 0 and path in UNLIMITED):
         raise ValueError(f"{path} must be a finite number, got {value}")
     try:
         text = json.dumps(value)

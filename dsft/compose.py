@@ -1,9 +1,11 @@
 """From what was typed to a frozen Run: the only importer of Hydra and OmegaConf."""
 
+import contextlib
 import os
+import re
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +14,11 @@ from dsft_launchers.join import count_devices, resolve
 
 from dsft import config, rules, spelling
 from dsft.building import build_dataclass, build_value
+from dsft.flags import without_config_dir
 from dsft.idle import refuse_idle
 from dsft.options import Choice, choices, keys
-from dsft.wording import OWN_CONF, one_line, own_keys
+from dsft.paths import check_run_dir, expand
+from dsft.wording import OWN_CONF, as_value, one_line, own_keys
 
 CLASSES = ("model", "method", "quantization", "strategy", "objective", "data")
 """Groups whose option is a class that its YAML names."""
@@ -65,7 +69,9 @@ def compose(overrides: Sequence[str], *, planning: bool = False, gpus: bool = Fa
         raise ValueError(f"method.lr must stay the YAML's, got {typed[0]}; set optim.lr, whose default it is")
     values = _check_typed(overrides)
     tree, chosen = _compose_tree(list(overrides))
-    start = _start(tree["launcher"], planning=planning, on_gpus=gpus)
+    names = {choice.group: choice.option for choice in chosen}
+    with _whose(values, names["experiment"]):
+        start = _start(tree["launcher"], planning=planning, on_gpus=gpus)
     size = start.size
     repairs = [f"launcher={tree['launcher']['name']}: {start.kind}, {start.why}"]
     if tree["strategy"]["_target_"] == "auto":
@@ -73,16 +79,22 @@ def compose(overrides: Sequence[str], *, planning: bool = False, gpus: bool = Fa
         tree, chosen = _compose_tree([o for o in overrides if o != "strategy=auto"] + [f"strategy={option}"])
         repairs.append(f"strategy=auto: {option}, for {size} process{'es' if size > 1 else ''}")
     tree, more = rules.repair(tree, start.place)
-    if not tree["run_dir"]:
-        raise ValueError("run_dir must name a folder, got none; leave it out for a new one below runs/")
+    check_run_dir(tree["run_dir"])
     names = {choice.group: choice.option for choice in chosen}
-    try:
+    with _whose(values, names["experiment"]):
         run = build(tree)
-    except ValueError as error:
-        raise ValueError(spelling.with_whose(str(error), values, names["experiment"])) from error
     rules.refuse(run, names, start.place)
     refuse_idle(run, start.kind, values)
     return Composed(run, start, tree, tuple(overrides), tuple(chosen), tuple(repairs) + more)
+
+
+@contextlib.contextmanager
+def _whose(typed: Mapping[str, object], experiment: str) -> Iterator[None]:
+    """Name the experiment in the refusal of a key that it sets."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(spelling.with_whose(str(error), typed, experiment)) from error
 
 
 def build(tree: Mapping[str, Any]) -> config.Run:
@@ -97,9 +109,7 @@ def build(tree: Mapping[str, Any]) -> config.Run:
 
 def read(run_dir: Path) -> config.Run:
     """Return the Run that a run folder's config.yaml describes, which stores nothing that acts for one start alone."""
-    from omegaconf import OmegaConf
-
-    tree = plain(OmegaConf.load(run_dir / "config.yaml"))
+    tree = load_yaml(run_dir / "config.yaml")
     return build({**tree, "resume": {**tree["resume"], "anew": False, "takeover": False}})
 
 
@@ -111,10 +121,10 @@ def plain(node: Any) -> Any:
 
 
 def load_yaml(path: Path) -> Any:
-    """A YAML file as plain dicts and lists."""
+    """Return the plain tree that dump_yaml has written; a ${...} without a backslash stays as it is."""
     from omegaconf import OmegaConf
 
-    return _raw(OmegaConf.load(path))
+    return _each_text(_raw(OmegaConf.load(path)), _unescaped)
 
 
 def _raw(node: Any) -> Any:
@@ -124,10 +134,29 @@ def _raw(node: Any) -> Any:
 
 
 def dump_yaml(tree: Any) -> str:
-    """A plain tree as YAML."""
+    """Return a resolved tree as YAML, in which every ${ is text: it is escaped, so that OmegaConf reads it as text."""
     from omegaconf import OmegaConf
 
-    return OmegaConf.to_yaml(OmegaConf.create(tree))
+    return OmegaConf.to_yaml(OmegaConf.create(_each_text(tree, _escaped)))
+
+
+def _each_text(node: Any, change: Callable[[str], str]) -> Any:
+    """Return a plain tree with each of its texts changed; keys stay."""
+    if isinstance(node, Mapping):
+        return {key: _each_text(value, change) for key, value in node.items()}
+    if isinstance(node, list | tuple):
+        return [_each_text(value, change) for value in node]
+    return change(node) if isinstance(node, str) else node
+
+
+def _escaped(text: str) -> str:
+    """Backslashes before ${ count twice, and one more takes its meaning from it."""
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", text)
+
+
+def _unescaped(text: str) -> str:
+    """The inverse: an odd number of backslashes before ${ is half as many before a text."""
+    return re.sub(r"(?<!\\)(\\*)\1\\\$\{", r"\1${", text)
 
 
 def _check_typed(overrides: Sequence[str]) -> dict[str, Any]:
@@ -170,13 +199,16 @@ def _compose_tree(overrides: list[str]) -> tuple[dict[str, Any], list[Choice]]:
         missing = sorted(OmegaConf.missing_keys(cfg))
         if missing:
             raise ValueError(f"{missing[0]} must be given; add {missing[0]}=VALUE")
-        tree: dict[str, Any] = {"tracker": {}, **plain(cfg)}
+        tree: dict[str, Any] = expand({"tracker": {}, **plain(cfg)})
     except (HydraException, OmegaConfBaseException, YAMLError) as error:
         said = one_line(error, lambda group: {name: _raw(tree) for name, tree in keys(group, sources).items()})
         raise ValueError(said) from error
     for group in CLASSES:
         if not isinstance(tree.get(group), dict) or "_target_" not in tree[group]:
             raise ValueError(f"{group} must be an option whose YAML names its class with _target_; choose one")
+    for name, each in tree["tracker"].items():
+        if not isinstance(each, dict) or "_target_" not in each:
+            raise ValueError(spelling.no_tracker(str(name), each))
     return tree, found
 
 
@@ -197,36 +229,13 @@ def _start(tree: Mapping[str, Any], *, planning: bool, on_gpus: bool) -> Started
 
 
 def _plain_class(group: str, tree: Mapping[str, Any]) -> type:
-    return config.Slurm if group == "launcher" and "partition" in tree else _PLAIN[group]
+    of_a_job = group == "launcher" and "partition" in tree and not _is_local(tree)
+    return config.Slurm if of_a_job else _PLAIN[group]
 
 
-def hydra_flags(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Split argv into (flags that Hydra answers itself, overrides); --config-dir is noted for the search path."""
-    from hydra._internal.utils import get_args_parser
-
-    parser = get_args_parser()
-    args, unknown = parser.parse_known_args(list(argv))
-    options = [word for word in unknown if word.startswith("-")]
-    if options:
-        raise ValueError(f"{options[0]} is not an option; overrides are KEY=VALUE, see --help")
-    if args.config_name is not None or args.config_path is not None:
-        raise ValueError(
-            f"--config-name and --config-path must be left out, got {args.config_name or args.config_path}; put your "
-            "settings into conf/experiment/NAME.yaml and take experiment=NAME, or name a folder with --config-dir"
-        )
-    if args.experimental_rerun is not None:
-        raise ValueError("--experimental-rerun must be left out; a run goes on by its run_dir")
-    if (args.resolve or args.package is not None) and not args.cfg:
-        raise ValueError("--resolve and --package belong to --cfg; add --cfg job, or leave them out")
-    overrides = [*args.overrides, *unknown]  # argparse leaves what stands behind an option
-    if args.config_dir is not None:
-        folder = Path(args.config_dir).absolute()
-        if not folder.is_dir():
-            raise ValueError(f"--config-dir must be a folder, got {args.config_dir}; give one that exists")
-        os.environ["DSFT_CONFIG_DIR"] = str(folder)
-    asks = args.help or args.hydra_help or args.cfg or args.info is not None or args.multirun or args.shell_completion
-    flags = [word for word in argv if word not in overrides]
-    return ([*flags, *overrides] if asks else []), overrides
+def _is_local(tree: Mapping[str, Any]) -> bool:
+    """Return True for the keys of launcher=local, to which others of a SLURM job may have been added."""
+    return tree.get("name") == "local" and not {field.name for field in fields(config.Slurm)} <= set(tree)
 
 
 def hand_to_hydra(argv: Sequence[str]) -> int:
@@ -236,8 +245,12 @@ def hand_to_hydra(argv: Sequence[str]) -> int:
     from omegaconf.errors import OmegaConfBaseException
 
     os.environ["HYDRA_FULL_ERROR"] = "1"
-    words = _without_config_dir(argv)
-    _check_typed([word for word in words if "=" in word and not word.startswith("-")])
+    words = without_config_dir(argv)
+    typed = _check_typed([word for word in words if "=" in word and not word.startswith("-")])
+    if "run_dir" in typed:
+        check_run_dir(typed["run_dir"])
+        place = f"run_dir={as_value(expand(typed)['run_dir'])}"  # Hydra's sweeper makes the folder, which keeps a ~
+        words = [place if word.startswith("run_dir=~") or re.match("run_dir=['\"]~", word) else word for word in words]
     if any(word.startswith("hydra/launcher=") and word != "hydra/launcher=dsft" for word in words):
         _never(None)
     sys.argv = ["dsft", *words]
@@ -257,16 +270,3 @@ def hand_to_hydra(argv: Sequence[str]) -> int:
 def _never(cfg: Any) -> None:
     """Hydra's task function: a plain run never comes here, and a sweep's points are processes of their own."""
     raise ValueError("hydra/launcher must be dsft, which starts points here and on SLURM; leave it out")
-
-
-def _without_config_dir(argv: Sequence[str]) -> list[str]:
-    """Argv without --config-dir DIR, which the search path already knows (Hydra's own cannot shadow)."""
-    words, skip = [], False
-    for word in argv:
-        if skip:
-            skip = False
-        elif word in ("--config-dir", "-cd"):
-            skip = True
-        elif not word.startswith("--config-dir="):
-            words.append(word)
-    return words

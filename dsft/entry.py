@@ -10,6 +10,8 @@ import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
 
+from dsft_launchers.codes import USER_ERROR
+
 UNREAD = 128 + signal.SIGPIPE
 """Exit code where the reader of the output has gone before there was any work."""
 
@@ -66,6 +68,21 @@ def _read_by_somebody(main: Callable[[], int]) -> int:
     except BrokenPipeError:
         sys.stdout = open(os.devnull, "w")
         return UNREAD
+    except OSError as error:
+        if _takes_lines():
+            raise
+        sys.stdout = open(os.devnull, "w")
+        print(f"dsft: the output must go where it can be written, got: {error.strerror}; free space", file=sys.stderr)
+        return USER_ERROR
+
+
+def _takes_lines() -> bool:
+    """Return False if stdout does not take one more line: then it was stdout that raised, and no file of a run."""
+    try:
+        print(flush=True)
+    except OSError:
+        return False
+    return True
 
 
 def lose_lines() -> None:

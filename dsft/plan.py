@@ -6,9 +6,10 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from dsft.compose import Composed, compose, hydra_flags
+from dsft.compose import Composed, compose
 from dsft.config import Run
 from dsft.entry import enter
+from dsft.flags import hydra_flags
 from dsft.proven import proven
 from dsft.wording import refuse
 

@@ -238,6 +238,10 @@ def _sized(fixed: dict[str, Any], ranks: int) -> list[str]:
             raise ValueError(f"train.global_batch_size must be auto or an integer, got {asked!r}")
         return []
     kept = None if fixed["resume"]["anew"] is True else _kept_batch(Path(run_dir) / "config.yaml")
+    if kept is not None and kept < ranks:
+        way = f"lower launcher.devices, or add 'resume.allow=[train.global_batch_size]' train.global_batch_size={ranks}"
+        said = f"train.global_batch_size must be at least the number of data ranks, {ranks}, got {kept}"
+        raise RuleError("batch-below-ranks", f"{said}, which {run_dir} was made with; {way}")
     train["global_batch_size"] = max(LEAST_BATCH, ranks) if kept is None else kept
     why = (
         f"for up to {LEAST_BATCH} data ranks" if ranks <= LEAST_BATCH else f"one example for each of {ranks} data ranks"

@@ -11,10 +11,11 @@ from types import FrameType
 from dsft_launchers.codes import CRASHED, DONE, STOPPED, USER_ERROR
 from dsft_launchers.verdict import CANNOT_BEGIN, CannotBeginError
 
-from dsft import dispatch, folder
+from dsft import __version__, dispatch, folder
 from dsft.checkpoint import lease
-from dsft.compose import Composed, compose, hand_to_hydra, hydra_flags
+from dsft.compose import Composed, compose, hand_to_hydra
 from dsft.entry import BEGUN, enter, lose_lines
+from dsft.flags import hydra_flags
 from dsft.preflight import announce, create, preflight, rehearse, tell_unchecked
 from dsft.wording import refuse
 
@@ -26,6 +27,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         signal.signal(number, _interrupt)
     try:
         flags, overrides = hydra_flags(words)
+        if "--version" in flags:
+            print(f"dsft {__version__}")
+            return DONE
         if flags:
             return hand_to_hydra(flags)
         composed = compose(overrides)

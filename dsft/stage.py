@@ -7,9 +7,10 @@ from pathlib import Path
 
 from dsft_launchers.codes import STOPPED
 
-from dsft.compose import compose, hydra_flags
+from dsft.compose import compose
 from dsft.config import Run
 from dsft.entry import enter, lose_lines
+from dsft.flags import hydra_flags
 from dsft.wording import refuse
 
 USAGE = """usage: python -m dsft.stage [KEY=VALUE ...] [--config-dir DIR]

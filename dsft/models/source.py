@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from dsft.models.files import ModelFiles, check_folder
 from dsft.models.headers import weight_files
+from dsft.models.numbers import config_of
 from dsft.offline import STAGE, AbsentError, unplugged
 
 if TYPE_CHECKING:
@@ -106,12 +107,8 @@ def read_shape(folder: Path, trust_remote_code: bool) -> "PretrainedConfig":
 
 
 def _published(numbers: dict[str, Any] | None) -> "PretrainedConfig":
-    from transformers import AutoConfig
-
     assert numbers is not None
-    rest = {key: value for key, value in numbers.items() if key != "model_type"}
-    config: PretrainedConfig = AutoConfig.for_model(numbers["model_type"], **rest)
-    return config
+    return config_of(numbers)
 
 
 def _download(path: str, revision: str | None, *, weights: bool) -> Path:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from dsft.models.cache import save_model, written_once
 from dsft.models.files import ModelFiles
+from dsft.models.numbers import config_of
 from dsft.models.source import Pretrained, require_init
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ class Tiny:
         return self._at(self.path or str(self._folder())).resolve(planning=planning)
 
     def _folder(self) -> Path:
+        config_of(self.config)  # also of a folder that is there: an older dsft wrote some that no rank can run
         numbers = json.dumps([LAYOUT, self.seed, self.config], sort_keys=True)
         digest = hashlib.sha256(numbers.encode()).hexdigest()[:12]
         return written_once(f"tiny-{self.config['model_type']}-{digest}", self._write)
@@ -51,14 +53,12 @@ class Tiny:
 
     def _write(self, folder: Path) -> None:
         import torch
-        from transformers import AutoConfig, AutoModelForCausalLM
+        from transformers import AutoModelForCausalLM
 
         from dsft.models.bytes_tokenizer import byte_tokenizer
         from dsft.models.progress import no_progress_bars
 
-        rest = {key: value for key, value in self.config.items() if key != "model_type"}
-        config = AutoConfig.for_model(self.config["model_type"], **rest)
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        model = AutoModelForCausalLM.from_config(config_of(self.config), dtype=torch.float32)
         fill_fixed(model, self.seed)
         with no_progress_bars():
             save_model(model, folder)

@@ -1,11 +1,13 @@
 """What is typed becomes a run, or one line that says why not."""
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 
-from dsft.compose import compose
+from dsft.compose import compose, dump_yaml, load_yaml, read
 from dsft.plan import main
 
 MOVING, UNCLIPPED = "optim.in_backward=true", "train.max_grad_norm=inf"
@@ -78,6 +80,45 @@ def test_qlora_is_lora_with_a_4_bit_base() -> None:
     assert qlora.method == lora.method
     assert type(qlora.quantization).__name__ == "NF4"
     assert type(lora.quantization).__name__ == "Unquantized" or type(lora.quantization) is not type(qlora.quantization)
+
+
+def test_inf_is_a_number_where_it_means_without_a_limit() -> None:
+    train = compose(["train.hang_after=inf", "train.max_grad_norm=inf"]).run.train
+    assert train.hang_after == train.max_grad_norm == math.inf
+    with pytest.raises(ValueError, match=r"optim.lr must be a finite number, got inf"):
+        compose(["optim.lr=inf"])
+
+
+TEXTS = (
+    "seed ${train.seed} end",
+    "\\${x}",
+    "a\\\\${x}",
+    "${",
+    "${a:${b}} ${c",
+    "\\",
+    "$x",
+    'it\'s "a": 1',
+    "1e-3",
+    "null",
+)
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_a_resolved_tree_is_read_as_it_was_written(text: str, tmp_path: Path) -> None:
+    tree = {"a": {"text": text, "several": [text, 1, None, math.inf]}, "b": 1e-3}
+    (tmp_path / "config.yaml").write_text(dump_yaml(tree))
+    assert load_yaml(tmp_path / "config.yaml") == tree
+    assert OmegaConf.to_container(OmegaConf.load(tmp_path / "config.yaml"), resolve=True) == tree
+
+
+def test_the_ranks_read_what_was_typed(tmp_path: Path) -> None:
+    words = ['data.system="seed \\${train.seed} end"', 'launcher.setup=["export PATH=\\${HOME}/bin"]']
+    composed = compose([*words, "launcher=slurm", "launcher.dry_run=true", f"run_dir={tmp_path}"])
+    (tmp_path / "config.yaml").write_text(dump_yaml(composed.resolved))
+    run = read(tmp_path)
+    assert (run.data, run.launcher, run.train) == (composed.run.data, composed.run.launcher, composed.run.train)
+    assert run.data.system == "seed ${train.seed} end"
+    assert run.launcher.setup == ["export PATH=${HOME}/bin"]
 
 
 Planned = Callable[[Path, list[str]], str]

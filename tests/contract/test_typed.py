@@ -1,11 +1,16 @@
 """Words as users of other tools and of shells type them: each mistake is answered by its key, with what is meant."""
 
+import os
 import shlex
+from pathlib import Path
 
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from dsft.compose import compose, hydra_flags
+from dsft import __version__
+from dsft.compose import compose
+from dsft.flags import hydra_flags
+from dsft.run import main
 from dsft.synonyms import KEYS, SENTENCES
 from dsft.wording import OWN_CONF, own_keys
 
@@ -40,6 +45,19 @@ def said(*words: str) -> str:
         ("~tracker", "~tracker must name a key, got what is none; a group is set to another option: tracker=OPTION"),
         ("=3", "a key must stand before =, got =3"),
         ("run_dir=", "run_dir must name a folder, got none"),
+        ('run_dir="  "', "run_dir must name a folder, got none"),
+        ("run_dir=s3://a/b", "run_dir must be a folder of a file system, got s3://a/b; "),
+        (
+            "method=[lora,qlora]",
+            "method must be one option, got [lora,qlora]; to run one after another: -m method=lora,qlora",
+        ),
+        (
+            "data={path: a b}",
+            "data must be one option, got {path: a b}; set keys one by one: data=local 'data.path=\"a b\"'",
+        ),
+        ("train={steps: 2}", "train must be one option, got {steps: 2}; set keys one by one: train.steps=2"),
+        ("++tracker.wandb.project=x", "tracker.wandb.project is not a key without tracker=wandb; add that"),
+        ("+tracker.foo=1", "tracker.foo is not a key; there are: auto, none, tensorboard, wandb"),
     ],
 )
 def test_a_value_in_the_place_of_an_option_is_answered_with_what_is_meant(word: str, line: str) -> None:
@@ -93,7 +111,20 @@ def test_a_value_that_needs_quotes_of_its_own_is_answered_with_them(key: str, va
     assert line.startswith(f"{key} must have quotes of its own around such a value, inside the shell's, got {value}; ")
     typed = shell(line.rpartition("; type ")[2])
     read = OverridesParser.create().parse_override(typed)
-    assert (read.key_or_group, str(read.value()).replace("\\$", "$")) == (key, value.strip('"'))
+    assert (read.key_or_group, str(read.value()).replace("\\$", "$")) == (key, os.path.expanduser(value.strip('"')))
+
+
+@pytest.mark.parametrize("items", [["source ~/.bashrc"], ["module load cuda/12.8", "export X=1"]])
+def test_the_texts_of_a_list_get_quotes_each(items: list[str]) -> None:
+    line = said(*DRY, f"launcher.setup=[{','.join(items)}]")
+    assert compose([*DRY, shell(line.rpartition("; type ")[2])]).run.launcher.setup == items
+
+
+def test_a_home_directory_is_meant_where_a_path_is() -> None:
+    home = os.path.expanduser("~")
+    run = compose(['run_dir="~/xx"', "data=local", "data.path='~/a b'", 'data.eval_path="~/e"']).run
+    assert (run.run_dir, run.data.path, run.data.eval_path) == (f"{home}/xx", f"{home}/a b", f"{home}/e")
+    assert compose(["model=custom", 'model.path="~/m"']).run.model.path == f"{home}/m"
 
 
 def shell(text: str) -> str:
@@ -156,3 +187,60 @@ def test_a_flag_without_effect_is_refused(flag: str) -> None:
 def test_another_primary_configuration_is_refused(flag: str) -> None:
     with pytest.raises(ValueError, match=r"must be left out, got /?mine; put your settings into conf/experiment/NAME"):
         hydra_flags([flag, "train.steps=2"])
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (
+            ["--config", "my.yaml"],
+            "--config must be left out, got my.yaml; options are KEY=VALUE; a YAML of your own is",
+        ),
+        (["-c", "my.yaml"], "chosen by experiment=NAME"),
+        (["--config-dir"], "--config-dir must have a value, got none"),
+        (["--cfg"], "--cfg must have a value, got none"),
+        (["--cfg", "foo"], "--cfg must be one of 'job', 'hydra', 'all', got 'foo'"),
+        (["--info", "foo"], "--info must be one of 'all'"),
+        (["--multirun=true"], "--multirun must be without a value, got 'true'"),
+    ],
+)
+def test_a_flag_that_cannot_be_read_is_one_line(
+    words: list[str], line: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(words) == 2
+    said = capsys.readouterr()
+    assert line in said.err
+    assert said.err.count("\n") == 1
+    assert not said.out
+
+
+def test_the_version_is_ours(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"dsft {__version__}\n"
+
+
+@pytest.mark.usefixtures("typed_alone")
+def test_a_sweep_is_refused_a_folder_as_a_run_is(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["-m", "method.rank=4,8", "run_dir="]) == 2
+    assert (
+        capsys.readouterr().err
+        == "dsft: run_dir must name a folder, got none; leave it out for a new one below runs/\n"
+    )
+    assert not os.listdir()
+
+
+@pytest.mark.usefixtures("typed_alone")
+def test_what_an_experiment_asks_of_slurm_is_named_by_it() -> None:
+    Path("conf/experiment").mkdir(parents=True)
+    Path("conf/experiment/mine.yaml").write_text("# @package _global_\nlauncher:\n  partition: gpu\n")
+    line = said("experiment=mine", "launcher=local")
+    assert line.startswith("launcher.partition is not a key of launcher; ")
+    assert line.endswith("experiment=mine sets it, leave that out")
+    assert compose(["experiment=mine", *DRY]).run.launcher.partition == "gpu"
+
+
+def test_a_batch_that_a_folder_was_made_with_is_named_where_it_is_too_small(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("train: {global_batch_size: 1}\n")
+    line = said("launcher=local", "launcher.devices=2", f"run_dir={tmp_path}")
+    assert f"2, got 1, which {tmp_path} was made with; lower launcher.devices, or add" in line
+    assert "'resume.allow=[train.global_batch_size]' train.global_batch_size=2" in line

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from dsft.again import command_of
-from dsft.compose import compose, dump_yaml, hydra_flags
+from dsft.compose import compose, dump_yaml
 from dsft.engine.progress import STOPPED, Progress
+from dsft.flags import hydra_flags
 from dsft.recorder import closing
 
 
@@ -42,8 +43,9 @@ def test_what_was_typed_and_is_lost_is_dots(content: str | None, tmp_path: Path)
     assert command_of(tmp_path) == f"python -m dsft.run ... run_dir={tmp_path}"
 
 
-def test_a_run_dir_that_was_typed_is_left_as_it_is(tmp_path: Path) -> None:
-    assert typed(tmp_path / "run", "model=tiny", "run_dir=runs/a") == "python -m dsft.run model=tiny run_dir=runs/a"
+@pytest.mark.parametrize("word", ["run_dir=runs/a", "run_dir=out/${now:%H%M%S}", "+run_dir=a"])
+def test_the_folder_itself_stands_in_the_place_of_a_run_dir_that_was_typed(word: str, tmp_path: Path) -> None:
+    assert typed(tmp_path / "run", word, "model=tiny") == f"python -m dsft.run model=tiny run_dir={tmp_path}/run"
 
 
 def test_a_folder_of_own_options_and_what_started_the_processes_are_in_it(

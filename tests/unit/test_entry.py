@@ -55,6 +55,14 @@ def test_where_nobody_reads_it_ends_quietly_or_goes_on_once_it_works(
     assert (tmp_path / "file").read_text() == ("'' True" if ran else "")
 
 
+def test_an_output_without_space_is_one_line(tmp_path: Path) -> None:
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-c", SPEAKS, str(tmp_path / "file")]
+        done = subprocess.run(command, input=b"", stdout=full, stderr=subprocess.PIPE, check=False)
+    assert (done.returncode, done.stderr.count(b"\n")) == (2, 1)
+    assert b"dsft: the output must go where it can be written, got: No space left on device" in done.stderr
+
+
 @pytest.mark.parametrize(
     ("words", "code", "out", "err"),
     [
@@ -62,7 +70,7 @@ def test_where_nobody_reads_it_ends_quietly_or_goes_on_once_it_works(
         (["--version"], 0, f"dsft {__version__}", ""),
         ([], 2, "", "usage: dsft VERB"),
         (["trian"], 2, "", "usage: dsft VERB"),
-        (["stage", "--help"], 0, "python -m dsft.stage [overrides]", ""),
+        (["stage", "--help"], 0, "usage: python -m dsft.stage", ""),
     ],
 )
 def test_help_and_version_are_answers_and_no_verb_is_a_mistake(

@@ -63,13 +63,14 @@ class DsftLauncher(Launcher):
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         """Keep what launch needs, and what Hydra's sweeper will write over."""
-        from dsft import folder
+        from dsft import folder, paths
         from dsft.sweeps import ledger
 
         for typed in OverridesParser.create().parse_overrides(list(config.hydra.overrides.task)):
             if typed.key_or_group == "run_dir" and typed.is_sweep_override():
                 raise ValueError(f"run_dir must be one for the whole sweep, got {typed.input_line}; give one folder")
         self.book = ledger.begin(self.metric)
+        paths.check_run_dir(config.run_dir)
         folder.check_place(Path(config.run_dir))
         file = Path(config.run_dir) / MULTIRUN
         DsftLauncher.sweep, DsftLauncher.before = file.parent, file.read_text() if file.is_file() else None
