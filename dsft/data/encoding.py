@@ -14,7 +14,7 @@ in it. A row of which no mask can be shown right is refused.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import date
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dsft.data.marks import CannotRenderError, Span
-from dsft.data.masks import Ids, Mask, Pair, TokenKinds, Turn, runs_of, silence
+from dsft.data.masks import Ids, Mask, Pair, TokenKinds, Turn, runs_of
 from dsft.data.source import BadRow, Sample
 from dsft.data.spans import Conversation
 from dsft.data.templates import ChatTemplate, one_line
@@ -53,8 +53,8 @@ class _Rendered:
     """A conversation's text; the characters of its supervised turns and of its last assistant turn.
 
     asked: the text that a model is given to write the last turn, if that is wanted. marked: the mask of a template
-    that marks the assistant's part itself, silent the turns in it that are not supervised all the same, unsure those
-    of them whose characters have to be told by what they say.
+    that marks the assistant's part itself, silent the turns in it that are not supervised all the same, with their
+    characters where those are certain.
     """
 
     talk: Conversation
@@ -62,8 +62,7 @@ class _Rendered:
     last: Turn | None = None
     asked: str | None = None
     marked: Mask | None = None
-    silent: tuple[Span, ...] = ()
-    unsure: tuple[int, ...] = ()
+    silent: Mapping[int, Span | None] = field(default_factory=dict)
 
 
 class Encoder:
@@ -156,11 +155,7 @@ class Encoder:
             asked = talk.before(turns[-1]) if turns and sample.entry is not None else None
             if template.marks_itself:
                 silent = {turn: talk.silenced(turn) for turn in turns if turn not in learned}
-                return _Rendered(
-                    talk, asked=asked, marked=_marks(template, sample),
-                    silent=tuple(span for span in silent.values() if span),
-                    unsure=tuple(turn for turn, span in silent.items() if span is None),
-                )  # fmt: skip
+                return _Rendered(talk, asked=asked, marked=_marks(template, sample), silent=silent)
             spans = {}
             for turn in sorted({*learned, *turns[-1:]} - {0}):
                 spans[turn] = talk.turn(turn)
@@ -176,12 +171,9 @@ class Encoder:
         if rendered.marked is not None:
             spans, mask = runs_of(rendered.marked), rendered.marked.copy()
             try:
-                for span in rendered.silent:
-                    mask[slice(*self.kinds.covered(text, pair, span))] = False
-                if rendered.unsure:
-                    silence(mask, pair, rendered.unsure, rendered.talk.said)
+                self.kinds.silence(mask, text, pair, silent=rendered.silent, said=rendered.talk.said)
             except CannotRenderError as error:
-                return _untold(sample, f"turn {rendered.unsure[0] + 1}, not to be learned: {error}", marked=True)
+                return _untold(sample, str(error), marked=True)
             learned, last = [span for span in spans if mask[slice(*span)].any()], spans[-1] if spans else None
         else:
             learned = [self.kinds.turn(text, pair, turn) for turn in rendered.learned]

@@ -1,6 +1,6 @@
 """From characters to tokens: which tokens belong to a turn, and with which one it ends."""
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -77,6 +77,31 @@ class TokenKinds:
         at = int(np.searchsorted(offsets[:, 0], span[0])) if span[0] < span[1] and len(text) > span[1] else len(tokens)
         return at, at
 
+    def silence(self, mask: Mask, text: str, pair: Pair, *, silent: Mapping[int, Span | None], said: Places) -> None:
+        """Leave out of a template's own mask (L,) what it marks of the turns that are not to be supervised.
+
+        silent: their characters, None where those are not certain; they are then told by what the turns say, of which
+        said has the places. Raises CannotRenderError where that is not certain either.
+        """
+        unsure = set()
+        for turn, span in silent.items():
+            first, end = self.covered(text, pair, span) if span else (0, 0)
+            if not mask[first:end].any() and (span is None or turn not in said):
+                unsure.add(turn)
+            mask[first:end] = False
+        if not unsure:
+            return
+        where = f"turn {min(unsure) + 1}, not to be learned"
+        if not all(said.get(turn) for turn in unsure):
+            raise CannotRenderError(f"{where}: what it says is not in the text as it stands in the row")
+        for first, end in runs_of(mask):
+            reach = int(pair[1][first, 0]), int(pair[1][end - 1, 1])
+            owners = {turn for turn, numbers in said.items() if any(reach[0] <= at <= reach[1] for at in numbers)}
+            if not owners or (owners & unsure and owners - unsure):
+                raise CannotRenderError(f"{where}: the template marks it together with another, or more than it says")
+            if owners <= unsure:
+                mask[first:end] = False
+
     def _named_in(self, text: str, pair: Pair, at: int, span: Span) -> bool:
         if int(pair[0][at]) not in self.special:
             return True
@@ -121,22 +146,6 @@ class TokenKinds:
             if text[slice(*offsets[at])].strip() in prompt:
                 return at
         return max(cut, ends + 1)
-
-
-def silence(mask: Mask, pair: Pair, unsure: Collection[int], said: Places) -> None:
-    """Leave out of a template's own mask (L,) the stretches of turns that are not to be supervised.
-
-    They are told by what the turns say: said. Raises CannotRenderError where that is not certain.
-    """
-    if not all(said.get(turn) for turn in unsure):
-        raise CannotRenderError("what it says is not in the text as it stands in the row")
-    for first, end in runs_of(mask):
-        reach = int(pair[1][first, 0]), int(pair[1][end - 1, 1])
-        owners = {turn for turn, numbers in said.items() if any(reach[0] <= at <= reach[1] for at in numbers)}
-        if not owners or (owners & set(unsure) and owners - set(unsure)):
-            raise CannotRenderError("the template marks it together with another one, or more than what it says")
-        if owners <= set(unsure):
-            mask[first:end] = False
 
 
 def runs_of(mask: Mask) -> list[Span]:

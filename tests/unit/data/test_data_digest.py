@@ -1,5 +1,6 @@
 """A run's data are known by their tokens; by what went into them where an older dsft began the run."""
 
+import importlib.metadata
 import json
 from pathlib import Path
 from typing import Any
@@ -108,3 +109,16 @@ def test_a_model_is_asked_with_what_the_template_gives_it(
     assert data.eval.prompt(0).tolist() == given
     first = int(data.eval.arrays["prompts"][0])
     assert (data.eval.example(0)[0][:first].tolist() == given) == (not answer.startswith("\n"))
+
+
+@pytest.mark.parametrize("package", ["jinja2", "tokenizers", "transformers"])
+def test_another_version_of_what_renders_does_not_read_the_old_tokens(
+    package: str, monkeypatch: Any, opened: Any, source: Any, jsonl: Any, tmp_path: Path
+) -> None:
+    local = source("local", path=jsonl(ROWS))
+    old = opened(local)
+    installed = importlib.metadata.version
+    monkeypatch.setattr("dsft.data.cache.version", lambda name: "99" if name == package else installed(name))
+    new = opened(local)
+    assert len([path for path in (tmp_path / "cache" / "tokens").iterdir() if path.is_dir()]) == 2
+    assert (new.inputs, new.digest) == (old.inputs, old.digest)

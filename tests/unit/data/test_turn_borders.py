@@ -32,6 +32,7 @@ THOUGHTS_LAST = "{{ '<think></think>' if loop.last and m.role == 'assistant' }}"
 BY_INDEX = "{% for i in range(messages | length) %}{% set m = messages[i] %}" + HEAD + MARKED_BODY + "{% endfor %}"
 COPIED_PLAIN = COPIED + FROM_THE_LIST + BODY + "{{ '\\n' }}{% endfor %}" + PROMPT
 COPIED_MARKED = COPIED + FROM_THE_LIST + MARKED_BODY + "{% endfor %}" + PROMPT
+ROLES_FIRST = COPIED_MARKED.replace("{% endfor %}", "{{ m.role }}{% endfor %}", 1)
 COPIED_THOUGHTS = COPIED + FROM_THE_LIST + THOUGHTS_LAST + BODY + "{% endfor %}" + PROMPT
 MERGED_PLAIN = MERGED + FROM_THE_LIST + BODY + "{% endfor %}" + PROMPT
 MERGED_MARKED = MERGED + FROM_THE_LIST + MARKED_BODY + "{% endfor %}" + PROMPT
@@ -71,6 +72,7 @@ def test_turns_are_left_out_of_the_mask_however_the_template_writes_them(
         (MERGED_PLAIN, CHATS["two answers"], ("A2",), "turn 3: it writes nothing for it in its loops"),
         (MERGED_MARKED, CHATS["two answers"], ("A2", "A3"), "not to be learned: the template marks it together"),
         (COPIED_MARKED, CHATS["empty answer"], ("A2",), "not to be learned: what it says is not in the text"),
+        (ROLES_FIRST, CHATS["empty answer"], ("A2",), "not to be learned: what it says is not in the text"),
         (QUOTING, CHATS["several"], (), "turn 2: it writes another turn among it"),
         (DEAF, [asked("Q1"), told("", tool_calls=CALLS)], (), "turn 2: it begins with '<|im_start|>assistant"),
         (DEAF, CHATS["several"], (), r"turn 2: it begins with '<|im_start|>assistant\n', which the template"),
