@@ -7,6 +7,7 @@ from pathlib import Path
 
 from dsft.compose import load_yaml
 from dsft.folder import provenance
+from dsft.idle import OF_A_SWEEP
 from dsft.wording import as_value
 
 BEFORE = {"torchrun": "torchrun ... -m", "slurm task": "srun ... python -m"}
@@ -26,9 +27,9 @@ def command_line(overrides: Sequence[str], run_dir: Path, *, started: str) -> st
     """Return the command that starts these overrides in run_dir, quoted for a shell. started: a kind of Started.
 
     run_dir stands in the place of the word that was typed, which may name a new folder for each start (${now:...}), as
-    its default does.
+    its default does. What only a sweep takes is left out: the command is of one run.
     """
-    words = [word for word in overrides if not word.lstrip("+").startswith("run_dir=")]
+    words = [word for word in overrides if word.lstrip("+").partition("=")[0] not in ("run_dir", OF_A_SWEEP)]
     words.append(f"run_dir={as_value(str(run_dir))}")
     folder = os.environ.get("DSFT_CONFIG_DIR")
     chosen = [] if folder is None else ["--config-dir", folder]

@@ -25,6 +25,7 @@ from dsft.door import check_place as check_place
 from dsft.earlier import begin_anew as begin_anew
 from dsft.earlier import set_records_aside as set_records_aside
 from dsft.likeness import FREE, WAY_ANEW, differences, is_free, leaves, refuse_others, stored, typed
+from dsft.paths import expand
 from dsft.wording import suggest
 
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "deepspeed", "hydra-core", "numpy")
@@ -216,7 +217,7 @@ def _config(run_dir: Path) -> dict[str, Any]:
     """The configuration that the folder was made with."""
     path = run_dir / "config.yaml"
     try:
-        tree = load_yaml(path)
+        tree = expand(load_yaml(path))  # an older dsft left a ~ in it
         return {**tree, "train": {**tree["train"]}}
     except OSError as error:
         raise ValueError(f"{path} cannot be read ({error.strerror}); give this user the right to") from error

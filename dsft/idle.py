@@ -1,6 +1,6 @@
 """Settings that another setting leaves without effect: refused where they were typed, so that none is ignored."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 
 from dsft.config import Launcher, Run, Slurm
@@ -48,8 +48,8 @@ TABLE = (
     ),
     Idle(
         ("optim.betas", "optim.eps"),
-        lambda run, kind: run.optim.name == "sgd",
-        "belongs to AdamW, and optim.name is sgd; leave it out",
+        lambda run, kind: run.optim.name in ("sgd", "adafactor"),
+        "belongs to AdamW, and optim.name is {run.optim.name}; leave it out",
     ),
     Idle(
         ("checkpoint.keep", "checkpoint.keep_every", "checkpoint.background"),
@@ -69,3 +69,15 @@ def refuse_idle(run: Run, kind: str, typed: Mapping[str, object]) -> None:
             mine = any(key == name or key.startswith(f"{name}.") for name in each.keys)
             if mine and value and each.idle(run, kind):
                 raise ValueError(f"{key}={value} {each.way.format(run=run, kind=kind)}")
+
+
+OF_A_SWEEP = "launcher.max_parallel"
+"""What only a sweep takes."""
+
+
+def refuse_of_a_sweep(overrides: Sequence[str]) -> None:
+    """Raise ValueError for a word that only a sweep takes; one that asks for nothing (null) is let through."""
+    for word in overrides:
+        key, _, value = word.lstrip("+").partition("=")
+        if key == OF_A_SWEEP and value not in ("null", ""):
+            raise ValueError(f"{word} is of the points of a sweep, and this is one run; add -m, or leave it out")

@@ -60,8 +60,14 @@ def preflight(composed: Composed) -> dict[str, Any] | None:
         "digests": digests,
         "audit": data.audit,
         "tokens": data.train.folder.parent,
-        "notes": [*data.notes, *started],
+        "notes": [*data.notes, *_unevaluated(run, data), *started],
     }
+
+
+def _unevaluated(run: Run, data: "Dataset") -> Iterator[str]:
+    """What is said where evaluations are asked for and there is nothing to evaluate on."""
+    if run.train.eval_every and data.eval is None:
+        yield f"train.eval_every={run.train.eval_every} evaluates nothing: no rows are held out"
 
 
 def _origin(composed: Composed, base_digest: str, files: "ModelFiles") -> list[str]:

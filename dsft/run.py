@@ -16,6 +16,7 @@ from dsft.checkpoint import lease
 from dsft.compose import Composed, compose, hand_to_hydra
 from dsft.entry import BEGUN, enter, lose_lines
 from dsft.flags import hydra_flags
+from dsft.idle import refuse_of_a_sweep
 from dsft.preflight import announce, create, preflight, rehearse, tell_unchecked
 from dsft.wording import refuse
 
@@ -32,6 +33,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return DONE
         if flags:
             return hand_to_hydra(flags)
+        if BEGUN not in os.environ:  # a point of a sweep has the words of its sweep
+            refuse_of_a_sweep(overrides)
         composed = compose(overrides)
         if composed.start.variables:
             return _join(composed)

@@ -2,11 +2,10 @@
 
 import os
 import re
-import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from dsft.paths import PATHS
-from dsft.wording import as_value, groups, own_keys, suggest
+from dsft.wording import as_value, groups, own_keys, shell_word, suggest
 
 INSTEAD = {
     "resume": "a run resumes by itself: the same run_dir, the same command; resume.anew=true begins again",
@@ -27,6 +26,8 @@ def unreadable(word: str) -> str:
     key, equals, value = word.partition("=")
     if not equals or not re.fullmatch(r"[+~]{0,2}[\w@./:-]+", key):
         return f"{word} must read KEY=VALUE; type a key, = and its value without spaces around it, e.g. train.steps=10"
+    if value.startswith("="):
+        return f"{key} must have one = before its value, got {word}; type {key}={value.lstrip('=')}"
     bare = value.strip("'\"") if value[:1] in ("'", '"') else value
     if key in PATHS and value.startswith("~"):
         bare = os.path.expanduser(value)
@@ -41,13 +42,6 @@ def unreadable(word: str) -> str:
     return f"{key} must have quotes of its own around such a value, inside the shell's, got {value}; type {typed}"
 
 
-def shell_word(word: str) -> str:
-    """Return a word as it is typed in a shell, in the quotes that need no others inside."""
-    if "'" not in word or "!" in word:
-        return shlex.quote(word)
-    return '"' + re.sub(r'([\\"$`])', r"\\\1", word) + '"'
-
-
 def check_value(key: str, value: object) -> None:
     """Refuse a number, true, false or null in the place of an option. Raises ValueError."""
     if not key:
@@ -55,11 +49,22 @@ def check_value(key: str, value: object) -> None:
     is_option = isinstance(value, str | list | dict) and not (key == "resume" and not isinstance(value, dict))
     if key in groups() - {"tracker"} and isinstance(value, list | dict):
         raise ValueError(f"{key} must be one option, got {_inner(value)}; {_instead_of_several(key, value)}")
+    if key == "tracker" and isinstance(value, list):
+        _check_trackers(value)
     if key not in groups() | {"resume"} or is_option:
         return
     shown = str(value).lower() if isinstance(value, bool) else "null" if value is None else value
     way = INSTEAD.get(key, f"take one of its options: {key}=NAME")
     raise ValueError(f"{key} must be {'keys' if key == 'resume' else 'an option'}, got {shown}; {way}")
+
+
+def _check_trackers(names: Sequence[object]) -> None:
+    """Refuse one tracker beside none, and one that is named twice. Raises ValueError."""
+    got = _inner(list(names))
+    if "none" in names and set(names) != {"none"}:
+        raise ValueError(f"tracker must be none or others, got {got}; leave none out, or take tracker=none")
+    if len(set(names)) < len(names):
+        raise ValueError(f"tracker must name each once, got {got}; leave one out")
 
 
 def with_whose(said: str, typed: Mapping[str, object], experiment: str) -> str:

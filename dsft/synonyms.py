@@ -25,6 +25,10 @@ KEYS = {
     "batch_size": "train.global_batch_size",
     "train_batch_size": "train.global_batch_size",
     "eval_steps": "train.eval_every",
+    "eval_strategy": "train.eval_every",
+    "evaluation_strategy": "train.eval_every",
+    "save_strategy": "checkpoint.every",
+    "torch_dtype": "train.precision",
     "max_seq_length": "train.max_length",
     "max_seq_len": "train.max_length",
     "sequence_len": "train.max_length",
@@ -51,7 +55,31 @@ KEYS = {
 }
 """Their name -> our key, which means the same."""
 
+ONE_METHOD = "what learns is one option: method=lora, dora, qlora or full"
+OWN_TEMPLATE = "the template is the model's own, which its tokenizer brings"
+PACKED = "examples are always packed, and do not see each other"
+
 SENTENCES = {
+    "adapter": ONE_METHOD,
+    "finetuning_type": ONE_METHOD,
+    "template": OWN_TEMPLATE,
+    "chat_template": OWN_TEMPLATE,
+    "use_dora": "take method=dora",
+    "use_rslora": "take method=rslora",
+    "modules_to_save": "what learns beside an adapter is not chosen here; method=full or freeze trains the base's own "
+    "weights",
+    "sample_packing": PACKED,
+    "neat_packing": PACKED,
+    "attn_implementation": "dsft brings its own attention, which keeps packed examples apart",
+    "flash_attention": "dsft brings its own attention, which keeps packed examples apart",
+    "max_samples": "all rows are read; give a file with those that are wanted, or set train.steps",
+    "streaming": "rows are tokenised once into a cache, which is read from disk; leave it out",
+    "beta": "fine-tuning is supervised (objective=sft), which has none; AdamW's are optim.betas",
+    "device": "accelerators are taken where there are any; their number is launcher.devices",
+    "device_map": "a model is spread over launcher.devices by strategy=fsdp",
+    "time_limit": "set launcher.time for a SLURM job, train.max_minutes for any run",
+    "deepspeed_zero2": "take strategy=zero2",
+    "deepspeed_zero3": "take strategy=zero3",
     "per_device_train_batch_size": "set train.global_batch_size, examples per optimizer step over all devices; "
     "train.micro_batch_tokens is what one device holds at a time",
     "micro_batch_size": "set train.micro_batch_tokens, the tokens that one device holds at a time",
@@ -76,7 +104,7 @@ SENTENCES = {
     "fsdp": "take strategy=fsdp",
     "ddp": "take strategy=ddp",
     "logging_steps": "every step is logged, in RUN/metrics.jsonl",
-    "packing": "examples are always packed, and do not see each other",
+    "packing": PACKED,
     "resume_from_checkpoint": "a run resumes by itself: the same run_dir, the same command",
     "overwrite_output_dir": "take resume.anew=true",
     "train_split": "set data.eval_fraction, the share of rows that is held out",
@@ -85,3 +113,18 @@ SENTENCES = {
     "train_on_inputs": "only the assistant's tokens are supervised; data.format=text supervises all of a text",
 }
 """Their name -> how it is done here."""
+
+OPTIONS = {
+    "method=sft": "it is the objective, which is objective=sft as it is; what learns is method=lora or full",
+    "method=lora+": "did you mean lora_plus?",
+    "method=loraplus": "did you mean lora_plus?",
+    "quantization=int4": "did you mean nf4?",
+    "quantization=fp4": "did you mean nf4?",
+    "quantization=4bit": "did you mean nf4?",
+    "quantization=8bit": "did you mean int8?",
+    "quantization=bitsandbytes": "take quantization=nf4 or int8",
+    "strategy=deepspeed": "take strategy=zero1, zero2 or zero3",
+    "strategy=deepspeed_zero2": "did you mean zero2?",
+    "strategy=deepspeed_zero3": "did you mean zero3?",
+}
+"""GROUP=OPTION as others call it, in small letters -> what it is here."""

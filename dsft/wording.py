@@ -2,6 +2,7 @@
 
 import difflib
 import re
+import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import yaml
 from dsft_launchers.codes import USER_ERROR
 
-from dsft.synonyms import KEYS, SENTENCES
+from dsft.synonyms import KEYS, OPTIONS, SENTENCES
 
 OWN_CONF = next(
     path for path in (Path(__file__).parent / "conf", Path(__file__).parent.parent / "conf") if path.is_dir()
@@ -46,11 +47,19 @@ def _escaped(found: re.Match[str]) -> str:
     return found[1] * 2 + ("\\" + found[2] if found[2] else "")
 
 
+def shell_word(word: str) -> str:
+    """Return a word as it is typed in a shell, in the quotes that need no others inside."""
+    if "'" not in word or "!" in word:
+        return shlex.quote(word)
+    return '"' + re.sub(r'([\\"$`])', r"\\\1", word) + '"'
+
+
 def suggest(word: str, options: set[str] | Sequence[str]) -> str:
     """The end of a refusal: the closest option, or all of them, or the nearest few of very many."""
-    close = difflib.get_close_matches(word, sorted(options), n=1, cutoff=0.6)
+    small = {option.lower(): option for option in sorted(options)}
+    close = difflib.get_close_matches(word.lower(), list(small), n=1, cutoff=0.6)
     if close:
-        return f"; did you mean {close[0]}?"
+        return f"; did you mean {small[close[0]]}?"
     if len(options) > MANY:
         near = difflib.get_close_matches(word, sorted(options), n=5, cutoff=0.0)
         return f"; there are {len(options)}, the nearest: {', '.join(near)}"
@@ -82,13 +91,17 @@ def one_line(error: Exception, offered: Callable[[str], Offered]) -> str:
 
 def _no_option(group: str, option: str, offered: Callable[[str], Offered]) -> str:
     """The refusal of an option that a group has not: a path or an id is meant for a key."""
+    path = shell_word(f"{group}.path={as_value(option)}")
     if group == "model" and "/" in option:
-        return f"model={option} is no option; for a folder or hub id: model=custom model.path={option}"
+        return f"model={option} is no option; for a folder or hub id: model=custom {path}"
     if group == "data" and ("/" in option or "." in option):
-        return (
-            f"data={option} is no option; for a file: data=local data.path={option}, for a hub id: data=hf data.path=ID"
-        )
+        return f"data={option} is no option; for a file: data=local {path}, for a hub id: data=hf data.path=ID"
+    if (meant := OPTIONS.get(f"{group}={option}".lower())) is not None:
+        return f"{group}={option} does not exist; {meant}"
     options = offered(group)
+    if group == "experiment":
+        there = ", ".join(sorted(options))
+        return f"experiment={option} does not exist; there are: {there}; one of your own is conf/experiment/NAME.yaml"
     if [*options] == ["default"] and "name" in options["default"]:
         return f"{group}={option} does not exist; did you mean {group}.name={option}?"
     return f"{group}={option} does not exist{suggest(option, [*options])}"

@@ -82,7 +82,8 @@ def do_run(words: list[str]) -> None:
         assert run.main(words) == 0
         return
     if "-m" in words:
-        words = [word.split(",")[0] if "[" not in word else word for word in words if word != "-m"]
+        words = [word for word in words if word != "-m" and not word.startswith("launcher.max_parallel=")]
+        words = [word.split(",")[0] if "[" not in word else word for word in words]
     if any(word.startswith(("launcher.nodes=", "launcher=slurm")) for word in words):
         assert run.main([*words, *([] if DRY in words else [DRY])]) == 0
     else:

@@ -11,7 +11,7 @@ from dsft import __version__
 from dsft.compose import compose
 from dsft.flags import hydra_flags
 from dsft.run import main
-from dsft.synonyms import KEYS, SENTENCES
+from dsft.synonyms import KEYS, OPTIONS, SENTENCES
 from dsft.wording import OWN_CONF, own_keys
 
 LOCAL = ("data=local", "data.path=rows.jsonl")
@@ -79,6 +79,19 @@ def test_a_value_in_the_place_of_an_option_is_answered_with_what_is_meant(word: 
         (["method=prefix", "method.rank=4"], "it needs method=adalora or dora or lora"),
         (["experiment=demo", "method=peft"], "experiment=demo sets it, leave that out"),
         (["model.name=x"], "model.name is not a key; there are: config,"),
+        (["method=sft"], "method=sft does not exist; it is the objective, which is objective=sft as it is"),
+        (["quantization=int4"], "quantization=int4 does not exist; did you mean nf4?"),
+        (["method=lora+"], "did you mean lora_plus?"),
+        (["strategy=deepspeed_zero3"], "did you mean zero3?"),
+        (["method=LoRA"], "method=LoRA does not exist; did you mean lora?"),
+        (["strategy=FSDP"], "did you mean fsdp?"),
+        (["experiment=nope"], "there are: demo, none; one of your own is conf/experiment/NAME.yaml"),
+        (["optim.lr==1e-4"], "must have one = before its value, got optim.lr==1e-4; type optim.lr=1e-4"),
+        (["data=train set.jsonl"], "for a file: data=local 'data.path=\"train set.jsonl\"', for a hub id"),
+        (["save_strategy=steps"], "did you mean checkpoint.every?"),
+        (["method.use_dora=true"], "method.use_dora is not a key; take method=dora"),
+        (["tracker=[wandb,none]"], "tracker must be none or others, got [wandb,none]; leave none out"),
+        (["tracker=[wandb,wandb]"], "tracker must name each once, got [wandb,wandb]; leave one out"),
         (["optim.name=adam"], "got 'adam'; did you mean adamw?"),
         (["optim.schedule=cos"], "got 'cos'; did you mean cosine?"),
         (["train.steps=1e3"], "train.steps must be an integer, got 1000.0; type 1000"),
@@ -155,6 +168,7 @@ def test_an_interpolation_that_leads_nowhere_is_answered_by_its_key(value: str) 
         (["optim.decay_steps=4"], "optim.schedule=wsd, and it is linear"),
         (["optim.schedule=constant", "optim.min_lr_ratio=0.1"], "optim.schedule is constant"),
         (["optim.name=sgd", "optim.betas=[0.9,0.99]"], "belongs to AdamW, and optim.name is sgd"),
+        (["optim.name=adafactor", "optim.eps=1e-6"], "belongs to AdamW, and optim.name is adafactor"),
         (["checkpoint=none", "checkpoint.keep=3"], "checkpoint.every=0 saves none"),
     ],
 )
@@ -212,6 +226,19 @@ def test_a_flag_that_cannot_be_read_is_one_line(
     assert line in said.err
     assert said.err.count("\n") == 1
     assert not said.out
+
+
+def test_what_only_a_sweep_takes_is_refused_of_one_run(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["launcher=local", "launcher.max_parallel=2"]) == 2
+    assert "launcher.max_parallel=2 is of the points of a sweep, and this is one run" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("typed", OPTIONS)
+def test_what_others_call_an_option_is_answered_with_one_that_is_there(typed: str) -> None:
+    group = typed.partition("=")[0]
+    there = own_keys(group)
+    assert typed.partition("=")[2] not in there
+    assert set(OPTIONS[typed].strip("?").replace(",", "").replace(f"{group}=", "").split()) & set(there)
 
 
 def test_the_version_is_ours(capsys: pytest.CaptureFixture[str]) -> None:

@@ -43,7 +43,9 @@ def test_what_was_typed_and_is_lost_is_dots(content: str | None, tmp_path: Path)
     assert command_of(tmp_path) == f"python -m dsft.run ... run_dir={tmp_path}"
 
 
-@pytest.mark.parametrize("word", ["run_dir=runs/a", "run_dir=out/${now:%H%M%S}", "+run_dir=a"])
+@pytest.mark.parametrize(
+    "word", ["run_dir=runs/a", "run_dir=out/${now:%H%M%S}", "+run_dir=a", "launcher.max_parallel=2"]
+)
 def test_the_folder_itself_stands_in_the_place_of_a_run_dir_that_was_typed(word: str, tmp_path: Path) -> None:
     assert typed(tmp_path / "run", word, "model=tiny") == f"python -m dsft.run model=tiny run_dir={tmp_path}/run"
 
