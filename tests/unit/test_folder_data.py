@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +99,15 @@ def prepared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         return composed, preflight(composed)
 
     return prepare
+
+
+def test_evaluations_of_no_rows_are_named(tmp_path: Path, prepared: Any) -> None:
+    composed, found = prepared(lambda tokenizer: None)
+    assert found["notes"] == []
+    asked = replace(composed, run=replace(composed.run, train=replace(composed.run.train, eval_every=1)))
+    again = preflight(asked)
+    assert again is not None
+    assert again["notes"] == ["train.eval_every=1 evaluates nothing: no rows are held out"]
 
 
 def test_the_day_of_the_first_start_is_kept(prepared: Any, tmp_path: Path) -> None:
