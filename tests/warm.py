@@ -21,10 +21,12 @@ PRELOADED = (
     "torch", "transformers", "peft", "hydra", "omegaconf", "dsft.job", "dsft.run", "dsft.plan", "dsft.chat",
     "dsft.export", "dsft.engine.assemble", "dsft.engine.loop", "dsft.data.open", "dsft.data.local", "dsft.verify",
 )  # fmt: skip
+AT_IMPORT = ("PYTHONPATH", "HF_HOME", "HF_HUB_CACHE", "HF_HUB_OFFLINE", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS")
+"""Variables that count when modules are imported: for each of their values another process forks."""
 CUT = 2**20
 """Bytes of a message at most: arguments and environment of one start."""
 
-_servers: dict[tuple[str, ...], "_Server"] = {}
+_servers: dict[tuple[str | None, ...], "_Server"] = {}
 
 
 def run(
@@ -33,9 +35,10 @@ def run(
     """Run `python -m module words` to its end, in this environment. typed: on its standard input. prefix: of the
     command that starts the process which forks, as setpriv and its options.
     """
-    server = _servers.get(tuple(prefix))
+    key = (*prefix, *map(os.environ.get, AT_IMPORT))
+    server = _servers.get(key)
     if server is None or server.process.poll() is not None:
-        server = _servers[tuple(prefix)] = _Server(prefix)
+        server = _servers[key] = _Server(prefix)
     return server.run(module, [str(word) for word in words], typed)
 
 
