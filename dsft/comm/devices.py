@@ -11,7 +11,7 @@ from dsft_launchers.verdict import CannotBeginError
 
 @dataclass(frozen=True)
 class Seat:
-    """What a rank says before it has a device. visible: the UUIDs of the GPUs that it may use, in its own order.
+    """A rank's report before it has a device. visible: the UUIDs of the GPUs that it may use, in its own order.
 
     host: what NCCL takes for one machine.
     """
@@ -22,7 +22,7 @@ class Seat:
     visible: tuple[str, ...]
 
     def __str__(self) -> str:
-        """As it is named to the user."""
+        """Return the name that the user reads."""
         return f"rank {self.rank} on {self.host}"
 
 

@@ -13,7 +13,7 @@ _SHOWN = 4000
 
 @dataclass(frozen=True, kw_only=True)
 class Counts:
-    """One set's rows: rows = kept + duplicates + over_long + zero_mask + bad.
+    """The counts of one set's rows: rows = kept + duplicates + over_long + zero_mask + bad.
 
     duplicates: rows dropped because an earlier one has the same tokens and mask; over_long: dropped, longer than
     max_length; zero_mask: dropped, nothing in them but ends of turns is supervised; bad: left out because they could

@@ -69,7 +69,7 @@ def content_digests(folder: Path) -> dict[str, str]:
 
 
 def token_folder(root: Path, inputs: str, day: str | None) -> Path:
-    """Where the tokens lie, or will, that come of inputs (their digest) and the day that a chat template is told.
+    """Return the folder of the tokens that come of inputs (their digest) and of the day that a chat template is told.
 
     The packages that render and tokenise have a part in it: another version of them may write something else.
     """

@@ -13,7 +13,7 @@ def is_saved(folder: Path) -> bool:
 
 
 def load(folder: Path, split: str, *, name: str | None) -> Any:
-    """One split of a folder that save_to_disk wrote. Raises ValueError if it has none of that name."""
+    """Load one split of a folder that save_to_disk wrote. Raises ValueError if it has none of that name."""
     import datasets
 
     if name is not None:

@@ -94,7 +94,7 @@ class Encoder:
         return self.tools_template is not None and self.tools_template.reads_tools
 
     def encode(self, samples: Sequence[Sample]) -> list[Encoded | BadRow]:
-        """One result per sample, in their order: a row that template or tokenizer refuse is a BadRow.
+        """Return a result per sample, in their order: a row that template or tokenizer refuse is a BadRow.
 
         Raises ValueError for what the model lacks altogether: a chat template for conversations, an end of text.
         """

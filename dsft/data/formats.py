@@ -56,7 +56,7 @@ class Columns:
                 )
 
     def identity(self) -> dict[str, Any]:
-        """What decides the samples of given records, JSON-able; keys that came later only where they are set."""
+        """Return what decides the samples of given records, JSON-able; keys that came later only where they are set."""
         found = {"format": self.format, "fields": self._renamed, "system": self.system, "verify": self.verify}
         later = {"train_on": (self.train_on, "all"), "on_bad_row": (self.on_bad_row, "stop")}
         found |= {key: value for key, (value, default) in later.items() if value != default}
@@ -202,7 +202,7 @@ class _Plan:
         self.sorted: dict[tuple[str, ...], tuple[str, ...]] = {}
 
     def unread(self, columns: tuple[str, ...]) -> tuple[str, ...]:
-        """Those of columns that are not read, in the order of the file; found once for each set of columns."""
+        """Return the columns that are not read, in the order of the file; found once for each set of columns."""
         if columns not in self.sorted:
             self.sorted[columns] = tuple(name for name in columns if name not in self.taken or name in self.ignore)
         return self.sorted[columns]
