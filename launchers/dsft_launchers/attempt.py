@@ -64,7 +64,7 @@ def cause_of(said: str, texts: Sequence[str]) -> Cause | None:
 
     A node that was lost is the cause where no rank raised an error or hung: the others have only lost its ranks.
     """
-    found = cause.find(texts, _failures(said, texts))
+    found = cause.find(texts, [*_failures(said, texts), *_unheard(said, texts)])
     lost = NODE_LOST.search(said)
     if lost and (found is None or found.kind in ("died", "lost")):
         return Cause("node lost", 0 if found is None else found.rank, f"node {lost[1]} was lost")
@@ -84,6 +84,23 @@ def _failures(said: str, texts: Sequence[str]) -> list[verdict.Failure]:
 def _ended_first(said: str) -> list[tuple[str, str, str]]:
     """Node, tasks and how they ended, of those that ended before srun began to end the others."""
     return ENDED.findall(TERMINATING.split(said, maxsplit=1)[0])
+
+
+def _unheard(said: str, texts: Sequence[str]) -> list[verdict.Failure]:
+    """The rank that a signal ended without a last word, if all others say that they lost a peer; else none.
+
+    srun may report a rank that lost it first, as where both ended before their node looked, and the cause only then.
+    """
+    words = [verdict.last_word(text) for text in texts]
+    silent = [rank for rank, word in enumerate(words) if word is None]
+    if len(silent) != 1 or any(word.word != verdict.LOST_PEER for word in words if word is not None):
+        return []
+    return [
+        verdict.Failure(silent[0], code, float(len(texts)), texts[silent[0]])
+        for later in TERMINATING.split(said, maxsplit=1)[1:]
+        for _, ranks, how in ENDED.findall(later)
+        if silent[0] in cluster.numbers(ranks) and (code := _code(how) or 0) < 0
+    ]
 
 
 def _code(how: str) -> int | None:
@@ -119,7 +136,8 @@ def failed_on(said: str, texts: Sequence[str], *, alone: bool) -> str | None:
     if raised and alone and not any(DEVICE.search(texts[rank]) for rank in raised):
         return None
     left = [failure.rank for failure in _failures(said, texts)]
-    blamed = raised or verdict.hung(texts, left) or verdict.missing(texts) or _crashed(said, texts)
+    died = _crashed(said, texts) or [failure.rank for failure in _unheard(said, texts)]
+    blamed = raised or verdict.hung(texts, left) or verdict.missing(texts) or died
     found = {places.get(rank) for rank in blamed}
     return found.pop() if len(found) == 1 else None
 

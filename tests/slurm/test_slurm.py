@@ -112,7 +112,7 @@ def test_a_job_that_slurm_puts_back_goes_on_to_the_same_adapter_in_the_same_wand
         ("launcher.partition=gpus", "launcher.partition must be one of low, high, got gpus"),
         ("launcher.nodes=5", "launcher.nodes must be at most 4, the nodes of partition low, got 5"),
         ("launcher.time=2", "launcher.time must leave 30 s beside launcher.notice_s=120"),
-        ("launcher.time=soon", "a time limit reads like 90, 1:30:00 or 2-12:30:00, got soon"),
+        ("launcher.time=soon", "launcher.time must be SLURM's: a time limit reads like 90, 1:30:00 or 2-12:30:00"),
         ("run_dir=/dev/shm/dsft-test-run", "run_dir must lie where every node sees it"),
         ("launcher.constraint=quantum", "SLURM refused the job: Batch job submission failed: Invalid feature"),
         (

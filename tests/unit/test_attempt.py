@@ -26,6 +26,11 @@ srun: launch/slurm: _step_signal: Terminating StepId=4.0
 srun: error: n3: task 1: Killed
 srun: error: n4: task 3: Killed
 """
+LATE = """\
+srun: error: n1: task 0: Exited with exit code 76
+srun: launch/slurm: _step_signal: Terminating StepId=7.0
+srun: error: n2: task 1: Killed
+"""
 LOST = """\
 srun: error: Node failure on n4
 srun: Job step aborted: Waiting up to 7 seconds for job step to finish.
@@ -54,6 +59,8 @@ DUMP = "terminate called without an active exception\nFatal Python error: Aborte
         (ABORTED, [PEER, "", f"{PEER}{DUMP}", ""], None),
         (ABORTED, [PEER, "", f"{OWN}{DUMP}", ""], "n4"),
         (ABORTED, [OWN, "", f"{PEER}{DUMP}", ""], "n3"),
+        (LATE, [PEER, ""], "n2"),
+        (LATE, [PEER, PEER], None),
         (LOST, [PEER, PEER, "", ""], None),
         (LEFT, [WAITED, WAITED, WAITED, WAITED], None),
         (LEFT, [CANNOT_BEGIN, CANNOT_BEGIN, "", ""], "n4"),
@@ -98,6 +105,9 @@ KILLED_BY = "was killed by SIGKILL (kill -9, or the machine ran out of memory)"
         (LEFT, [PEER, f"{CRASH}Timeout: Read timed out.\n", "", ""], "raised", "rank 1: Timeout: Read timed out."),
         (LEFT, [f"{PEER}", f"{PEER}", "", ""], "lost",
          "rank 0 left first, for it lost a peer: RuntimeError: Connection closed by peer"),
+        (LATE, [PEER, ""], "died", f"rank 1 {KILLED_BY}"),
+        (LATE, [OWN, ""], "raised", "rank 0: RuntimeError: CUDA error"),
+        (LATE, [PEER, PEER], "lost", "rank 0 left first, for it lost a peer: RuntimeError: Connection closed by peer"),
         (LEFT, [f"{WAITED}evaluation: 60 s\n", PEER, "", ""], "hangs", "ranks 2, 3 hang in evaluation"),
         (LEFT, [PEER, f"{HANGS}evaluation: 60 s\n", "", ""], "hangs", "rank 1 hangs in evaluation: 60 s"),
         (LEFT, [f"{WAITED}step 4: 9 s\n"] * 4, "stuck", "all ranks waited for each other in step 4"),
