@@ -27,6 +27,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from benchmarks.plants import PLANTS
+
 PRELOADED = (
     "torch", "transformers", "peft", "hydra", "omegaconf", "dsft.job", "dsft.run", "dsft.plan", "dsft.chat",
     "dsft.export", "dsft.engine.assemble", "dsft.engine.loop", "dsft.data.open", "dsft.data.local", "dsft.verify",
@@ -130,6 +132,8 @@ def _understood(asked: Mapping[str, Any]) -> tuple[tuple[str, ...], Start] | Non
     if not known or (at > 0 and words[0] != "setpriv"):
         return None
     env = dict(os.environ if asked["env"] is None else asked["env"])
+    if PLANTS in env:
+        return None  # a fault is planted while a module is imported, before another has taken a function from it
     if _key is not None and (at > 0 or tuple(map(env.get, AT_IMPORT)) != _key):
         return None  # this process has one source only: itself, as it was when it began
     try:
