@@ -18,7 +18,7 @@ VERBS = (
 )  # fmt: skip
 
 FLOORS = (
-    ("config", "imports", "offline", "synonyms"),
+    ("config", "imports", "offline", "synonyms", "cache"),
     ("comm",),
     ("course",),
     ("protocols",),
