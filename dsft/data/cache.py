@@ -138,13 +138,12 @@ def _build_aside(folder: Path, build: Callable[[Path], None], wrong: str) -> Non
     aside = folder.with_suffix(".part")
     shutil.rmtree(aside, ignore_errors=True)  # of a build that was killed: the lock says that nobody writes it
     aside.mkdir()
+    if wrong:  # at once: a rank that is ended while it builds is given the time for it the next time
+        shutil.rmtree(sealed.make_way(folder, "the token cache", wrong), ignore_errors=True)
     build(aside)
     sealed.seal(aside, contents)
     _flush(aside)
-    old = sealed.make_way(folder, "the token cache", wrong) if wrong else None
     aside.rename(folder)
-    if old is not None:
-        shutil.rmtree(old, ignore_errors=True)  # who reads it has its files open
 
 
 def _flush(folder: Path) -> None:
