@@ -28,8 +28,9 @@ def open_folder(root: Path, name: str) -> Path:
     """
     folder = root / name
     try:
-        make(root, mode=0o777 if _is_shared() else 0o700)
-        folder.mkdir(exist_ok=True)
+        mode = 0o777 if _is_shared() else 0o700
+        make(root, mode=mode)
+        folder.mkdir(mode=mode, exist_ok=True)
     except OSError as error:
         reason = error.strerror or str(error)
         raise ValueError(

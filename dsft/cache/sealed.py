@@ -11,13 +11,13 @@ from typing import Any
 FILE = "sealed.json"
 """Written last: name -> digest of all that is in the folder."""
 
-Contents = Callable[[Path], Mapping[str, Mapping[str, Any]]]
-"""What is in a folder, by kind and then by name; FILE is not among it."""
+Contents = Mapping[str, Callable[[Path], Mapping[str, Any]]]
+"""Kind -> what of that kind is in a folder, by name. A kind is looked at only if those before it are as they were."""
 
 
 def seal(folder: Path, contents: Contents) -> None:
     """Write down what is in folder."""
-    (folder / FILE).write_text(_text(contents(folder)), encoding="utf-8")
+    (folder / FILE).write_text(_text({kind: look(folder) for kind, look in contents.items()}), encoding="utf-8")
 
 
 def changed(folder: Path, contents: Contents) -> str | None:
@@ -28,8 +28,9 @@ def changed(folder: Path, contents: Contents) -> str | None:
     try:
         text = file.read_text(encoding="utf-8")
         listed: Mapping[str, Mapping[str, Any]] = json.loads(text)
-        found = contents(folder)
-        for kind, names in found.items():
+        found = {}
+        for kind, look in contents.items():
+            names = found[kind] = look(folder)
             for name in sorted({*names, *listed[kind]}):
                 if names.get(name) != listed[kind].get(name):
                     return name

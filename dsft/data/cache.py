@@ -76,14 +76,13 @@ def token_folder(root: Path, inputs: str, day: str | None) -> Path:
     return root / "tokens" / digest_of(identity)
 
 
-def contents(folder: Path) -> dict[str, dict[str, Any]]:
-    """What sealed.json lists: SHA-256 of all that is in folder, each array of it read once.
+def heads(folder: Path) -> dict[str, list[int | str]]:
+    """Size and SHA-256 of each file in folder; of a .npy of the bytes before its values."""
+    return {path.relative_to(folder).as_posix(): _head(path) for path in sealed.names_in(folder)}
 
-    files: of each file, its size and the SHA-256 of its bytes, of a .npy of those before its values. arrays: as
-    content_digests, on which a run's tokens_digest is made; empty if no file is there to be read.
-    """
-    files = {path.relative_to(folder).as_posix(): _head(path) for path in sealed.names_in(folder)}
-    return {"files": files, "arrays": content_digests(folder)}
+
+CONTENTS: sealed.Contents = {"files": heads, "arrays": content_digests}
+"""What a folder's digests are of: together of every byte in it. A run's tokens_digest is made of its arrays."""
 
 
 def _head(path: Path) -> list[int | str]:
@@ -114,7 +113,7 @@ def find_or_build(folder: Path, build: Callable[[Path], None], *, compare: bool 
     be written by others.
     """
     open_folder(folder.parents[1], folder.parent.name)
-    if folder.is_dir() and (not compare or sealed.changed(folder, contents) is None):
+    if folder.is_dir() and (not compare or sealed.changed(folder, CONTENTS) is None):
         return folder
     try:
         lock = FileLock(folder.with_suffix(".lock"))
@@ -125,7 +124,7 @@ def find_or_build(folder: Path, build: Callable[[Path], None], *, compare: bool 
             f"DSFT_CACHE must be a folder that can be written, got {folder.parents[1]} ({reason}); set DSFT_CACHE"
         ) from None
     try:
-        wrong = sealed.changed(folder, contents) if folder.is_dir() else ""
+        wrong = sealed.changed(folder, CONTENTS) if folder.is_dir() else ""
         if wrong is not None:
             _build_aside(folder, build, wrong)
     finally:
@@ -141,7 +140,7 @@ def _build_aside(folder: Path, build: Callable[[Path], None], wrong: str) -> Non
     if wrong:  # at once: a rank that is ended while it builds is given the time for it the next time
         shutil.rmtree(sealed.make_way(folder, "the token cache", wrong), ignore_errors=True)
     build(aside)
-    sealed.seal(aside, contents)
+    sealed.seal(aside, CONTENTS)
     _flush(aside)
     aside.rename(folder)
 

@@ -29,7 +29,7 @@ def written_once(name: str, write: Callable[[Path], None]) -> Path:
     from filelock import FileLock
 
     folder = root.open_folder(root.cache_root(), MODELS) / name
-    if folder.is_dir() and sealed.changed(folder, contents) is None:
+    if folder.is_dir() and sealed.changed(folder, CONTENTS) is None:
         return folder
     try:
         lock = FileLock(folder.parent / f".{name}.lock")
@@ -40,7 +40,7 @@ def written_once(name: str, write: Callable[[Path], None]) -> Path:
             "set DSFT_CACHE to another folder"
         ) from None
     try:
-        wrong = sealed.changed(folder, contents) if folder.is_dir() else ""
+        wrong = sealed.changed(folder, CONTENTS) if folder.is_dir() else ""
         if wrong is not None:
             _write_aside(folder, write, wrong)
     finally:
@@ -48,9 +48,12 @@ def written_once(name: str, write: Callable[[Path], None]) -> Path:
     return folder
 
 
-def contents(folder: Path) -> dict[str, dict[str, str]]:
-    """What sealed.json lists: SHA-256 of each file, of large ones as they are remembered."""
-    return {"files": {path.relative_to(folder).as_posix(): sha256(path) for path in sealed.names_in(folder)}}
+def digests(folder: Path) -> dict[str, str]:
+    """SHA-256 of each file in folder, of large ones as they are remembered."""
+    return {path.relative_to(folder).as_posix(): sha256(path) for path in sealed.names_in(folder)}
+
+
+CONTENTS: sealed.Contents = {"files": digests}
 
 
 def save_model(model: Any, folder: Path) -> None:
@@ -71,7 +74,7 @@ def _write_aside(folder: Path, write: Callable[[Path], None], wrong: str) -> Non
         write(aside)
         aside.chmod(0o755)
         mode_as_usual(aside)
-        sealed.seal(aside, contents)
+        sealed.seal(aside, CONTENTS)
         for file in aside.iterdir():
             with file.open("rb") as stream:
                 os.fsync(stream.fileno())
