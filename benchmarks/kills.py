@@ -11,12 +11,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from benchmarks.run_folders import differences, events
+from dsft_launchers.local import launch
 
-RESUME = "import sys; from pathlib import Path; from dsft_launchers.local import launch; run = Path(sys.argv[1]); \
-sys.exit(launch([sys.executable, '-m', 'dsft.job', str(run)], num_processes=int(sys.argv[2]), \
-log_dir=run / 'logs', env={}))"
-"""What dsft.run does once it has checked the run: spares a resume the checks' imports."""
+from benchmarks.run_folders import differences, events
 
 
 @dataclass
@@ -43,7 +40,7 @@ def survive(
             os.kill(_ranks(run_dir)[rank], signal.SIGKILL)
             verdict.kills.append((phase, rank, step))
             run.wait(timeout=60)
-        start = [sys.executable, "-c", RESUME, str(run_dir), str(size)]
+        start = [sys.executable, "-m", "benchmarks.kills", str(run_dir), str(size)]
     done = subprocess.run(start, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         verdict.different.append(f"ended with {done.returncode}: {done.stderr[-2000:]}")
@@ -93,3 +90,14 @@ def _started(command: Sequence[str]) -> "Iterator[subprocess.Popen[bytes]]":
         if run.poll() is None:
             run.terminate()
             run.wait(timeout=120)
+
+
+def main() -> int:
+    """kills.py RUN SIZE: what dsft.run does once it has checked the run; spares a resume the checks' imports."""
+    run = Path(sys.argv[1])
+    job = [sys.executable, "-m", "dsft.job", str(run)]
+    return launch(job, num_processes=int(sys.argv[2]), log_dir=run / "logs", env={})
+
+
+if __name__ == "__main__":
+    sys.exit(main())

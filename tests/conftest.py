@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from tests import warm
+
 REPOSITORY = Path(__file__).parents[1]
 CACHE = Path(os.environ.get("DSFT_TEST_CACHE", REPOSITORY / ".test-cache"))
 os.environ["DSFT_CACHE"] = str(CACHE)
@@ -13,6 +15,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # take four times the CPU time of one. It is set before torch is imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.pop("WANDB_API_KEY", None)
+warm.install()
 
 
 @pytest.fixture(scope="session")

@@ -7,9 +7,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from threading import Thread
 from typing import IO
@@ -99,21 +100,17 @@ def start(command: Sequence[str], index: int, log_dir: Path, env: Mapping[str, s
             stdout=subprocess.PIPE if index == 0 else file,
             stderr=subprocess.PIPE if index == 0 else subprocess.STDOUT,
             start_new_session=True,
-            preexec_fn=_tie_to(os.getpid()),
+            preexec_fn=partial(_tie_to, os.getpid()),
         )
         return Rank(index=index, process=process, log=log, written=written, log_start=file.tell())
 
 
-def _tie_to(launcher: int) -> Callable[[], None]:
-    """What a new process does before it becomes the rank: die with the launcher, and listen to SIGINT."""
-
-    def tie() -> None:
-        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != launcher:  # it died before the line above
-            os._exit(1)
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background job starts with SIGINT ignored
-
-    return tie
+def _tie_to(launcher: int) -> None:
+    """Run by a new process before it becomes the rank: die with the launcher, and listen to SIGINT."""
+    _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != launcher:  # it died before the line above
+        os._exit(1)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background job starts with SIGINT ignored
 
 
 def pass_through(rank: Rank) -> list[Thread]:

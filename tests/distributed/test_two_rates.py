@@ -20,6 +20,8 @@ from dsft.engine.assemble import Session, assemble
 from dsft.engine.loop import step_batches
 from dsft.engine.step import train_step
 
+MODULE = "tests.distributed.test_two_rates"
+"""This one, as it is started on each rank."""
 STRATEGIES = ("ddp", "zero2", "zero3")
 Steps = list[tuple[float, float]]
 
@@ -29,7 +31,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Steps, Step
     """Strategy -> (losses and norms of steps 3 and 4 of an unbroken run, the same of one that was restored)."""
     folder = tmp_path_factory.mktemp("ran")
     out = folder / "out.json"
-    code = launch([sys.executable, __file__, str(out)], num_processes=2, log_dir=folder / "logs", env={})
+    code = launch([sys.executable, "-m", MODULE, str(out)], num_processes=2, log_dir=folder / "logs", env={})
     assert code == 0, "\n".join(path.read_text()[-1500:] for path in (folder / "logs").iterdir())
     found: dict[str, tuple[Steps, Steps]] = json.loads(out.read_text())
     return found

@@ -20,6 +20,8 @@ from dsft.protocols import PackedLinear
 from dsft.strategies.zero import Zero
 
 STEPS = 6
+MODULE = "tests.distributed.test_zero"
+"""This one, as it is started on each rank."""
 RANKS = 2
 OPTIMIZERS = {
     "sgd": functools.partial(torch.optim.SGD, momentum=0.9),
@@ -254,10 +256,10 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     for rank in range(RANKS):
         env = os.environ | {
             "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(RANKS), "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2]),
+            "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1",
         }  # fmt: skip
         pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        ranks.append(subprocess.Popen([sys.executable, __file__, str(folder)], env=env, **pipes))
+        ranks.append(subprocess.Popen([sys.executable, "-m", MODULE, str(folder)], env=env, **pipes))
     printed = "".join(rank.communicate(timeout=300)[0] for rank in ranks)
     assert all(rank.returncode == 0 for rank in ranks), printed[-6000:]
     return folder, printed

@@ -7,12 +7,14 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from benchmarks import faults
 from benchmarks.faults import events
+from tests.launch import small_disk
 from tests.launch.processes import checkpoints, steps, wait_for
 
 
@@ -20,20 +22,20 @@ from tests.launch.processes import checkpoints, steps, wait_for
 def on_small_disk(size: str, place: Path, *words: str) -> "Iterator[tuple[subprocess.Popen[str], Path]]":
     """A run whose folder is RUN on a tmpfs of its own; the disk, seen from here, stays until the block ends."""
     place.mkdir()
-    script = f'mount -t tmpfs -o size={size} tmpfs {place} || exit 99; "$@"; code=$?; echo ENDED; read; exit $code'
-    command = ["unshare", "-rm", "bash", "-c", script, "bash", sys.executable, "-m", "dsft.run", *words]
+    command = [sys.executable, "-m", "dsft.run", *words, f"run_dir={place / 'run'}"]
     with place.with_suffix(".txt").open("w") as said:  # a pipe that nobody reads would stop the run
         run = subprocess.Popen(
-            [*command, f"run_dir={place / 'run'}"],
-            stdin=subprocess.PIPE, stdout=said, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+            command, stdin=subprocess.DEVNULL, stdout=said, stderr=subprocess.STDOUT, text=True,
+            start_new_session=True, preexec_fn=partial(small_disk.mount, place, size),
         )  # fmt: skip
+    disk = os.open(f"/proc/{run.pid}/root{place}", os.O_PATH)
     try:
-        yield run, Path(f"/proc/{run.pid}/root{place}")
-        run.communicate("\n", timeout=120)
+        yield run, Path(f"/proc/{os.getpid()}/fd/{disk}")
     finally:
         if run.poll() is None:  # the test failed
             os.killpg(run.pid, signal.SIGKILL)
-            run.communicate()
+        run.wait()
+        os.close(disk)
 
 
 def said_until(run: "subprocess.Popen[str]", place: Path, wanted: Callable[[str], bool]) -> str:
@@ -63,7 +65,7 @@ def test_a_full_disk_costs_saves_and_no_step(background: bool, ranks: int, rows:
         wait_for(lambda: in_flight.append(len(_unfinished(run_dir))) or checkpoints(run_dir)[-1] > freed + 20, run)
         assert max(in_flight) == 1  # never two, although a step is faster than a save
         os.kill(events(run_dir, "start")[0]["ranks"][0]["pid"], signal.SIGTERM)
-        said_until(run, tmp_path / "disk", lambda said: "ENDED" in said)
+        run.wait(timeout=120)
         at = json.loads((run_dir / "status.json").read_text())["step"]
         assert events(run_dir, "save_failed")
         assert steps(run_dir) == list(range(1, at + 1))
@@ -90,7 +92,7 @@ def test_checkpoints_that_turn_read_only_cost_saves_and_no_step(ranks: int, rows
         subprocess.run([*inside, f"umount -l {place}"], check=True)
         wait_for(lambda: checkpoints(run_dir)[-1] > good[-1] + 5, run)
         os.kill(events(run_dir, "start")[0]["ranks"][0]["pid"], signal.SIGTERM)
-        said_until(run, tmp_path / "disk", lambda said: "ENDED" in said)
+        run.wait(timeout=120)
         at = steps(run_dir)[-1]
         assert steps(run_dir) == list(range(1, at + 1))
         assert checkpoints(run_dir)[-1] == at
@@ -116,7 +118,8 @@ def _fill(path: Path) -> None:
 def test_the_first_save_proves_the_disk(ranks: int, rows: Path, tmp_path: Path) -> None:
     words = faults.words(rows, ["method=lora"], ranks, background=True, steps=100_000)
     with on_small_disk("600k", tmp_path / "disk", *words) as (run, _):
-        said = said_until(run, tmp_path / "disk", lambda said: "ENDED" in said)
+        run.wait(timeout=120)
+        said = (tmp_path / "disk.txt").read_text()
     assert run.returncode == 76
     assert "the first save failed" in said
     assert "No space left on device" in said
