@@ -1,6 +1,5 @@
 import importlib
 import importlib.util
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,11 +7,9 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoConfig
 
-from dsft.cache.remembered import FINE_NS
 from dsft.comm.world import World
 from dsft.models.build import build_meta
 from dsft.models.files import ModelFiles
@@ -41,26 +38,6 @@ def source(repository: Path) -> Callable[..., Any]:
         return getattr(importlib.import_module(module), kind)(**{**keys, **changed})
 
     return build
-
-
-@pytest.fixture
-def big(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., ModelFiles]:
-    """A base above the bytes that are read at once, written long enough ago to be remembered, in a cache of its own."""
-    monkeypatch.setenv("DSFT_CACHE", str(tmp_path / "cache"))
-
-    def write(family: str) -> ModelFiles:
-        folder = tmp_path / "big"
-        folder.mkdir()
-        config = AutoConfig.for_model(family, **SHAPES[family])
-        config.save_pretrained(folder)
-        save_file({"wte.weight": torch.zeros(18 * 2**20)}, folder / "model.safetensors")
-        time.sleep(2 * FINE_NS / 1e9)
-        return ModelFiles(
-            config=config, folder=folder, name_or_path=str(folder), init="pretrained", revision=None,
-            trust_remote_code=False,
-        )  # fmt: skip
-
-    return write
 
 
 @pytest.fixture(scope="session")
