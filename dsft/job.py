@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dsft_launchers import verdict
+from dsft_launchers import copied, verdict
 from dsft_launchers.attempt import SUPERVISED
 from dsft_launchers.codes import CRASHED, DONE, STOPPED, USER_ERROR
 from dsft_launchers.join import resolve
@@ -78,6 +78,7 @@ def guarded(run_dir: Path) -> int:
 def work(run_dir: Path, attempt: Attempt) -> int:
     """Resume or begin, train, write the result, and return the exit code. Collective over the ranks."""
     _quiet()
+    _require_submitted(run_dir)
     from dsft.comm.hello import greet
     from dsft.comm.meeting import LIMIT_S
     from dsft.comm.world import join, leave
@@ -210,6 +211,17 @@ def _held(run_dir: Path, world: "World", attempt: Attempt) -> Iterator[str | Non
     published.clear_leftovers(run_dir)
     with attempt.lease.beating():
         yield holder
+
+
+def _require_submitted(run_dir: Path) -> None:
+    """Raise CannotBeginError in a SLURM job whose code was changed since; the job then ends. One rank per node looks.
+
+    The job has looked as well, and does before each start: on its own node.
+    """
+    if SUPERVISED not in os.environ or os.environ["LOCAL_RANK"] != "0":
+        return
+    if wrong := copied.imports_another(run_dir, Path(__file__).parents[1]):
+        raise verdict.CannotBeginError(wrong)
 
 
 def _asked(run_dir: Path) -> "Run":
