@@ -18,9 +18,7 @@ WORDS = (
     "model=tiny", "method=lora", "data=reasoning_gym", "launcher=local", "strategy=single", "tracker=[]",
     "train.steps=6",
 )  # fmt: skip
-DIGESTS = {
-    "base_fingerprint": "f" * 64, "base_digest": "b" * 64, "data_digest": "d" * 64, "tokens_digest": "t" * 64,
-}  # fmt: skip
+DIGESTS = dict(base_fingerprint="f" * 64, base_digest="b" * 64, data_digest="d" * 64, tokens_digest="t" * 64)
 PLAN = {"parameters": {"trainable": 7}}
 
 

@@ -14,9 +14,7 @@ from dsft.checkpoint.manifest import Identity, Manifest
 from dsft.compose import compose
 from dsft.preflight import preflight
 
-DIGESTS = {
-    "base_fingerprint": "f" * 64, "base_digest": "b" * 64, "data_digest": "d" * 64, "tokens_digest": "t" * 64,
-}  # fmt: skip
+DIGESTS = dict(base_fingerprint="f" * 64, base_digest="b" * 64, data_digest="d" * 64, tokens_digest="t" * 64)
 PLAN = {"parameters": {"trainable": 7}}
 WORDS = ("method=lora", "launcher=local", "strategy=single", "tracker=[]", "train.steps=2", "train.max_length=64")
 
