@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dsft import basis
 from dsft.comm.world import World
 from dsft.compose import read
 from dsft.data.dialogue import ends_of, prompt_of
@@ -79,6 +80,9 @@ class Adapters:
             model, quantization, self.precision, seed = run.model, run.quantization, run.train.precision, run.train.seed
         with no_progress_bars():
             files = model.resolve()
+            for result in results:
+                if result.run_dir is not None:
+                    basis.require(result.run_dir, files)
             self.tokenizer: Any = files.tokenizer()
             self.base = _base(files, quantization, DTYPES[self.precision], seed, self.device)
             self._settings = _settings(files.folder, self.base, self.tokenizer)

@@ -17,6 +17,7 @@ from dsft import snapshot
 from dsft.checkpoint import lease
 from dsft.compose import Composed
 from dsft.config import Slurm
+from dsft.snapshot import Snapshot
 from dsft.telemetry.record import Status, read_status, write_status
 
 JOB = "slurm/job.json"
@@ -35,7 +36,7 @@ def is_dry(composed: Composed) -> bool:
 def show(composed: Composed) -> None:
     """Print the batch script."""
     run_dir = _folder(composed)
-    asked = request(composed, snapshot.place(run_dir), run_dir)
+    asked = request(composed, snapshot.of(run_dir), run_dir)
     print(submit.script(asked, batch_step(composed, str(run_dir)), run_dir / "slurm"))
 
 
@@ -45,7 +46,7 @@ def dispatch(composed: Composed, create: Callable[[], None]) -> int:
     The job is held until its folder is whole. Raises ValueError where SLURM refuses it; nothing is written then.
     """
     launcher, run_dir = _asked(composed), _folder(composed)
-    code = snapshot.place(run_dir)
+    code = snapshot.of(run_dir)
     asked, command = request(composed, code, run_dir), batch_step(composed, str(run_dir))
     job_id = submit.submit(asked, command, run_dir / "slurm")
     try:
@@ -92,7 +93,7 @@ def batch_step(composed: Composed, what: str) -> list[str]:
     return command + shlex.split(launcher.prefix)
 
 
-def request(composed: Composed, code: Path | None, place: Path) -> submit.Request:
+def request(composed: Composed, code: Snapshot | None, place: Path) -> submit.Request:
     """What is asked of SLURM for a run. place: the folder that names the job."""
     launcher = _asked(composed)
     devices = composed.start.devices
@@ -135,11 +136,12 @@ def job_of(run_dir: Path) -> str | None:
     return str(json.loads(path.read_text())["job"]) if path.is_file() else None
 
 
-def queued(run_dir: Path, job_id: str, code: Path | None) -> None:
+def queued(run_dir: Path, job_id: str, code: Snapshot | None) -> None:
     """Leave the state queued, and then the job's id: a folder that has it lacks nothing."""
     before = read_status(run_dir) or Status(
         state="queued", step=0, attempts=0, checkpoint=None, reason=None, wandb_id=None
     )
     write_status(run_dir, replace(before, state="queued", reason=f"SLURM job {job_id}"))
     (run_dir / JOB).parent.mkdir(exist_ok=True)
-    replace_text(run_dir / JOB, json.dumps({"job": job_id, "code": code and code.name}) + "\n")
+    copy = {"code": None} if code is None else {"code": code.place.name, "code_digest": code.digest}
+    replace_text(run_dir / JOB, json.dumps({"job": job_id, **copy}) + "\n")

@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 
 from dsft_launchers.files import mode_as_usual
 
+from dsft import basis
 from dsft.compose import read
 from dsft.config import Run
 from dsft.entry import collect_again, enter, lose_lines
@@ -54,6 +55,7 @@ def export(run_dir: Path, what: str, out: Path) -> None:
         shutil.copytree(run_dir / "adapter", out)
         mode_as_usual(out)
         return
+    basis.require(run_dir, run.model.resolve())
     from dsft.engine.result import write_beside
     from dsft.models.progress import no_progress_bars
 

@@ -71,8 +71,8 @@ def check_parameters(run_dir: Path, plan: Mapping[str, Any]) -> None:
 
 def check_digests(run_dir: Path, digests: Mapping[str, str], resolved: Mapping[str, Any]) -> None:
     """Refuse to resume on a base model or data whose content has changed under its name."""
-    old = {} if anew(run_dir, resolved) else _known(run_dir)
-    now = [("model", old.get("base_digest"), digests["base_digest"], "content")]
+    old = {} if anew(run_dir, resolved) else known(run_dir)
+    now = [("model", *base_then_and_now(old, digests), "content")]
     if _by_tokens(old, digests):
         same = old.get("data_digest") == digests["data_digest"]
         by = "tokens" + ", though rows and template are the same: jinja or transformers is another one" * same
@@ -87,10 +87,16 @@ def check_digests(run_dir: Path, digests: Mapping[str, str], resolved: Mapping[s
     refuse_others(run_dir, different)
 
 
+def base_then_and_now(old: Mapping[str, str], digests: Mapping[str, str]) -> tuple[str | None, str]:
+    """The base of a run and the one that is there: their base_digest where both are known, else their fingerprints."""
+    key = "base_digest" if "base_digest" in old and "base_digest" in digests else "base_fingerprint"
+    return old.get(key), digests[key]
+
+
 def _by_tokens(old: Mapping[str, str], digests: Mapping[str, str]) -> bool:
     """True if a run's data are known by their tokens; those that older dsft began are known by their inputs.
 
-    old: of _known. A manifest holds one digest, and does not say which.
+    old: of known. A manifest holds one digest, and does not say which.
     """
     return "tokens_digest" in old or not old or old.get("data_digest") == digests["tokens_digest"]
 
@@ -167,7 +173,7 @@ def notes(run_dir: Path, resolved: Mapping[str, Any]) -> Iterator[str]:
     schedule = resolved["optim"]["schedule"]
     if any(old["train"][key] != resolved["train"][key] for key in ("steps", "epochs")) and schedule != "constant":
         yield f"the {schedule} schedule is computed anew for the new length"
-    if not _known(run_dir):
+    if not known(run_dir):
         yield "provenance.json is missing: whether base model and data are still the same could not be checked"
     if state(run_dir) and not any(Store(run_dir).newest_first()):
         yield "no checkpoint to go on from: the run begins again at step 1"
@@ -183,7 +189,7 @@ def create(run_dir: Path, composed: Composed, plan: Mapping[str, Any], digests: 
 
 
 def _write(run_dir: Path, composed: Composed, plan: Mapping[str, Any], digests: Mapping[str, str]) -> None:
-    old = _known(run_dir)
+    old = known(run_dir)
     kept = {key: value for key, value in digests.items() if key != "tokens_digest" or _by_tokens(old, digests)}
     content = {
         "run": old.get("run", uuid.uuid4().hex),
@@ -203,13 +209,14 @@ def _write(run_dir: Path, composed: Composed, plan: Mapping[str, Any], digests: 
     replace_text(run_dir / "provenance.json", json.dumps(content, indent=1) + "\n")
 
 
-def _known(run_dir: Path) -> dict[str, str]:
-    """run, base_digest and data_digest as they were: by provenance.json, else by the newest manifest; {} if nowhere."""
+def known(run_dir: Path) -> dict[str, str]:
+    """The run's id and the digests as they were: by provenance.json, else by the newest manifest; {} if nowhere."""
     found = provenance(run_dir)
     for checkpoint in [] if found else Store(run_dir).newest_first():
         with contextlib.suppress(manifest.DamagedError, manifest.NewerError, OSError):
             who = manifest.read(checkpoint).identity
-            return {"run": who.run, "base_digest": who.base, "data_digest": who.data}
+            whole = {} if who.base_digest is None else {"base_digest": who.base_digest}
+            return {"run": who.run, "base_fingerprint": who.base, "data_digest": who.data, **whole}
     return found
 
 
@@ -227,7 +234,16 @@ def _config(run_dir: Path) -> dict[str, Any]:
 
 def provenance(run_dir: Path) -> dict[str, Any]:
     """The run's provenance.json, or {} if it was never made."""
-    return _read_json(run_dir / "provenance.json")
+    found = _read_json(run_dir / "provenance.json")
+    if "base_digest" in found and "base_fingerprint" not in found:  # an older dsft called the fingerprint so
+        found["base_fingerprint"] = found.pop("base_digest")
+    return found
+
+
+def note_base(run_dir: Path, digest: str) -> None:
+    """Add base_digest to provenance.json, once all bytes of the base have been read."""
+    content = {**provenance(run_dir), "base_digest": digest}
+    replace_text(run_dir / "provenance.json", json.dumps(content, indent=1) + "\n")
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -245,9 +261,9 @@ def identity(run_dir: Path, resolved: Mapping[str, Any]) -> Identity:
     """What this run's checkpoints belong to; config is the SHA-256 of all keys that decide its numbers."""
     decisive = {path: value for path, value in leaves(resolved) if not is_free(path, FREE)}
     digest = hashlib.sha256(json.dumps(decisive, sort_keys=True, default=str).encode()).hexdigest()
-    known = provenance(run_dir)
-    data = known["tokens_digest" if "tokens_digest" in known else "data_digest"]
-    return Identity(run=known["run"], config=digest, base=known["base_digest"], data=data)
+    found = provenance(run_dir)
+    data, base = found["tokens_digest" if "tokens_digest" in found else "data_digest"], found["base_fingerprint"]
+    return Identity(run=found["run"], config=digest, base=base, data=data, base_digest=found.get("base_digest"))
 
 
 def state(run_dir: Path) -> dict[str, Any]:

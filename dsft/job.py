@@ -6,15 +6,18 @@ import os
 import socket
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dsft_launchers import verdict
+from dsft_launchers import copied, verdict
 from dsft_launchers.attempt import SUPERVISED
 from dsft_launchers.codes import CRASHED, DONE, STOPPED, USER_ERROR
 from dsft_launchers.join import resolve
 
 from dsft import folder, published
+from dsft.basis import Basis
 from dsft.compose import load_yaml, read
 from dsft.ending import Attempt, crashed, note
 from dsft.entry import collect_again, enter, lose_lines
@@ -75,11 +78,12 @@ def guarded(run_dir: Path) -> int:
 def work(run_dir: Path, attempt: Attempt) -> int:
     """Resume or begin, train, write the result, and return the exit code. Collective over the ranks."""
     _quiet()
+    _require_submitted(run_dir)
     from dsft.comm.hello import greet
     from dsft.comm.meeting import LIMIT_S
     from dsft.comm.world import join, leave
     from dsft.data.order import total_steps
-    from dsft.engine.limits import limits_of
+    from dsft.engine.limits import BYTES_PER_S, limits_of
     from dsft.engine.patience import Patience
     from dsft.engine.progress import STOPPED as ASKED
     from dsft.engine.stop import StopFlag
@@ -99,6 +103,8 @@ def work(run_dir: Path, attempt: Attempt) -> int:
             hello = greet(world, folder.versions(), socket.gethostname())
         with patience.phase("data", _data_s(run_dir)):
             files, data = find(run, world, hello, day=folder.provenance(run_dir).get("template_date"))
+        with patience.phase("base digest", files.nbytes / BYTES_PER_S):
+            base = Basis(files, run_dir, world)
         total = total_steps(run.train, len(data.train))
         with _held(run_dir, world, attempt) as holder:
             with patience.phase("trackers", TRACKER_S):
@@ -108,7 +114,7 @@ def work(run_dir: Path, attempt: Attempt) -> int:
                 attempt.number = recorder.attempt
                 if holder is not None and recorder.overtakes:
                     recorder.event("takeover", 0, {"holder": holder})
-                at = _train(run_dir, files, data, attempt, recorder, total=total, stop=stop, patience=patience)
+                at = _train(run_dir, base, data, attempt, recorder, total=total, stop=stop, patience=patience)
                 recorder.end(at, data, attempt.keeper.saved if attempt.keeper else recorder.saved)
             with patience.phase("leave", 0.0):
                 run.strategy.close()
@@ -118,11 +124,12 @@ def work(run_dir: Path, attempt: Attempt) -> int:
 
 
 def _train(
-    run_dir: Path, files: "ModelFiles", data: "Dataset", attempt: Attempt, recorder: "Recorder",
+    run_dir: Path, base: Basis, data: "Dataset", attempt: Attempt, recorder: "Recorder",
     *, total: int, stop: "StopFlag", patience: "Patience",
 ) -> "Progress":  # fmt: skip
     """Load, resume, train, and write the result where the run was not stopped before; where it is then. Collective."""
     from dsft.engine.assemble import assemble
+    from dsft.engine.limits import BYTES_PER_S
     from dsft.engine.loop import fit
     from dsft.engine.progress import STOPPED as ASKED
     from dsft.engine.resume import keeper_for, resume
@@ -130,7 +137,7 @@ def _train(
 
     run, world, lease = recorder.run, recorder.world, attempt.lease
     with patience.phase("loading", patience.limits.loading_s):
-        session = assemble(run, files, world, total)
+        session = assemble(run, base.files, world, total)
         asked = next(filter(None, world.gather(stop.reason)), None)
     if session.compiler and run.train.compile == "auto":
         recorder.event("compile", 0, {"steps": total})
@@ -145,24 +152,41 @@ def _train(
     if at.over and at.step < total:
         recorder.event("early_stop_holds", at.step, {})
     attempt.keeper = keeper = keeper_for(session, run_dir, who, lease, saved=at.step)
+    base.read(partial(_tell_base, run_dir, attempt) if lease is not None else None)
     attempt.training = True
     collect_again()
     at = fit(session, data, recorder, stop, keeper, at, patience=patience)
     attempt.training = False
     if at.state != ASKED:
+        with patience.phase("base digest", base.files.nbytes / BYTES_PER_S):
+            recorder.event("base_digest", at.step, {"digest": base.settle()})
         give_result(session, data, run_dir, lease, recorder, patience=patience)
     elif run.checkpoint.every and keeper.saved != at.step:
         raise RuntimeError(f"stopped at step {at.step}, which could not be saved; step {keeper.saved} was")
     return at
 
 
+def _tell_base(run_dir: Path, attempt: Attempt, digest: str) -> None:
+    """Note the digest of the base in provenance.json, and in the checkpoints from now on. Called beside the steps."""
+    assert attempt.lease is not None
+    assert attempt.keeper is not None
+    attempt.lease.check()
+    folder.note_base(run_dir, digest)
+    saver = attempt.keeper.saver
+    saver.identity = replace(saver.identity, base_digest=digest)
+
+
 def _data_s(run_dir: Path) -> float:
     """Return the seconds that opening the data may take: more where this node has to tokenise them."""
     from dsft.data.cache import cache_root, token_folder
+    from dsft.engine.limits import BYTES_PER_S
 
     known = folder.provenance(run_dir)
     inputs, day = known.get("data_digest"), known.get("template_date")
-    return 0.0 if inputs and token_folder(cache_root(), inputs, day).is_dir() else TOKENISING_S
+    there = token_folder(cache_root(), inputs, day) if inputs else None
+    if there is None or not there.is_dir():
+        return TOKENISING_S
+    return sum(path.stat().st_size for path in there.rglob("*.npy")) / BYTES_PER_S
 
 
 @contextlib.contextmanager
@@ -189,6 +213,17 @@ def _held(run_dir: Path, world: "World", attempt: Attempt) -> Iterator[str | Non
         yield holder
 
 
+def _require_submitted(run_dir: Path) -> None:
+    """Raise CannotBeginError in a SLURM job whose code was changed since; the job then ends. One rank per node looks.
+
+    The job has looked as well, and does before each start: on its own node.
+    """
+    if SUPERVISED not in os.environ or os.environ["LOCAL_RANK"] != "0":
+        return
+    if wrong := copied.imports_another(run_dir, Path(__file__).parents[1]):
+        raise verdict.CannotBeginError(wrong)
+
+
 def _asked(run_dir: Path) -> "Run":
     """What the folder asks for. It was checked where it was made: what is wrong here is a package that is missing."""
     try:
@@ -206,9 +241,14 @@ def find(run: "Run", world: "World", hello: "Mapping[str, Any]", *, day: str | N
     from dsft.data.open import open_data
 
     files = run.model.resolve()
-    data = open_data(run.data, files.tokenizer(), max_length=run.train.max_length, seed=run.train.seed, day=day)
+    seen = None if world.local_rank == 0 else world.barrier  # one rank of each node compares all tokens
+    data = open_data(
+        run.data, files.tokenizer(), max_length=run.train.max_length, seed=run.train.seed, day=day, after=seen
+    )
+    if world.local_rank == 0:
+        world.barrier()
     if world.size > 1:
-        base = {"base model": files.digest()} if world.local_rank == 0 else {}  # ranks of a node see the same files
+        base = {"base model": files.fingerprint()} if world.local_rank == 0 else {}  # a node's ranks see the same files
         require_same(world.gather({**base, "data": data.digest}), hello["ranks"])
     return files, data
 

@@ -6,36 +6,47 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dsft.folder import provenance
+from dsft.folder import base_then_and_now, provenance
 from dsft.results import NATIVE, PEFT, TENSORS
 
 NAMED = {NATIVE: "base_model", PEFT: "base_model_name_or_path"}
 """File of an adapter that describes it -> its key with the name of the base."""
 
 
-def check(init_from: str | None, base_digest: str, base: str) -> str | None:
+def known(init_from: str | None) -> Mapping[str, str]:
+    """What is known of the run that left the adapter (folder.provenance); nothing of an adapter's folder alone."""
+    folder = None if init_from is None else _folder(init_from)
+    if folder is None or folder.name != "adapter" or not (folder.parent / "config.yaml").is_file():
+        return {}
+    return provenance(folder.parent)
+
+
+def _folder(init_from: str) -> Path:
+    given = Path(init_from).expanduser()
+    return given / "adapter" if (given / "config.yaml").is_file() else given
+
+
+def check(init_from: str | None, digests: Mapping[str, str], base: str) -> str | None:
     """Refuse an adapter of another base model, and one with a NaN or Inf; return what a person should know of it.
 
-    base_digest, base: content and name of this run's base. What does not fit in shape has been refused by the method.
-    Raises ValueError.
+    digests, base: content (basis.digests_of) and name of this run's base. What does not fit in shape has been refused
+    by the method. Raises ValueError.
     """
     if init_from is None:
         return None
-    given = Path(init_from).expanduser()
-    folder = given / "adapter" if (given / "config.yaml").is_file() else given
+    folder = _folder(init_from)
     described = next((folder / name for name in NAMED if (folder / name).is_file()), None)
     if described is None:  # of a format that a package has brought with its method
         return None
-    said = _check_base(described, base_digest, base)
+    said = _check_base(described, known(init_from), digests, base)
     _check_finite(folder / TENSORS)
     return said
 
 
-def _check_base(described: Path, digest: str, base: str) -> str | None:
-    run_dir = described.parent.parent
-    known = provenance(run_dir) if described.parent.name == "adapter" and (run_dir / "config.yaml").is_file() else {}
+def _check_base(described: Path, run: Mapping[str, str], digests: Mapping[str, str], base: str) -> str | None:
     there = _json(described).get(NAMED[described.name])
-    if (was := known.get("base_digest")) is not None:
+    was, digest = base_then_and_now(run, digests)
+    if was is not None:
         if was != digest:
             raise ValueError(
                 f"method.init_from must be an adapter of this base model, {base} ({digest[:12]} by its content), got "

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from dsft_launchers import cluster
 from rich.console import Console
 
-from dsft import folder, offline, origin, published
+from dsft import basis, folder, offline, origin, published
 from dsft.compose import Composed
 from dsft.config import Run
 from dsft.door import at_the_door
@@ -40,7 +40,10 @@ def preflight(composed: Composed) -> dict[str, Any] | None:
     files = run.model.resolve()
     day = None if anew else folder.provenance(run_dir).get("template_date")
     data = _open(run, files, files.tokenizer(), day)
-    digests = {"base_digest": files.digest(), **data.digests}
+    before = {} if anew else folder.known(run_dir)
+    starting = not folder.goes_on(run_dir) or anew
+    start_from = origin.known(composed.resolved["method"].get("init_from")) if starting else {}
+    digests = {**basis.digests_of(files, before, start_from), **data.digests}
     folder.check_digests(run_dir, digests, composed.resolved)
     if done:
         published.check(run_dir)
@@ -54,7 +57,7 @@ def preflight(composed: Composed) -> dict[str, Any] | None:
     plan = make_plan(composed, files)
     if not anew:
         folder.check_parameters(run_dir, plan)
-    started = [] if not anew and folder.goes_on(run_dir) else _origin(composed, digests["base_digest"], files)
+    started = _origin(composed, digests, files) if starting else []
     return {
         "plan": plan,
         "digests": digests,
@@ -70,10 +73,10 @@ def _unevaluated(run: Run, data: "Dataset") -> Iterator[str]:
         yield f"train.eval_every={run.train.eval_every} evaluates nothing: no rows are held out"
 
 
-def _origin(composed: Composed, base_digest: str, files: "ModelFiles") -> list[str]:
+def _origin(composed: Composed, digests: Mapping[str, str], files: "ModelFiles") -> list[str]:
     """What a person should know of the adapter that this run starts from. Raises ValueError for one that is wrong."""
     started = composed.resolved["method"]
-    found = origin.check(started["init_from"], base_digest, files.name_or_path) if "init_from" in started else None
+    found = origin.check(started["init_from"], digests, files.name_or_path) if "init_from" in started else None
     return [] if found is None else [found]
 
 

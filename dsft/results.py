@@ -9,7 +9,7 @@ from typing import Any
 from dsft.again import command_of
 from dsft.compose import load_yaml
 from dsft.door import shown
-from dsft.folder import provenance, state
+from dsft.folder import base_then_and_now, provenance, state
 from dsft.models.files import check_folder
 from dsft.models.source import local_folder
 from dsft.published import damages
@@ -37,16 +37,16 @@ JOINED = ("prompt_completion", "text")
 class Result:
     """One result. folder: its files; run_dir: of the run that left it, None for an adapter's folder alone.
 
-    base: where its base is; digest: of the base, None if not known; seen: how the base was packed and computed in
-    training, "" if not known; system, joint: what its conversations began with, and what stood between a question and
-    its answer where there is no chat template; whole: it is a model and no adapter.
+    base: where its base is; known: base_fingerprint and base_digest of the base, as far as they are known; seen: how
+    the base was packed and computed in training, "" if not known; system, joint: what its conversations began with, and
+    what stood between a question and its answer where there is no chat template; whole: it is a model and no adapter.
     """
 
     name: str
     folder: Path
     run_dir: Path | None
     base: str
-    digest: str | None
+    known: Mapping[str, str]
     seen: str
     system: str | None
     joint: str
@@ -54,8 +54,9 @@ class Result:
 
     def on_the_base_of(self, other: "Result") -> bool:
         """True if both sit on one base model, by its content where that is known of both."""
-        if None not in (self.digest, other.digest):
-            return self.digest == other.digest
+        if {"base_fingerprint"} <= self.known.keys() & other.known.keys():
+            mine, theirs = base_then_and_now(self.known, other.known)
+            return mine == theirs
         return self.base == other.base
 
 
@@ -136,14 +137,14 @@ def _read(name: str, folder: Path, run_dir: Path | None) -> Result:
         base = described.get("base_model_name_or_path" if kind == PEFT else "base_model")
         if not isinstance(base, str):
             raise ValueError(f"RUN must name its base, got {folder / kind} without; put it in")
-        return Result(name, folder, None, base, None, "", None, "\n", whole)
+        return Result(name, folder, None, base, {}, "", None, "\n", whole)
     tree = _tree(run_dir / "config.yaml")
     seen = json.dumps([tree["quantization"], tree["train"]["precision"]], sort_keys=True)
     data = tree["data"]
     joint = "" if data.get("format") in JOINED else "\n"
-    digest = provenance(run_dir).get("base_digest")
+    known = provenance(run_dir)
     base = str(_json(run_dir / "plan.json").get("model"))
-    return Result(name, folder, run_dir, base, digest, seen, data.get("system"), joint, whole)
+    return Result(name, folder, run_dir, base, known, seen, data.get("system"), joint, whole)
 
 
 def _check_base(result: Result) -> None:
@@ -173,7 +174,8 @@ def _check_tensors(result: Result) -> None:
 
 
 def _told(result: Result) -> str:
-    return result.base if result.digest is None else f"{result.base} ({result.digest[:12]} by its content)"
+    digest = result.known.get("base_digest", result.known.get("base_fingerprint"))
+    return result.base if digest is None else f"{result.base} ({digest[:12]} by its content)"
 
 
 def _short(paths: Sequence[Path]) -> list[str]:

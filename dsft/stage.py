@@ -16,8 +16,8 @@ from dsft.wording import refuse
 USAGE = """usage: python -m dsft.stage [KEY=VALUE ...] [--config-dir DIR]
 
 Fetches model, tokenizer and data of python -m dsft.run with the same overrides into the caches that the run reads,
-$HF_HOME and $DSFT_CACHE, and tokenises. To be started where there is a network, before a SLURM job: its nodes often
-have none. Says what is new; a second call finds all of it.
+$HF_HOME and $DSFT_CACHE, tokenises, and reads the model once for its digest. To be started where there is a network,
+before a SLURM job: its nodes often have none. Says what is new; a second call finds all of it.
 
 example: python -m dsft.stage method=qlora model=llama70b data=hf data.path=openai/gsm8k data.name=main
 exit codes: 0 all is there; 2 refused, or something cannot be had: one line on stderr; 75 stopped: run it again
@@ -65,6 +65,11 @@ def stage(run: Run) -> None:
     data = open_data(run.data, tokenizer, max_length=run.train.max_length, seed=run.train.seed)
     stock.tell("data", [*hub.glob("datasets--*"), *datasets.glob("*")])
     stock.tell("tokens", [data.train.folder.parent])
+    if files.folder is not None:
+        print(
+            f"digest       {files.digest()[:12]} of the model, {files.nbytes:,} bytes read once and remembered",
+            flush=True,
+        )
     for note in data.notes:
         print(f"note         {note.replace('this run', 'runs of that day')}")
     print(

@@ -55,13 +55,15 @@ class Written:
 class Identity:
     """What a checkpoint belongs to.
 
-    config: digest of all keys that decide the numbers; base, data: digests of their content.
+    config: digest of all keys that decide the numbers; base: fingerprint of the base model; data: digest of its
+    content. base_digest: of all bytes of the base, None while it is being read, and of an older dsft.
     """
 
     run: str
     config: str
     base: str
     data: str
+    base_digest: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,22 +12,20 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from filelock import FileLock
 
+from dsft.cache import sealed
+from dsft.cache.root import cache_root as cache_root
+from dsft.cache.root import open_folder
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-VERSION = 4
+VERSION = 5
 """Raise it when the same input must give other tokens, masks or files than the code before."""
 INPUTS = 2
 """The version in the digest of what goes in. Run folders keep that digest: raised, none of them would go on."""
 
 _BLOCK = 2**22
 """Elements that are hashed at a time."""
-
-
-def cache_root() -> Path:
-    """$DSFT_CACHE, or ~/.cache/dsft."""
-    root = os.environ.get("DSFT_CACHE")
-    return Path(root).expanduser() if root else Path.home() / ".cache" / "dsft"
 
 
 def digest_of(identity: dict[str, Any]) -> str:
@@ -78,16 +76,46 @@ def token_folder(root: Path, inputs: str, day: str | None) -> Path:
     return root / "tokens" / digest_of(identity)
 
 
-def find_or_build(folder: Path, build: Callable[[Path], None]) -> Path:
-    """The folder, of token_folder; build(aside) fills it if it is not there yet.
+def heads(folder: Path) -> dict[str, list[int | str]]:
+    """Size and SHA-256 of each file in folder; of a .npy of the bytes before its values."""
+    return {path.relative_to(folder).as_posix(): _head(path) for path in sealed.names_in(folder)}
 
-    One process builds while the others wait; the folder appears by rename once its files are on disk, so that a killed
-    build leaves nothing that could be taken for a whole one. Raises ValueError if its root cannot be written.
+
+CONTENTS: sealed.Contents = {"files": heads, "arrays": content_digests}
+"""What a folder's digests are of: together of every byte in it. A run's tokens_digest is made of its arrays."""
+
+
+def _head(path: Path) -> list[int | str]:
+    """Size of a file, and SHA-256 of its bytes; of a .npy of its header, which says where its values begin."""
+    size = path.stat().st_size
+    with path.open("rb") as stream:
+        first = stream.read(12)
+        length = size
+        if path.suffix == ".npy" and first[:6] == b"\x93NUMPY":
+            wide = first[6] > 1  # format 1 has two bytes for the length of its header, later ones four
+            length = int.from_bytes(first[8:12] if wide else first[8:10], "little") + (12 if wide else 10)
+        stream.seek(0)
+        return [size, hashlib.sha256(stream.read(length)).hexdigest()]
+
+
+def digests_of_arrays(folder: Path) -> dict[str, str]:
+    """The content_digests of a folder that find_or_build has compared with them."""
+    arrays: dict[str, str] = json.loads((folder / sealed.FILE).read_text(encoding="utf-8"))["arrays"]
+    return arrays
+
+
+def find_or_build(folder: Path, build: Callable[[Path], None], *, compare: bool = True) -> Path:
+    """The folder, of token_folder; build(aside) fills it if it is not there yet, or is not as it was written.
+
+    compare: False takes a folder that is there as it is: another process of this node has read every byte of it. One
+    process builds while the others wait; the folder appears by rename once its files are on disk, so that a killed
+    build leaves nothing that could be taken for a whole one. Raises ValueError if its root cannot be written, or may
+    be written by others.
     """
-    if folder.is_dir():
+    open_folder(folder.parents[1], folder.parent.name)
+    if folder.is_dir() and (not compare or sealed.changed(folder, CONTENTS) is None):
         return folder
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock(folder.with_suffix(".lock"))
         lock.acquire()
     except OSError as error:
@@ -96,16 +124,25 @@ def find_or_build(folder: Path, build: Callable[[Path], None]) -> Path:
             f"DSFT_CACHE must be a folder that can be written, got {folder.parents[1]} ({reason}); set DSFT_CACHE"
         ) from None
     try:
-        if not folder.is_dir():
-            aside = folder.with_suffix(".part")
-            shutil.rmtree(aside, ignore_errors=True)  # of a build that was killed: the lock says that nobody writes it
-            aside.mkdir()
-            build(aside)
-            _flush(aside)
-            aside.rename(folder)
+        wrong = sealed.changed(folder, CONTENTS) if folder.is_dir() else ""
+        if wrong is not None:
+            _build_aside(folder, build, wrong)
     finally:
         lock.release()
     return folder
+
+
+def _build_aside(folder: Path, build: Callable[[Path], None], wrong: str) -> None:
+    """Build, and give the folder its name. wrong: what is wrong with the one that has it, "" if there is none."""
+    aside = folder.with_suffix(".part")
+    shutil.rmtree(aside, ignore_errors=True)  # of a build that was killed: the lock says that nobody writes it
+    aside.mkdir()
+    if wrong:  # at once: a rank that is ended while it builds is given the time for it the next time
+        shutil.rmtree(sealed.make_way(folder, "the token cache", wrong), ignore_errors=True)
+    build(aside)
+    sealed.seal(aside, CONTENTS)
+    _flush(aside)
+    aside.rename(folder)
 
 
 def _flush(folder: Path) -> None:

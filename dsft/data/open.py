@@ -1,7 +1,7 @@
 """The door of the data package: a source and a tokenizer in, two audited token sets out."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from datetime import date
 from functools import cached_property
@@ -13,8 +13,8 @@ from dsft.data.audit import Audit, Counts
 from dsft.data.cache import (
     INPUTS,
     cache_root,
-    content_digests,
     digest_of,
+    digests_of_arrays,
     find_or_build,
     token_folder,
     tokenizer_identity,
@@ -77,14 +77,16 @@ class Dataset:
 
 def open_data(
     source: Source, tokenizer: "PreTrainedTokenizerBase", *, max_length: int, seed: int, cache_dir: Path | None = None,
-    day: str | None = None,
+    day: str | None = None, after: Callable[[], None] | None = None,
 ) -> Dataset:  # fmt: skip
     """The source's rows, tokenised, told apart and audited; from the token cache if they were before.
 
     max_length: tokens, longer rows are dropped and counted. seed: of the split that data.eval_fraction asks for.
     cache_dir: instead of $DSFT_CACHE or ~/.cache/dsft. day: the date (ISO) for a chat template that asks for it, as the
-    run's first start told it (Dataset.day); None: today. Safe to call in many processes at once. Raises ValueError, one
-    line, for data that cannot be read or leaves nothing to learn from.
+    run's first start told it (Dataset.day); None: today. Safe to call in many processes at once. Cached tokens are read
+    from end to end and compared with their digests; made anew, and said, if they changed. after: waits until another
+    process of this machine has done so, in place of this one. Raises ValueError, one line, for data that cannot be read
+    or leaves nothing to learn from.
     """
     source.check()
     encoder = Encoder(tokenizer, date.fromisoformat(day) if day else None)
@@ -98,9 +100,12 @@ def open_data(
             "max_length": max_length,
         }
     )
+    if after is not None:
+        after()
     folder = find_or_build(
         token_folder(cache_dir or cache_root(), inputs, told),
         lambda aside: _build(aside, source, encoder, max_length=max_length, seed=seed),
+        compare=after is None,
     )
     train, train_counts = _load(folder / "train")
     held, held_counts = _load(folder / "eval") if (folder / "eval").is_dir() else (None, None)
@@ -109,7 +114,8 @@ def open_data(
     audit = Audit(
         train=train_counts, eval=held_counts, overlap=extra["overlap"], example=example, unread=extra["unread"]
     )
-    return Dataset(source, train, held, audit, extra["digest"], inputs, told, extra["top_token"])
+    digest = digest_of(digests_of_arrays(folder))
+    return Dataset(source, train, held, audit, digest, inputs, told, extra["top_token"])
 
 
 def _build(folder: Path, source: Source, encoder: Encoder, *, max_length: int, seed: int) -> None:
@@ -135,13 +141,10 @@ def _build(folder: Path, source: Source, encoder: Encoder, *, max_length: int, s
         (encoder.tokenizer.decode(first.tokens[start:end].tolist()), supervised)
         for start, end, supervised in runs(first.mask)
     ]
-    arrays = content_digests(folder)
     extra = {
         "overlap": len(train.seen & held.seen),
         "example": pieces,
         "unread": list(train.unread | held.unread),
-        "arrays": arrays,
-        "digest": digest_of(arrays),
         "top_token": max(int(row.tokens.max()) for part in (train, held) for row in part.kept),
     }
     (folder / "audit.json").write_text(json.dumps(extra), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""A model that was found: its shape, its folder, its tokenizer and its digest; and the checks on a folder."""
+"""A model that was found: its shape, its folder, its tokenizer and its digests; and the checks on a folder."""
 
 import hashlib
 import json
@@ -7,14 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from dsft.models.headers import read_headers, weight_files
+from dsft.cache.remembered import replaced, same, sha256, unread
+from dsft.models.headers import INDEX, read_headers, weight_files
 from dsft.offline import STAGE, AbsentError, unplugged
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 SMALL_BYTES = 64 * 2**20
-"""Weights up to this size are hashed whole."""
+"""So much is read at once, wherever it lies: a fraction of a second."""
 SAMPLE_BYTES = 1024
 
 
@@ -47,16 +48,55 @@ class ModelFiles:
         return tokenizer
 
     def digest(self) -> str:
-        """Digest of the base: 64 hexadecimal digits, the same wherever the folder lies.
+        """SHA-256 of the base: 64 hexadecimal digits, the same wherever the folder lies.
 
-        Over the shape (config.json, or the published numbers) and, for pretrained weights, each file's size and
-        safetensors header; then all bytes where the weights are under 64 MiB, else 1 KiB from the middle of each
-        tensor: a second or two for 70 billion parameters, and any retrained or re-saved base is told apart. A single
-        flipped bit in a large base is not.
+        Over the shape (config.json, or the published numbers), every byte of the weights and their index unless they
+        are random, and every *.py of the folder. Large files are read once and then remembered
+        (dsft.cache.remembered). Raises OSError.
+        """
+        parts = [[name, sha256(path)] for name, path in self._covered().items()]
+        return hashlib.sha256(json.dumps([self._shape(), self.init, parts]).encode()).hexdigest()
+
+    def digest_at_once(self) -> str | None:
+        """digest(), None if it takes long and may as well be read beside the first steps.
+
+        It takes long where more than SMALL_BYTES are to be read. It may not wait where a file is remembered under the
+        same name, and is another one now.
+        """
+        at_once = replaced(self._covered().values()) or self.unread <= SMALL_BYTES
+        return self.digest() if at_once else None
+
+    @property
+    def unread(self) -> int:
+        """Bytes that digest would read now."""
+        return unread(self._covered().values())
+
+    def identities(self) -> dict[str, list[int]]:
+        """What tells each file that digest reads, by its name: another value says that it was written or replaced."""
+        return {name: same(path) for name, path in self._covered().items()}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the files that digest reads."""
+        return sum(path.stat().st_size for path in self._covered().values())
+
+    def _covered(self) -> dict[str, Path]:
+        if self.folder is None:
+            return {}
+        weights = [*weight_files(self.folder), self.folder / INDEX] if self.init == "pretrained" else []
+        paths = [path for path in [*weights, *self.folder.rglob("*.py")] if path.is_file()]
+        return {os.path.relpath(path, self.folder): path for path in sorted(paths)}
+
+    def fingerprint(self) -> str:
+        """Quick fingerprint of the base: 64 hexadecimal digits, the same wherever the folder lies.
+
+        Over the shape and, for pretrained weights, each file's size and safetensors header; then all bytes where the
+        weights are under 64 MiB, else 1 KiB from the middle of each tensor: a second or two for 70 billion parameters.
+        Any retrained or re-saved base is told apart by it; a change that somebody means to hide is not.
         """
         state = hashlib.sha256(self._shape().encode())
         if self.init == "pretrained" and self.folder is not None:
-            _digest_weights(state, self.folder)
+            _sample_weights(state, self.folder)
         else:
             state.update(b"random")
         return state.hexdigest()
@@ -106,7 +146,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _digest_weights(state: "hashlib._Hash", folder: Path) -> None:
+def _sample_weights(state: "hashlib._Hash", folder: Path) -> None:
     files = weight_files(folder)
     whole = sum(file.stat().st_size for file in files) <= SMALL_BYTES
     entries = read_headers(folder).values()

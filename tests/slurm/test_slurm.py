@@ -163,18 +163,27 @@ def test_a_dry_run_prints_the_script_without_slurm(rows: Path, tmp_path: Path) -
     assert not run_dir.exists()
 
 
-def test_the_job_runs_the_code_that_was_submitted(rows: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("way", ["changed", "added"])
+def test_a_job_whose_code_was_changed_since_ends_and_names_the_file(way: str, rows: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     held = ("launcher=slurm", "launcher.wait=false", "+launcher.extra.begin=now+1hour", "train.steps=2")
     assert dsft(*words(rows, run_dir, *held)).returncode == 0
     job = json.loads((run_dir / "slurm" / "job.json").read_text())
-    record = run_dir / "code" / job["code"] / "dsft" / "recorder.py"
+    code = run_dir / "code" / job["code"]
+    record = code / "dsft" / "recorder.py"
+    assert (code.stat().st_mode & 0o777, record.stat().st_mode & 0o777) == (0o500, 0o400)
     text = record.read_text()
     assert text == (ROOT / "dsft" / "recorder.py").read_text()
-    record.write_text(text.replace('"steps": total', '"steps": total, "copied": True'))  # told from the checkout's
+    file = record if way == "changed" else code / "extra.py"
+    file.write_text(f"{text}\n")
     subprocess.run(["scontrol", "update", f"JobId={job['job']}", "StartTime=now"], check=True)
-    until(lambda: status(run_dir)["state"] == "done")
-    assert events(run_dir, "start")[0]["copied"]
+    until(lambda: status(run_dir)["state"] == "failed")
+    assert status(run_dir)["reason"].startswith(f"{file} is not what was submitted")
+    until(lambda: state(job["job"], "ExitCode") == "76:0")
+    log = (run_dir / "slurm" / f"{job['job']}.log").read_text()
+    assert log.count(str(file)) == 1
+    assert "srun ended" not in log
+    assert not (run_dir / "logs").exists()
 
 
 def test_a_job_takes_what_was_staged_in_another(rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,7 @@ WORDS = (
     "model=tiny", "method=lora", "data=reasoning_gym", "launcher=local", "strategy=single", "tracker=[]",
     "train.steps=6",
 )  # fmt: skip
-DIGESTS = {"base_digest": "b" * 64, "data_digest": "d" * 64, "tokens_digest": "t" * 64}
+DIGESTS = dict(base_fingerprint="f" * 64, base_digest="b" * 64, data_digest="d" * 64, tokens_digest="t" * 64)
 PLAN = {"parameters": {"trainable": 7}}
 
 
@@ -39,7 +39,7 @@ def resolved(composed: Composed, **train: Any) -> dict[str, Any]:
 def checkpoint(run_dir: Path, step: int) -> Path:
     place = run_dir / "checkpoints" / manifest.folder_name(step)
     place.mkdir(parents=True)
-    who = Identity("run", "config", "b" * 64, "d" * 64)
+    who = Identity("run", "config", "f" * 64, "d" * 64, "b" * 64)
     manifest.write(place, Manifest(step=step, identity=who, world_size=1, lease=1, progress={}, files={}))
     return place
 

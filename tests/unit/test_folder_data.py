@@ -14,7 +14,7 @@ from dsft.checkpoint.manifest import Identity, Manifest
 from dsft.compose import compose
 from dsft.preflight import preflight
 
-DIGESTS = {"base_digest": "b" * 64, "data_digest": "d" * 64, "tokens_digest": "t" * 64}
+DIGESTS = dict(base_fingerprint="f" * 64, base_digest="b" * 64, data_digest="d" * 64, tokens_digest="t" * 64)
 PLAN = {"parameters": {"trainable": 7}}
 WORDS = ("method=lora", "launcher=local", "strategy=single", "tracker=[]", "train.steps=2", "train.max_length=64")
 
@@ -58,6 +58,27 @@ def test_a_run_of_an_older_dsft_goes_on_by_its_inputs(run_dir: Path, composed: A
     assert folder.identity(run_dir, composed.resolved).data == "d" * 64, "as its checkpoints have it"
 
 
+def test_a_run_of_an_older_dsft_goes_on_by_the_fingerprint_of_its_base(run_dir: Path, composed: Any) -> None:
+    edit(run_dir, base_fingerprint=None, base_digest="f" * 64)  # as commit 8cfa692 called it
+    folder.check_digests(run_dir, DIGESTS, composed.resolved)
+    with pytest.raises(ValueError, match=r"model was f{12}, is eee by its content"):
+        folder.check_digests(run_dir, {**DIGESTS, "base_fingerprint": "eee"}, composed.resolved)
+    folder.create(run_dir, composed, PLAN, DIGESTS)
+    kept = folder.provenance(run_dir)
+    assert (kept["base_fingerprint"], kept["base_digest"]) == ("f" * 64, "b" * 64)
+    who = folder.identity(run_dir, composed.resolved)
+    assert (who.base, who.base_digest) == ("f" * 64, "b" * 64)
+
+
+def test_all_bytes_of_the_base_decide_where_they_were_read(run_dir: Path, composed: Any) -> None:
+    with pytest.raises(ValueError, match=r"model was b{12}, is eee by its content"):
+        folder.check_digests(run_dir, {**DIGESTS, "base_digest": "eee"}, composed.resolved)
+    edit(run_dir, base_digest=None)  # stopped before it was known
+    folder.check_digests(run_dir, {**DIGESTS, "base_digest": "eee"}, composed.resolved)
+    folder.note_base(run_dir, "b" * 64)
+    assert folder.provenance(run_dir)["base_digest"] == "b" * 64
+
+
 @pytest.mark.parametrize("kind", ["tokens_digest", "data_digest"])
 def test_without_provenance_the_checkpoint_tells_by_what_its_data_are_known(
     kind: str, run_dir: Path, composed: Any
@@ -65,7 +86,7 @@ def test_without_provenance_the_checkpoint_tells_by_what_its_data_are_known(
     (run_dir / "provenance.json").unlink()
     place = run_dir / "checkpoints" / manifest.folder_name(3)
     place.mkdir(parents=True)
-    who = Identity("run", "config", "b" * 64, DIGESTS[kind])
+    who = Identity("run", "config", "f" * 64, DIGESTS[kind], "b" * 64)
     manifest.write(place, Manifest(step=3, identity=who, world_size=1, lease=1, progress={}, files={}))
     folder.check_digests(run_dir, DIGESTS, composed.resolved)
     folder.create(run_dir, composed, PLAN, DIGESTS)

@@ -21,7 +21,7 @@ def run_dir(tmp_path: Path) -> Path:
     """A run that left a whole model in two files."""
     words = ["model=tiny", "method=full", "data=reasoning_gym", "launcher=local", "strategy=single", "tracker=[]"]
     plan = {"model": "tiny", "parameters": {"trainable": 1}}
-    digests = dict.fromkeys(("base_digest", "data_digest", "tokens_digest"), "d" * 64)
+    digests = dict.fromkeys(("base_fingerprint", "base_digest", "data_digest", "tokens_digest"), "d" * 64)
     folder.create(tmp_path, compose(words), plan, digests)
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "config.json").write_text("{}")

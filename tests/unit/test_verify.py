@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from dsft import folder, published, verify
+from dsft.basis import digests_of
 from dsft.data.open import Dataset
 from dsft.engine.assemble import Session
 from dsft.engine.result import write_result
@@ -43,7 +44,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Session, Dataset,
     session, data = session_of("lora", "optim.lr=1e-2")
     train(session, data, 1)
     plan = {"parameters": {"total": 525_184, "trainable": 89_088}}
-    folder.create(run_dir, composed_of("lora"), plan, {"base_digest": session.files.digest(), **data.digests})
+    folder.create(run_dir, composed_of("lora"), plan, {**digests_of(session.files), **data.digests})
     return session, data, run_dir
 
 

@@ -1,13 +1,13 @@
 """A run's data are known by their tokens; by what went into them where an older dsft began the run."""
 
 import importlib.metadata
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from dsft.data.cache import content_digests, digest_of, tokenizer_identity
+from dsft.cache import sealed
+from dsft.data.cache import CONTENTS, content_digests, digest_of, tokenizer_identity
 from dsft.data.open import open_data
 from tests.unit.data.conftest import CHATML
 from tests.unit.data.turns import CHATS
@@ -57,21 +57,53 @@ def test_the_digest_of_inputs_is_what_older_run_folders_hold(opened: Any, source
     assert opened(local).inputs == digest_of({**parts, "tokenizer": tokenizer_identity(chatml)})
 
 
-def test_every_array_and_the_answers_are_in_the_digest(opened: Any, source: Any, jsonl: Any) -> None:
+def test_one_changed_byte_of_any_file_is_named_and_the_tokens_are_made_anew(
+    opened: Any, source: Any, jsonl: Any, capsys: Any
+) -> None:
     held = jsonl([{"question": "q", "answer": "a"}], "held.jsonl")
-    data = opened(source("local", path=jsonl(ROWS), eval_path=held, verify="exact"))
+    local = source("local", path=jsonl(ROWS), eval_path=held, verify="exact")
+    data = opened(local)
     folder = data.train.folder.parent
-    kept = json.loads((folder / "audit.json").read_text())
-    assert kept["arrays"] == content_digests(folder)
-    assert data.digest == kept["digest"] == digest_of(kept["arrays"])
+    written = {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
     parts = {"tokens", "mask", "offsets", "prompts", "supervised", "sources", "rows", "names"}
-    assert set(kept["arrays"]) == {f"{part}/{name}" for part in ("train", "eval") for name in parts} | {"eval/answers"}
-    for path in sorted(folder.glob("*/*")):
-        whole = path.read_bytes()
-        path.write_bytes(whole.replace(b"held", b"hold") if path.suffix == ".json" else _last_bit(whole))
-        same_name = path.parent.name == "train" and path.suffix == ".json"
-        assert (content_digests(folder) == kept["arrays"]) == same_name, path
-        path.write_bytes(whole)
+    digests = content_digests(folder)
+    assert set(digests) == {f"{part}/{name}" for part in ("train", "eval") for name in parts} | {"eval/answers"}
+    assert data.digest == digest_of(digests)
+    assert capsys.readouterr().err == ""
+    for path, whole in written.items():
+        for at in {len(whole) - 1, 9} if path.stem == "tokens" else {len(whole) - 1}:  # 9: of its header
+            path.write_bytes(whole[: max(at, 0)] + bytes([whole[at] ^ 1]) + whole[at + 1 :] if whole else b"x")
+            assert opened(local).digest == data.digest
+            told = capsys.readouterr().err
+            assert told.startswith(f"dsft: the token cache {folder} is made anew: "), path
+            assert told.count("\n") == 1
+            assert path.stem in told or path.name == sealed.FILE, told
+            assert {each: each.read_bytes() for each in written} == written
+    (folder / "train" / "more.npy").touch()
+    opened(local)
+    assert "train/more.npy is not as it was written" in capsys.readouterr().err
+
+
+def test_the_digest_of_tokens_is_of_the_bytes_that_are_there(opened: Any, source: Any, jsonl: Any) -> None:
+    """Whoever writes digests that fit beside other tokens has a run that names those tokens."""
+    local = source("local", path=jsonl(ROWS))
+    data = opened(local)
+    folder = data.train.folder.parent
+    (folder / "train" / "mask.npy").write_bytes(_last_bit((folder / "train" / "mask.npy").read_bytes()))
+    sealed.seal(folder, CONTENTS)
+    other = opened(local)
+    assert other.inputs == data.inputs
+    assert other.digest == digest_of(content_digests(folder)) != data.digest
+
+
+def test_who_comes_after_another_reads_no_more_than_it_needs(opened: Any, source: Any, jsonl: Any) -> None:
+    local, turns = source("local", path=jsonl(ROWS)), list[str]()
+    first = opened(local)
+    mask = first.train.folder / "mask.npy"
+    mask.write_bytes(_last_bit(mask.read_bytes()))
+    later = opened(local, after=lambda: turns.append("waited"))
+    assert (turns, later.digest) == (["waited"], first.digest)
+    assert opened(local).train.arrays["mask"].tobytes() != later.train.arrays["mask"].tobytes()
 
 
 def _last_bit(content: bytes) -> bytes:

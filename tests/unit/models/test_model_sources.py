@@ -12,6 +12,7 @@ import torch
 
 from dsft.models.build import build_meta
 from dsft.models.cache import written_once
+from dsft.models.files import ModelFiles
 from dsft.models.headers import read_headers
 from dsft.models.values import open_values
 
@@ -108,18 +109,65 @@ def test_weights_that_are_not_there_are_refused(source: Callable) -> None:
         open_values(files, torch.bfloat16, 0)
 
 
-def test_the_digest_follows_the_bytes_and_not_the_place(tmp_path: Path, source: Callable) -> None:
+def _flip(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) - 100] ^= 1
+    file.write_bytes(content)
+
+
+def test_digest_and_fingerprint_follow_the_bytes_and_not_the_place(tmp_path: Path, source: Callable) -> None:
     tiny = source("tiny").resolve()
     shutil.copytree(tiny.folder, tmp_path / "copy")
     copied = source("custom", path=str(tmp_path / "copy"))
-    assert copied.resolve().digest() == tiny.digest()
-    file = tmp_path / "copy" / "model.safetensors"
-    data = bytearray(file.read_bytes())
-    data[-100] ^= 1
-    file.write_bytes(data)
-    assert copied.resolve().digest() != tiny.digest()
-    assert source("tiny", init="random").resolve().digest() != tiny.digest()
-    assert source("tiny_moe").resolve().digest() != tiny.digest()
+    others = [source("tiny", init="random").resolve(), source("tiny_moe").resolve()]
+    for of in (ModelFiles.digest, ModelFiles.fingerprint):
+        assert of(copied.resolve()) == of(tiny)
+        assert of(tiny) not in [of(other) for other in others]
+    (tmp_path / "copy" / "modeling.py").write_text("pass")
+    assert copied.resolve().fingerprint() == tiny.fingerprint()
+    with_code = copied.resolve().digest()
+    (tmp_path / "copy" / "modeling.py").write_text("quit")
+    assert len({with_code, copied.resolve().digest(), tiny.digest()}) == 3
+    (tmp_path / "copy" / "modeling.py").unlink()
+    _flip(tmp_path / "copy" / "model.safetensors")
+    for of in (ModelFiles.digest, ModelFiles.fingerprint):
+        assert of(copied.resolve()) != of(tiny)
+
+
+def test_a_byte_between_the_samples_of_a_fingerprint_is_in_the_digest(big: Callable) -> None:
+    base = big("gpt2")
+    quick, whole = base.fingerprint(), base.digest()
+    assert base.unread < 2**20
+    _flip(base.folder / "model.safetensors")
+    assert base.unread > 2**26
+    assert base.fingerprint() == quick
+    assert base.digest_at_once() == base.digest() != whole, "it is another file than the one that was known"
+
+
+def test_a_large_base_that_nobody_knows_is_not_read_at_once(big: Callable) -> None:
+    base = big("gpt2")
+    assert base.digest_at_once() is None
+    assert base.digest() == base.digest_at_once()
+
+
+@pytest.mark.parametrize("model", ["tiny", "tiny_moe"])
+def test_one_changed_byte_of_an_unpacked_model_makes_it_anew(
+    model: str, source: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setenv("DSFT_CACHE", str(tmp_path))
+    files = source(model).resolve()
+    written = {path: path.read_bytes() for path in files.folder.iterdir()}
+    assert {"model.safetensors", "tokenizer.json", "config.json", "sealed.json"} <= {path.name for path in written}
+    for path in written:
+        capsys.readouterr()
+        assert source(model).resolve() == files
+        assert capsys.readouterr().err == ""
+        _flip(path)
+        source(model).resolve()
+        told = capsys.readouterr().err
+        assert f"{files.folder} is made anew: " in told
+        assert path.name in told or path.name == "sealed.json", told
+        assert {each: each.read_bytes() for each in files.folder.iterdir()} == written
 
 
 def test_many_that_start_together_write_the_cache_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
