@@ -17,6 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dsft_launchers.place import MEETING
+
 from dsft.compose import read
 from dsft.config import Run
 from dsft.imports import uncompiled
@@ -35,7 +37,7 @@ READS = 2
 START_S, BYTES_PER_S = 45.0, 20e6
 """What the fresh process may take: its imports on a busy machine, and the base, read and computed on a slow one."""
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
-RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", MEETING)
 BOUNDS = {"fp32": 1e-4, "bf16": 5e-2}
 """Largest difference of the logits allowed, relative to the largest logit: another attention and batch layout round
 otherwise (fp32 differs by 1e-6 where both are the same; bf16 has 8 bits)."""
