@@ -21,7 +21,6 @@ from dsft_launchers.place import MEETING
 
 from dsft.compose import read
 from dsft.config import Run
-from dsft.imports import uncompiled
 from dsft.protocols import Method
 from dsft.published import FOUND, PROBE, note
 from dsft.wording import refuse
@@ -242,7 +241,9 @@ def load(run: Run, result: Path) -> Any:
         if run.method.whole:
             trusted = run.model.resolve().trust_remote_code
             dtype = DTYPES[run.train.precision]
-            model: Any = AutoModelForCausalLM.from_pretrained(result, dtype=dtype, trust_remote_code=trusted)
+            model: Any = AutoModelForCausalLM.from_pretrained(
+                result, dtype=dtype, trust_remote_code=trusted, use_safetensors=True
+            )
             return run.method.restored(model, dissect(model), result).eval()
         return put(unpacked_base(run), result, run.method).eval()
 
@@ -252,16 +253,13 @@ def put(base: Any, result: Path, method: Method | None) -> Any:
 
     method: that trained it, None where nobody knows, which is then all that the format says.
     """
-    with uncompiled():
-        from peft import PeftModel
-
-    from dsft.methods import native
+    from dsft.methods import native, peft_bridge
     from dsft.models.anatomy import dissect
 
     anatomy = dissect(base)
     if native.holds(result):
         return native.load(base, anatomy, result)
-    model = PeftModel.from_pretrained(base, result)
+    model = peft_bridge.load(base, result)
     return model if method is None else method.restored(model, anatomy, result)
 
 
