@@ -52,10 +52,10 @@ class Found:
 def restore(strategy: Strategy, search: Search) -> Manifest | None:
     """Load the newest checkpoint that all ranks verify into strategy; None if there is none. Collective.
 
-    Each file is read once: what is loaded is what was verified, whatever becomes of the file meanwhile. Parameters are
-    filled as it is read, so that this either returns what every rank has verified or ends the run. Raises RefusedError
-    if there are checkpoints and none verifies: then all stay where they are. Raises CannotBeginError if a file is
-    damaged for some ranks only, or for none at the second look.
+    Each file is read once: what is loaded is what was verified, whatever becomes of the file meanwhile. Nothing of the
+    run changes before every rank has verified every byte of its own. Raises RefusedError if there are checkpoints and
+    none verifies: then all stay where they are. Raises CannotBeginError if a file is damaged for some ranks only, or
+    for none at the second look.
     """
     _settle(search, lambda: search.store.settle_trial())
     found, damaged = _choose(strategy, search)
