@@ -100,7 +100,10 @@ def _listening(address: str, port: int, *, elsewhere: bool) -> socket.socket:
     elsewhere: some ranks may be on other machines. A name that means another thing here than there, as one that
     /etc/hosts gives to the loopback or a router translates, leaves all interfaces, and that is said.
     """
-    family, kind, protocol, _, place = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)[0]
+    try:
+        family, kind, protocol, _, place = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)[0]
+    except socket.gaierror as error:
+        raise CannotBeginError(f"rank 0 finds no address for MASTER_ADDR={address} ({error.strerror})") from error
     inward = ipaddress.ip_address(place[0]).is_loopback and address not in (LOOPBACK, "localhost", "::1")
     server = socket.socket(family, kind, protocol)
     server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -65,12 +65,12 @@ class World:
 
     def _texts(self, mine: bytes) -> list[bytes]:
         """Return every rank's bytes: first how many, then they themselves, as many for each as the longest has."""
-        lengths = torch.empty(self.size, dtype=torch.int64)
-        dist.all_gather_into_tensor(lengths, torch.tensor([len(mine)]), group=self.group)
-        padded = bytearray(mine).ljust(int(lengths.max()), b" ")
-        everyone = torch.empty(self.size * len(padded), dtype=torch.uint8)
-        dist.all_gather_into_tensor(everyone, torch.frombuffer(padded, dtype=torch.uint8), group=self.group)
-        return [part.numpy().tobytes() for part in everyone.split(len(padded))]  # JSON ends before the blanks
+        lengths = [torch.empty(1, dtype=torch.int64) for _ in range(self.size)]
+        dist.all_gather(lengths, torch.tensor([len(mine)]), group=self.group)
+        padded = bytearray(mine).ljust(int(torch.cat(lengths).max()), b" ")
+        everyone = [torch.empty(len(padded), dtype=torch.uint8) for _ in range(self.size)]
+        dist.all_gather(everyone, torch.frombuffer(padded, dtype=torch.uint8), group=self.group)
+        return [part.numpy().tobytes() for part in everyone]  # JSON ends before the blanks
 
     def barrier(self) -> None:
         """Wait until every rank is here."""

@@ -82,6 +82,7 @@ def ranks(address: Mapping[str, str], size: int = 2) -> list[Any]:
 def test_ranks_of_one_machine_meet_where_nobody_else_can(tmp_path: Path) -> None:
     done = launched(2, tmp_path, LOOKS)
     assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
     for rank in json.loads(done.stdout):
         assert set(rank["listens"]) <= set(LOOPBACK), "a rank listens on another interface"
         assert len(rank["listens"]) <= 1, "gloo listens, and nothing else: no store"
@@ -113,6 +114,11 @@ def test_a_store_listens_at_its_address_and_nowhere_else(capfd: pytest.CaptureFi
 def test_an_address_that_others_know_otherwise_is_told(address: str, capfd: pytest.CaptureFixture[str]) -> None:
     assert bound(address, elsewhere=True) == "0.0.0.0"
     assert f"listens on all interfaces: MASTER_ADDR={address} is no address of this machine" in capfd.readouterr().err
+
+
+def test_a_name_without_an_address_is_told() -> None:
+    with pytest.raises(CannotBeginError, match=r"rank 0 finds no address for MASTER_ADDR=no\.such\.host\.invalid"):
+        meeting._listening("no.such.host.invalid", 1, elsewhere=False)
 
 
 def test_a_port_that_is_taken_is_told() -> None:
