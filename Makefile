@@ -22,7 +22,7 @@ help:
 	@echo 'make matrix   every method x quantization x strategy: equal to the single process, or refused'
 	@echo 'make pages    docs/methods: a page per method, from its YAML, its class and counts'
 	@echo 'make learns   what each method learns in 60 steps, at its own settings; an hour, goes on where it was'
-	@echo 'make faults   what breaks, on every layout: 61 damages of a run folder, and real starts with planted faults; an hour;'
+	@echo 'make faults   what breaks, on every layout: 50 damages of a run folder, and real starts with planted faults; an hour;'
 	@echo '              ARGS=--long: 200 faults at random moments, against runs that had none; about two hours, goes on where it was'
 	@echo 'make slurm-test  runs on a real SLURM of four nodes, started here; root, installs SLURM'
 	@echo 'make slow     the tests that take minutes each'

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from dsft_launchers.place import MEETING
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -211,7 +212,7 @@ def _line(error: Exception) -> str:
 def _join(job: Job) -> World:
     """The world of this process. alone: of its own, and what composes a run is told of no other."""
     if job.alone:
-        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", MEETING):
             os.environ.pop(name, None)
     return fake_world(job.ranks) if job.fake else join()
 

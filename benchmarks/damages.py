@@ -14,7 +14,7 @@ from benchmarks.plants import Plant
 
 STEPS = (1, 3, 6)
 FIRST, SECOND, NEWEST = (f"step-{step:08d}" for step in STEPS)
-MANIFEST, INDEX = "manifest.json", ".metadata"
+MANIFEST = "manifest.json"
 
 UNREADABLE = "args and getattr(args[0], 'name', '') == '{name}' and '" + NEWEST + "' in str(args[0])"
 
@@ -51,11 +51,10 @@ def damages(ranks: int, files: int) -> list[Damage]:
     data = ["__0_0.distcp", f"__{files - 1}_0.distcp"]
     found = [
         Damage(f"{name}: {kind}", partial(_change, name, kind), 3, {NEWEST: re.escape(name)})
-        for name in (MANIFEST, INDEX, *data) for kind in CHANGES
+        for name in (MANIFEST, *data) for kind in CHANGES
     ]  # fmt: skip
     found += [
-        Damage(f"{name}: a link to a whole file elsewhere", partial(_move_file, name), 6)
-        for name in (MANIFEST, INDEX, *data)
+        Damage(f"{name}: a link to a whole file elsewhere", partial(_move_file, name), 6) for name in (MANIFEST, *data)
     ]
     more = [("a file of junk", "junk"), ("a data file of a rank that was not there", f"__{files}_0.distcp")]
     found += [Damage(f"one more file: {what}", partial(_add, name), 6) for what, name in more]
@@ -78,7 +77,7 @@ def _several(data: list[str]) -> Iterator[Damage]:
         "all three checkpoints: a bit of a data file", partial(_flip, all_three),
         None, raised="RefusedError", says=rf"{re.escape(data[0])}.*resume\.anew=true",
     )  # fmt: skip
-    two = {NEWEST: data[-1], SECOND: INDEX}
+    two = {NEWEST: data[-1], SECOND: MANIFEST}
     yield Damage(
         "the two newest: a bit of different files", partial(_flip, two), 1,
         {step: re.escape(name) for step, name in two.items()},
@@ -267,7 +266,7 @@ def _step(content: dict[str, Any]) -> None:
 
 
 def _unhashed(content: dict[str, Any]) -> None:
-    del content["files"][INDEX]["sha256"]
+    del content["files"]["__0_0.distcp"]["sha256"]
 
 
 def _key(content: dict[str, Any]) -> None:

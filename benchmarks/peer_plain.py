@@ -3,11 +3,13 @@
 On several processes under FSDP2, a group per block, or DeepSpeed's ZeRO-3 engine: as their users write them.
 """
 
+import os
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from dsft_launchers.place import MEETING
 from peft import get_peft_model
 
 from benchmarks.job import BATCH, RATE, Clock, Job, Step, serve
@@ -17,7 +19,8 @@ from benchmarks.plain import DTYPES, encode, load, padded
 def run(job: Job) -> list[Step]:
     """The job on all ranks."""
     if job.setting != "single":
-        dist.init_process_group("gloo")
+        place, (rank, size) = os.environ[MEETING], (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE"))
+        dist.init_process_group("gloo", init_method=f"file://{place}/peers", rank=rank, world_size=size)
     loop, clock = Loop(job), Clock()
     for step in range(job.steps):
         clock.end(*loop.step(step))

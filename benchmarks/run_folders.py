@@ -40,11 +40,13 @@ def saved_state(run_dir: Path) -> dict[str, Any]:
     """All tensors of the newest checkpoint, whole, in this process."""
     import torch
 
-    from dsft.checkpoint import files
+    from dsft.checkpoint import manifest, reading
 
     folder = max((run_dir / "checkpoints").glob("step-????????"))
-    state = {name: torch.empty(size, dtype=dtype) for name, (size, dtype) in files.shapes(files.index(folder)).items()}
-    files.read(state, folder, None)
+    content = manifest.read(folder)
+    index = reading.index_of(folder, content)
+    state = {name: torch.empty(size, dtype=dtype) for name, (size, dtype) in reading.shapes(index).items()}
+    reading.Reading(state, index).fill(folder, content)
     return state
 
 

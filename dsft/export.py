@@ -119,6 +119,7 @@ def merged_and_beside(run: Run, adapter: Path) -> tuple[Any, dict[str, Any]]:
     _refuse_unmergeable(run, adapter)
     import torch
 
+    from dsft.methods import peft_bridge
     from dsft.models.anatomy import dissect
 
     base = unpacked_base(run)
@@ -128,9 +129,7 @@ def merged_and_beside(run: Run, adapter: Path) -> tuple[Any, dict[str, Any]]:
         method = native.read(adapter)
         whole: Any = method.merge(method.restore(base, anatomy, adapter))
     else:
-        with uncompiled():
-            from peft import PeftModel
-        whole = run.method.merge(PeftModel.from_pretrained(base, adapter))
+        whole = run.method.merge(peft_bridge.load(base, adapter))
     beside: dict[str, Any] = {}
     for name, param in whole.named_parameters():
         param.data, more = run.method.finished(whole, anatomy, name, param.data, dtype)
@@ -149,6 +148,7 @@ def unpacked_base(run: Run) -> Any:
         files.folder,
         dtype=DTYPES[run.train.precision],
         trust_remote_code=files.trust_remote_code,
+        use_safetensors=True,
         attn_implementation="sdpa",
     )
     _unpack(run, base)

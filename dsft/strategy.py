@@ -120,7 +120,7 @@ class Strategy(ABC):
         return {name: self.full(module.get_parameter(name)) for name in names}
 
     def keep(self, state: Mapping[str, Tensor]) -> None:
-        """Save these tensors (the same on every rank) with the run, and read them back in place."""
+        """Save these tensors (the same on every rank) with the run, and give them their saved values in place."""
         object.__setattr__(self, "kept", {f"{KEPT}{name}": value for name, value in state.items()})
 
     @abstractmethod
@@ -140,11 +140,16 @@ class Strategy(ABC):
         """Replace values, the optimizer's fp32 ones too; its moments stay."""
 
     def keepsakes(self, saved: Mapping[str, object]) -> dict[str, Tensor]:
-        """The kept tensors, to be filled from what was saved; raises RuntimeError if that is something else."""
+        """Tensors like the kept ones, to be filled with what was saved; RuntimeError if that is something else."""
         there = {name for name in saved if name.startswith(KEPT)}
         if there != self.kept.keys():
             raise RuntimeError(f"the checkpoint and this run differ in {sorted(there ^ self.kept.keys())[0]}")
-        return dict(self.kept)
+        return {name: torch.empty_like(value) for name, value in self.kept.items()}
+
+    def take_keepsakes(self, state: Mapping[str, Tensor]) -> None:
+        """Give the kept tensors the values in state, in place."""
+        for name, value in self.kept.items():
+            value.copy_(state[name])
 
     @abstractmethod
     def export_state(self) -> dict[str, Tensor]:
@@ -158,7 +163,7 @@ class Strategy(ABC):
 
     @abstractmethod
     def state_template(self, shapes: Mapping[str, Shape]) -> dict[str, Tensor]:
-        """Tensors on this rank to fill with a saved state of these shapes; not filled, they change nothing."""
+        """Fresh tensors on this rank to fill with a saved state of these shapes; filled or not, they change nothing."""
 
     @abstractmethod
     def import_state(self, state: dict[str, Tensor]) -> None:

@@ -17,9 +17,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dsft_launchers.place import MEETING
+
 from dsft.compose import read
 from dsft.config import Run
-from dsft.imports import uncompiled
 from dsft.protocols import Method
 from dsft.published import FOUND, PROBE, note
 from dsft.wording import refuse
@@ -35,7 +36,7 @@ READS = 2
 START_S, BYTES_PER_S = 45.0, 20e6
 """What the fresh process may take: its imports on a busy machine, and the base, read and computed on a slow one."""
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
-RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", MEETING)
 BOUNDS = {"fp32": 1e-4, "bf16": 5e-2}
 """Largest difference of the logits allowed, relative to the largest logit: another attention and batch layout round
 otherwise (fp32 differs by 1e-6 where both are the same; bf16 has 8 bits)."""
@@ -240,7 +241,9 @@ def load(run: Run, result: Path) -> Any:
         if run.method.whole:
             trusted = run.model.resolve().trust_remote_code
             dtype = DTYPES[run.train.precision]
-            model: Any = AutoModelForCausalLM.from_pretrained(result, dtype=dtype, trust_remote_code=trusted)
+            model: Any = AutoModelForCausalLM.from_pretrained(
+                result, dtype=dtype, trust_remote_code=trusted, use_safetensors=True
+            )
             return run.method.restored(model, dissect(model), result).eval()
         return put(unpacked_base(run), result, run.method).eval()
 
@@ -250,16 +253,13 @@ def put(base: Any, result: Path, method: Method | None) -> Any:
 
     method: that trained it, None where nobody knows, which is then all that the format says.
     """
-    with uncompiled():
-        from peft import PeftModel
-
-    from dsft.methods import native
+    from dsft.methods import native, peft_bridge
     from dsft.models.anatomy import dissect
 
     anatomy = dissect(base)
     if native.holds(result):
         return native.load(base, anatomy, result)
-    model = PeftModel.from_pretrained(base, result)
+    model = peft_bridge.load(base, result)
     return model if method is None else method.restored(model, anatomy, result)
 
 

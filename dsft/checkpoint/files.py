@@ -1,4 +1,4 @@
-"""Tensors to files and back, by torch's distributed checkpoint (DCP); every byte is hashed while it is written."""
+"""Tensors to files, as torch's distributed checkpoint (DCP) plans it; every byte is hashed while it is written."""
 
 import errno
 import hashlib
@@ -12,30 +12,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
-from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.metadata import Metadata
-from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, SavePlan, SavePlanner
-from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemWriter
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
-from dsft.checkpoint.manifest import Damage, DamagedError, Written, header
-from dsft.strategy import Shape
+from dsft.checkpoint.index import Held, Index, Piece
+from dsft.checkpoint.manifest import Written, header
 
 T = TypeVar("T")
 
 ROOT = "state"
 """Under which DCP sees all tensors: it spends 0.1 ms on each name at the top, with the interpreter's lock held."""
-
-INDEX = ".metadata"
-"""DCP's own file: which tensor lies where."""
 
 SPARE = 1.05
 """Free bytes wanted before a save, per byte of tensors."""
@@ -43,10 +38,11 @@ SPARE = 1.05
 
 def write(
     state: Mapping[str, Tensor], folder: Path, step: int, run: str, group: dist.ProcessGroup | None
-) -> dict[str, Written]:
-    """Write state (any mix of DTensors and tensors that ranks share) into folder; this rank's files.
+) -> tuple[dict[str, Written], Index]:
+    """Write state (any mix of DTensors and tensors that ranks share) into folder; this rank's files, and the index.
 
-    Collective over group; without one, this process writes alone. If any rank fails, every rank raises OSError.
+    The index is rank 0's to keep and empty on the others. Collective over group; without one, this process writes
+    alone. If any rank fails, every rank raises OSError.
     """
     writer = _Writer(folder, header(step, run))
     _hush()
@@ -60,48 +56,7 @@ def write(
         )
     except CheckpointException as error:  # a BaseException, which would pass every fence
         raise OSError(_first_failure(error)) from None
-    return writer.files.written
-
-
-def read(state: Mapping[str, Tensor], folder: Path, group: dist.ProcessGroup | None) -> None:
-    """Fill state, in place, from folder. Collective over group. Verify before: DCP itself notices no changed byte."""
-    _hush()
-    reader = _Reader(folder)
-    try:
-        load({ROOT: dict(state)}, storage_reader=reader, planner=_planner(), process_group=group, no_dist=group is None)
-    except CheckpointException as error:
-        raise RuntimeError(f"{folder}: {_first_failure(error)}") from None
-
-
-def shapes(found: Metadata) -> dict[str, Shape]:
-    """Name -> whole shape and type of all that a checkpoint holds."""
-    held: dict[str, Any] = found.state_dict_metadata
-    return {
-        name.removeprefix(f"{ROOT}."): (torch.Size(item.size), item.properties.dtype) for name, item in held.items()
-    }
-
-
-def index(folder: Path) -> Metadata:
-    """Which tensors a checkpoint holds and where. Unpickles: only after the file's digest has been compared."""
-    try:
-        return FileSystemReader(folder).read_metadata()
-    except (OSError, MemoryError):
-        raise
-    except Exception as error:  # whatever a pickle can raise
-        raise DamagedError(Damage(INDEX, f"cannot be read ({error})")) from error
-
-
-def needed(state: Mapping[str, Tensor], found: Metadata) -> set[str]:
-    """Names of the files that read(state) would read on this rank."""
-    planner = _planner()
-    planner.set_up_planner({ROOT: dict(state)}, found, is_coordinator=False)
-    plan = planner.create_local_plan()
-    assert found.storage_data is not None
-    return {found.storage_data[item.storage_index].relative_path for item in plan.items}
-
-
-def _planner() -> DefaultLoadPlanner:
-    return DefaultLoadPlanner(flatten_sharded_tensors=False)
+    return writer.files.written, writer.index
 
 
 @dataclass(frozen=True)
@@ -122,6 +77,7 @@ class _Writer(FileSystemWriter):
     def __init__(self, folder: Path, first: bytes) -> None:
         super().__init__(folder, sync_files=True)
         self.fs = self.files = _HashedFiles(first)
+        self.index: Index = {}
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
         """Rank 0 sees what all ranks are about to write."""
@@ -146,36 +102,22 @@ class _Writer(FileSystemWriter):
             os.fsync(stream.fileno())
         return _done(results)
 
-
-class _Reader(FileSystemReader):
-    """Reads what _Writer wrote."""
-
-    found: Metadata
-
-    def set_up_storage_reader(self, metadata: Metadata, *args: Any, **kwargs: Any) -> None:
-        """Keep the index: it knows each piece's shape."""
-        super().set_up_storage_reader(metadata, *args, **kwargs)
-        self.found = metadata
-
-    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        """Fill what the plan names, file by file, from front to back."""
-        places: dict[Any, Place] = self.storage_data
-        for item in sorted(plan.items, key=lambda item: _where(places[item.storage_index])):
-            place = places[item.storage_index]
-            block = np.fromfile(Path(self.path) / place.relative_path, np.uint8, place.length, offset=place.offset)
-            about: Any = self.found.state_dict_metadata[item.storage_index.fqn]
-            sizes = next(chunk.sizes for chunk in about.chunks if chunk.offsets == item.storage_index.offset)
-            piece = torch.from_numpy(block).view(about.properties.dtype).reshape(sizes)
-            for dim, (start, length) in enumerate(zip(item.storage_offsets, item.lengths, strict=True)):
-                piece = piece.narrow(dim, start, length)
-            target = planner.resolve_tensor(item).detach()
-            target.copy_(piece)
-            planner.commit_tensor(item, target)
-        return _done(None)
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        """Rank 0 keeps where every piece lies, for the manifest; DCP would pickle it into a file."""
+        places = {result.index: result.storage_data for part in results for result in part}
+        held: dict[str, Any] = metadata.state_dict_metadata
+        self.index = {
+            name.removeprefix(f"{ROOT}."): Held(
+                str(item.properties.dtype).removeprefix("torch."),
+                tuple(item.size),
+                tuple(_piece(chunk, places[MetadataIndex(name, chunk.offsets)]) for chunk in item.chunks),
+            )
+            for name, item in held.items()
+        }
 
 
-def _where(place: Place) -> tuple[str, int]:
-    return place.relative_path, place.offset
+def _piece(chunk: ChunkStorageMetadata, place: Place) -> Piece:
+    return Piece(tuple(chunk.offsets), tuple(chunk.sizes), place.relative_path, place.offset)
 
 
 def _done(result: T) -> Future[T]:
@@ -211,11 +153,6 @@ class _HashedFiles(FileSystem):
 
     def mkdir(self, path: Any) -> None:
         """Leave the folder to who made it: one that a newer writer has removed meanwhile must not come back."""
-
-    def rename(self, path: Any, new_path: Any) -> None:
-        """Rename a file that was written here."""
-        super().rename(path, new_path)
-        self.written[Path(new_path).name] = self.written.pop(Path(path).name)
 
 
 class _HashedStream(io.RawIOBase):

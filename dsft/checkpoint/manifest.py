@@ -2,18 +2,23 @@
 
 import errno
 import hashlib
+import io
 import json
 import os
 import stat
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-FILE = "manifest.json"
-FORMAT = 1
-CHUNK = 2**22
+from dsft.checkpoint import index
+from dsft.checkpoint.index import Index
 
+FILE = "manifest.json"
+FORMAT = 2
+UNINDEXED = 1
+"""The format before, whose index is a file of its own."""
 UNREADABLE = (errno.EIO, errno.ELOOP, errno.EISDIR, errno.ENOTDIR)
 """Errors of reading a file that say that it is not what was written. Others (no right, too many open files) do not."""
 
@@ -70,7 +75,8 @@ class Identity:
 class Manifest:
     """step: updates done; world_size: ranks that wrote it (any number may read it); lease: the writer's token.
 
-    progress: the loop's own state. files: name -> what was written; the manifest itself is not among them.
+    progress: the loop's own state. files: name -> what was written; the manifest itself is not among them. index: where
+    each tensor lies in them; None for a checkpoint of an earlier dsft, which has it in a file of its own.
     """
 
     step: int
@@ -79,6 +85,7 @@ class Manifest:
     lease: int
     progress: Mapping[str, Any]
     files: Mapping[str, Written]
+    index: Index | None
 
     @property
     def nbytes(self) -> int:
@@ -93,12 +100,31 @@ def header(step: int, run: str) -> bytes:
 
 def write(folder: Path, manifest: Manifest) -> None:
     """Write the manifest into folder, with its own digest, and see it on the disk."""
-    content = {"format": FORMAT, **asdict(manifest)}
-    text = json.dumps({**content, "digest": _digest(content)}, indent=1, sort_keys=True)
+    assert manifest.index is not None, "earlier formats are read and not written"
+    content = {
+        "format": FORMAT,
+        **{field.name: getattr(manifest, field.name) for field in fields(manifest)},
+        "identity": asdict(manifest.identity),
+        "files": {name: asdict(written) for name, written in manifest.files.items()},
+        "index": index.plain(manifest.index),
+    }
+    text = _lines({**content, "digest": _digest(content)})
     with (folder / FILE).open("w", encoding="ascii") as out:
         out.write(text + "\n")
         out.flush()
         os.fsync(out.fileno())
+
+
+def _lines(content: Mapping[str, Any]) -> str:
+    """Return content as JSON with a line for each of its parts, and for each of theirs."""
+    parts = {}
+    for key, value in sorted(content.items()):
+        if isinstance(value, dict):
+            entries = (f"  {json.dumps(name)}: {json.dumps(each)}" for name, each in sorted(value.items()))
+            parts[key] = "{\n" + ",\n".join(entries) + "\n }"
+        else:
+            parts[key] = json.dumps(value)
+    return "{\n" + ",\n".join(f" {json.dumps(key)}: {text}" for key, text in parts.items()) + "\n}"
 
 
 def read(folder: Path) -> Manifest:
@@ -125,12 +151,11 @@ def _whole(folder: Path) -> dict[str, Any]:
     try:
         if not folder.is_dir():
             raise DamagedError(_no_folder(folder))
-        if not stat.S_ISREG(path.stat().st_mode):
-            raise DamagedError(Damage(FILE, "is not a file"))
-        content: dict[str, Any] = json.loads(path.read_text(encoding="ascii"))
+        with opened(path) as stream:
+            content: dict[str, Any] = json.loads(stream.readall().decode("ascii"))
         digest = content.pop("digest")
     except OSError as error:
-        raise _judged(FILE, error) from error
+        raise judged(FILE, error) from error
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise DamagedError(Damage(FILE, "is no manifest")) from error
     if digest != _digest(content):
@@ -149,17 +174,26 @@ def _understood(content: Mapping[str, Any]) -> Manifest:
     """Return the manifest that content spells. Raises NewerError if it holds more than this dsft knows."""
     if content["format"] > FORMAT:
         raise NewerError(f"its manifest is of format {content['format']}, this one knows {FORMAT}")
-    if content["format"] != FORMAT:
+    if content["format"] not in (UNINDEXED, FORMAT):
         raise ValueError(f"format {content['format']}")
-    _refuse_unknown(content, ["format", *(field.name for field in fields(Manifest))])
+    unknown = ("index",) if content["format"] == UNINDEXED else ()
+    _refuse_unknown(content, ["format", *(field.name for field in fields(Manifest) if field.name not in unknown)])
     for part, kind in [(content["identity"], Identity), *((each, Written) for each in content["files"].values())]:
         _refuse_unknown(part, [field.name for field in fields(kind)])
     if not isinstance(content["progress"], Mapping):
         raise TypeError("its progress is none")
     identity = Identity(**content["identity"])
-    files = {name: Written(**written) for name, written in content["files"].items()}
-    rest = {key: value for key, value in content.items() if key not in ("format", "identity", "files")}
-    return Manifest(**rest, identity=identity, files=files)
+    files = {_plain_name(name): Written(**written) for name, written in content["files"].items()}
+    held = None if unknown else index.understood(content["index"])
+    rest = {key: value for key, value in content.items() if key not in ("format", "identity", "files", "index")}
+    return Manifest(**rest, identity=identity, files=files, index=held)
+
+
+def _plain_name(name: str) -> str:
+    """Return name, which must be that of a file in the checkpoint's own folder, else raise ValueError."""
+    if name != os.path.basename(name) or name in ("", ".", "..", FILE) or "\0" in name:
+        raise ValueError(f"{name!r:.100} is not the name of a file in this folder")
+    return name
 
 
 def _refuse_unknown(content: Mapping[str, Any], known: Iterable[str]) -> None:
@@ -167,30 +201,18 @@ def _refuse_unknown(content: Mapping[str, Any], known: Iterable[str]) -> None:
         raise NewerError(f"its manifest holds {', '.join(more)}, which this one does not know")
 
 
-def verify(folder: Path, manifest: Manifest, names: Iterable[str]) -> None:
-    """Read the files called names from end to end. Raises DamagedError for the first that is not what was written."""
-    for name in sorted(names):
-        require_listed(manifest, [name])
-        written = manifest.files[name]
-        try:
-            found = (folder / name).stat()
-            if not stat.S_ISREG(found.st_mode):
-                raise DamagedError(Damage(name, "is not a file"))
-            if found.st_size != written.size:
-                raise DamagedError(Damage(name, f"has {found.st_size} bytes, {written.size} were written"))
-            if _sha256(folder / name) != written.sha256:
-                raise DamagedError(Damage(name, _what_changed(folder / name, manifest)))
-        except OSError as error:
-            raise _judged(name, error) from error
+@contextmanager
+def opened(path: Path) -> Iterator[io.FileIO]:
+    """Open a file to read from it; looked at before too, since a pipe would be waited for."""
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise DamagedError(Damage(path.name, "is not a file"))
+    with path.open("rb", buffering=0) as stream:
+        if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
+            raise DamagedError(Damage(path.name, "is not a file"))
+        yield stream
 
 
-def require_listed(manifest: Manifest, names: Iterable[str]) -> None:
-    """Raise DamagedError if the manifest does not list files that belong to the checkpoint by its index."""
-    if missing := sorted(set(names) - manifest.files.keys()):
-        raise DamagedError(Damage(FILE, f"does not list {missing[0]}"))
-
-
-def _judged(name: str, error: OSError) -> Exception:
+def judged(name: str, error: OSError) -> Exception:
     """Return a DamagedError if the file called name is not there or gives no bytes, else the error itself."""
     if error.errno == errno.ENOENT:
         return DamagedError(Damage(name, "is missing"))
@@ -202,23 +224,6 @@ def _judged(name: str, error: OSError) -> Exception:
 def folder_name(step: int) -> str:
     """The name of a checkpoint's folder."""
     return f"step-{step:08d}"
-
-
-def _what_changed(path: Path, manifest: Manifest) -> str:
-    with path.open("rb") as file:
-        line = file.readline(200)
-    expected = header(manifest.step, manifest.identity.run)
-    if line.startswith(expected[:15]) and line != expected:
-        return f"belongs elsewhere ({line.decode('ascii', 'replace').strip()})"
-    return "its content is not what was written"
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb", buffering=0) as file:
-        while block := file.read(CHUNK):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _digest(content: Mapping[str, Any]) -> str:

@@ -6,12 +6,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch.distributed as dist
 from dsft_launchers.verdict import CannotBeginError, RefusedError
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import Metadata
 
-from dsft.checkpoint import files, manifest
+from dsft.checkpoint import manifest, pickled, reading, verified
 from dsft.checkpoint.lease import Lease
 from dsft.checkpoint.manifest import Damage, DamagedError, Identity, Manifest, NewerError
 from dsft.checkpoint.store import Store
@@ -44,7 +42,7 @@ class Search:
 
 @dataclass(frozen=True)
 class Found:
-    """A checkpoint that every rank has verified. state: the template that is to be filled from it."""
+    """A checkpoint that every rank has verified. state: the template, filled from it by what was verified."""
 
     folder: Path
     content: Manifest
@@ -54,9 +52,10 @@ class Found:
 def restore(strategy: Strategy, search: Search) -> Manifest | None:
     """Load the newest checkpoint that all ranks verify into strategy; None if there is none. Collective.
 
-    Nothing of the run changes before every rank has verified every byte that it is about to read. Raises RefusedError
-    if there are checkpoints and none verifies: then all stay where they are. Raises CannotBeginError if a file is
-    damaged for some ranks only, or for none at the second look.
+    Each file is read once: what is loaded is what was verified, whatever becomes of the file meanwhile. Nothing of the
+    run changes before every rank has verified every byte of its own. Raises RefusedError if there are checkpoints and
+    none verifies: then all stay where they are. Raises CannotBeginError if a file is damaged for some ranks only, or
+    for none at the second look.
     """
     _settle(search, lambda: search.store.settle_trial())
     found, damaged = _choose(strategy, search)
@@ -71,7 +70,6 @@ def restore(strategy: Strategy, search: Search) -> Manifest | None:
         )
     if found is None:
         return None
-    files.read(found.state, found.folder, _group(search.world))
     strategy.import_state(found.state)
     return found.content
 
@@ -133,12 +131,13 @@ def _verified(strategy: Strategy, folder: Path, search: Search) -> Found | Damag
     content, state, reads, damage, newer = None, dict[str, Tensor](), set[str](), None, None
     try:
         content = _manifest_of(folder, search)
-        index = _index_of(folder, content)
+        index = reading.index_of(folder, content)
         whole = content.progress.get("optimizer") == search.optimizer
-        held = {name: shape for name, shape in files.shapes(index).items() if whole or name.startswith(OURS)}
+        held = {name: shape for name, shape in reading.shapes(index).items() if whole or name.startswith(OURS)}
         state = strategy.state_template(held)
-        reads = files.needed(state, index)
-        manifest.verify(folder, content, reads)
+        mine = reading.Reading(state, index)
+        reads = mine.files
+        mine.fill(folder, content)
     except DamagedError as error:
         damage = error.damage
     except NewerError as error:
@@ -146,7 +145,7 @@ def _verified(strategy: Strategy, folder: Path, search: Search) -> Found | Damag
     everyone = world.gather((reads, damage, newer))
     if refusal := next((newer for *_, newer in everyone if newer), None):
         raise RefusedError(refusal)
-    needed = {files.INDEX}.union(*(part for part, *_ in everyone))
+    needed = set(_own_index(content)).union(*(part for part, *_ in everyone))
     damages = [damage for _, damage, _ in everyone]
     if not any(damages):
         rest = set(content.files if content else ()).difference(needed)
@@ -186,10 +185,10 @@ def _damage_of(folder: Path, search: Search, names: set[str], needed: set[str]) 
     """Return what this rank finds wrong with the files called names, or the manifest, which must list the needed."""
     try:
         content = _manifest_of(folder, search)
-        manifest.require_listed(content, needed)
-        if files.INDEX in names:
-            _index_of(folder, content)
-        manifest.verify(folder, content, names.intersection(content.files))
+        verified.require_listed(content, needed)
+        if names.intersection((manifest.FILE, pickled.FILE)):
+            reading.index_of(folder, content)
+        verified.verify(folder, content, names.intersection(content.files))
     except DamagedError as error:
         return error.damage
     except NewerError:  # whole, as far as this goes
@@ -204,9 +203,9 @@ def _manifest_of(folder: Path, search: Search) -> Manifest:
     return content
 
 
-def _index_of(folder: Path, content: Manifest) -> Metadata:
-    manifest.verify(folder, content, [files.INDEX])
-    return files.index(folder)
+def _own_index(content: Manifest | None) -> list[str]:
+    """Return the name of the file that is the index of a checkpoint, if it is one of its own."""
+    return [pickled.FILE] if content is not None and content.index is None else []
 
 
 def _set_aside(search: Search, folder: Path, reason: str, file: str) -> None:
@@ -238,7 +237,3 @@ def _tell_aside(search: Search, folder: Path, file: str, moved: tuple[Path, str]
     place, reason = moved
     details: dict[str, object] = {"checkpoint": folder.name, "file": file, "reason": reason, "moved_to": str(place)}
     search.tell("quarantine", int(folder.name.removeprefix("step-")), details)
-
-
-def _group(world: World) -> dist.ProcessGroup | None:
-    return dist.group.WORLD if world.size > 1 else None

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dsft.checkpoint import files
 from dsft.checkpoint.copies import Copies
+from dsft.checkpoint.index import Index
 from dsft.checkpoint.lease import Lease, LeaseLostError
 from dsft.checkpoint.manifest import Identity, Manifest, Written
 from dsft.checkpoint.store import Store
@@ -150,9 +151,10 @@ class Saver:
         if failed is not None:
             return failed
         written: dict[str, Written] = {}
+        index: Index = {}
         error = None
         try:
-            written = files.write(state, place, step, self.identity.run, self.world.group)
+            written, index = files.write(state, place, step, self.identity.run, self.world.group)
         except Exception as failure:  # of this rank alone: the others wait below
             error = str(failure) if isinstance(failure, OSError) else repr(failure)
         parts = self.world.gather((written, error))
@@ -165,6 +167,7 @@ class Saver:
                 lease=self.lease.token,
                 progress=progress,
                 files={name: file for part, _ in parts for name, file in part.items()},
+                index=index,
             )
             outcome = self._finish(place, content, outcome, self.lease)
         return self.world.gather(outcome)[0]

@@ -3,17 +3,15 @@
 import os
 import re
 import resource
-from collections.abc import Iterable
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, replace
 from datetime import timedelta
-from enum import Enum
-from pathlib import Path
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dsft.comm import wire
 from dsft.comm.devices import devices, seat
 from dsft.comm.meeting import meet, within
 
@@ -25,8 +23,6 @@ GLOO = re.compile(r"\[\S*\bgloo/\S*:\d+\] ")
 """How an error of gloo begins that reads from a peer or writes to it; its own mistakes begin with [enforce fail."""
 OWN_NCCL = re.compile(r"\bnccl(UnhandledCudaError|InvalidUsage|InvalidArgument)\b")
 """NCCL's words for what went wrong in this process, and not with a peer."""
-ATOMS = (bool, int, float, str, bytes, Path, Enum)
-"""Types that gather sends, besides None and containers of these."""
 
 
 @dataclass(frozen=True)
@@ -61,38 +57,25 @@ class World:
     def gather(self, value: T) -> list[T]:
         """Return every rank's value, in rank order, on every rank.
 
-        A value is data: None, a bool, a number, text, bytes, a path, a member of an enum, or a list, tuple, set, dict
-        or dataclass of such. Raises TypeError for anything else, as for an exception: some of them can be sent and
-        not be received.
+        A value is data: None, a bool, a number, text, bytes, a path, a list, tuple, set or dict of such, or a dataclass
+        or member of an enum of dsft's. It travels as JSON. Raises TypeError for anything else, as for an exception.
         """
-        _require_data(value)
-        if self.size == 1:
-            return [value]
-        values: list[T] = [value] * self.size
-        dist.all_gather_object(values, value, group=self.group)
-        return values
+        said = wire.spelled(value)
+        return [wire.understood(content) for content in (self._texts(said) if self.size > 1 else [said])]
+
+    def _texts(self, mine: bytes) -> list[bytes]:
+        """Return every rank's bytes: first how many, then they themselves, as many for each as the longest has."""
+        lengths = [torch.empty(1, dtype=torch.int64) for _ in range(self.size)]
+        dist.all_gather(lengths, torch.tensor([len(mine)]), group=self.group)
+        padded = bytearray(mine).ljust(int(torch.cat(lengths).max()), b" ")
+        everyone = [torch.empty(len(padded), dtype=torch.uint8) for _ in range(self.size)]
+        dist.all_gather(everyone, torch.frombuffer(padded, dtype=torch.uint8), group=self.group)
+        return [part.numpy().tobytes() for part in everyone]  # JSON ends before the blanks
 
     def barrier(self) -> None:
         """Wait until every rank is here."""
         if self.size > 1:
             dist.barrier()
-
-
-def _require_data(value: object) -> None:
-    """Raise TypeError for what gather does not send."""
-    if value is None or (isinstance(value, ATOMS) and not isinstance(value, BaseException)):
-        return
-    parts: Iterable[object]
-    if isinstance(value, list | tuple | set | frozenset):
-        parts = value
-    elif isinstance(value, dict):
-        parts = (*value.keys(), *value.values())
-    elif is_dataclass(value) and not isinstance(value, type | BaseException):
-        parts = (getattr(value, field.name) for field in fields(value))
-    else:
-        raise TypeError(f"gather sends data between ranks, got {type(value).__name__}: {value!r:.200}")
-    for part in parts:
-        _require_data(part)
 
 
 def lost_peer(error: BaseException) -> bool:
@@ -113,7 +96,7 @@ def lost_peer(error: BaseException) -> bool:
 
 
 def join(timeout_s: float = 1800.0) -> World:
-    """Join the process group that RANK, WORLD_SIZE, LOCAL_RANK and MASTER_* name; alone without them.
+    """Join the process group that RANK, WORLD_SIZE, LOCAL_RANK and the meeting place name; alone without them.
 
     timeout_s: of a collective. Raises CannotBeginError if a rank is missing, or has no device of its own.
     """

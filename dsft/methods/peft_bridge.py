@@ -10,11 +10,23 @@ from torch import Size, Tensor, nn
 
 from dsft.imports import uncompiled
 from dsft.methods.peft_folder import Folder
-from dsft.methods.stored import Stored, as_it_is
+from dsft.methods.stored import TENSORS, Stored, as_it_is
 from dsft.protocols import Method
 
 ADAPTER = "default"
 """PEFT's name for the one adapter that learns."""
+
+
+def load(base: nn.Module, folder: Path) -> Any:
+    """PEFT's model of the adapter in folder around base.
+
+    Raises ValueError where the adapter is no safetensors file: PEFT would take a pickle in its place.
+    """
+    if not (folder / TENSORS).is_file():
+        raise ValueError(f"{folder} must hold {TENSORS}, got none; let PEFT save it again with safe_serialization")
+    with uncompiled():
+        from peft import PeftModel
+    return PeftModel.from_pretrained(base, folder)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 SMALL_BYTES = 64 * 2**20
 """So much is read at once, wherever it lies: a fraction of a second."""
 SAMPLE_BYTES = 1024
+ADAPTER = "adapter_config.json"
+"""What transformers takes for an adapter to put into the model beside it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,6 +124,16 @@ def check_folder(folder: Path, *, weights: bool) -> None:
             f"model.path must hold plain weights, got {folder} quantized with {method}; "
             "give the unquantized model and choose quantization=nf4 or int8"
         )
+    if (folder / ADAPTER).exists():
+        raise ValueError(
+            f"model.path must hold a base model alone, got {folder} with {ADAPTER} beside config.json, which other "
+            "programs put into the model; move the adapter to a folder of its own and give it as method.init_from"
+        )
+    if "transformers_weights" in config:
+        raise ValueError(
+            f"model.path must hold its weights under their usual names, got transformers_weights in "
+            f"{folder / 'config.json'}, which other programs read in their place; take it out"
+        )
     if weights:
         read_headers(folder)
 
@@ -134,7 +146,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not file.is_file():
         hint = (
             "it holds an adapter: give its base model"
-            if (folder / "adapter_config.json").is_file()
+            if (folder / ADAPTER).is_file()
             else ("save a model there with save_pretrained")
         )
         raise ValueError(f"model.path must be a folder with config.json, got {folder} without one; {hint}")

@@ -100,14 +100,18 @@ class Update:
         return tensors | {key: pack_numbers(values, list(self.named)) for key, values in numbers.items()}
 
     def template(self, shapes: Mapping[str, Shape]) -> dict[str, Tensor]:
-        """Tensors to fill with a saved state: live parameters, fresh optimizer tensors laid out as theirs."""
+        """Tensors to fill with a saved state: the optimizer's to be, and values for the parameters, laid out alike.
+
+        What is to be copied waits on the host where it is whole, as before a save; a shard takes no more than the
+        gradient that will be in its place.
+        """
         same_parameters(shapes, {name: param.shape for name, param in self.named.items()})
         made: dict[str, Tensor] = {}
         for key, (size, dtype) in shapes.items():
             kind, _, name = key.partition("/")
             param = self.named[name].detach() if name else None
             if kind == PARAM and param is not None:
-                made[key] = param
+                made[key] = torch.empty_like(param, device=None if hasattr(param, "full_tensor") else "cpu")
             elif param is not None and param.shape == size:
                 made[key] = torch.empty_like(param, dtype=dtype)
             else:
@@ -123,6 +127,8 @@ class Update:
                     self.optimizer.state[self.named[owner]][kind] = number
             elif kind != PARAM:
                 self.optimizer.state[self.named[name]][kind] = value
+            else:
+                self.named[name].detach().copy_(value)
 
 
 def gathered(value: Tensor) -> Tensor:
@@ -218,12 +224,13 @@ class OnTensors(Strategy):
         return {**self.update.state(), **self.kept}
 
     def state_template(self, shapes: Mapping[str, Shape]) -> dict[str, Tensor]:
-        """The live parameters and fresh tensors beside them."""
+        """Fresh tensors, of which the optimizer's become its own."""
         return self.update.template(not_kept(shapes)) | self.keepsakes(shapes)
 
     def import_state(self, state: dict[str, Tensor]) -> None:
         """Go on from it."""
         self.update.restore(not_kept(state))
+        self.take_keepsakes(state)
 
 
 def _gradient(param: nn.Parameter) -> Tensor:

@@ -161,6 +161,7 @@ class Zero(Strategy):
     def import_state(self, state: dict[str, Tensor]) -> None:
         """Each tensor goes from the rank that read it to all, and each keeps its part."""
         self._state().restore(not_kept(state))
+        self.take_keepsakes(state)
 
     values = staticmethod(zero_whole.values)
     gradients = staticmethod(zero_whole.gradients)

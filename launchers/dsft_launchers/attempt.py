@@ -5,12 +5,14 @@ import re
 import signal
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 from dsft_launchers import cause, cluster, verdict
 from dsft_launchers.cause import Cause
+from dsft_launchers.place import MEETING, private_folder
 
 SUPERVISED = "DSFT_SUPERVISED"
 """Tells a rank that its leaving on request is no failure: srun would end the others for it."""
@@ -51,12 +53,23 @@ def attempt(run_dir: Path, nodes: int, devices: int, python: list[str], *, fewer
     ]  # fmt: skip
     files = [logs / f"rank-{rank}.log" for rank in range(nodes * devices)]
     sizes = [file.stat().st_size if file.exists() else 0 for file in files]
-    said = _run(command, _rank_env(devices))
+    with _meeting() as place:
+        said = _run(command, {**_rank_env(devices), **place})
     texts = [_tail(file, start) for file, start in zip(files, sizes, strict=True)]
     found = cause_of(said, texts)
     if found is not None:
         tell(f"{found.reason}; the ranks' logs are in {logs}")
     return Attempt(found, failed_on(said, texts, alone=nodes == 1))
+
+
+@contextmanager
+def _meeting() -> Iterator[dict[str, str]]:
+    """The variable that names the ranks' private folder, where this node is the job's only one; none else."""
+    if os.environ.get("SLURM_JOB_NUM_NODES") != "1":
+        yield {}
+        return
+    with private_folder() as place:
+        yield {MEETING: str(place)}
 
 
 def cause_of(said: str, texts: Sequence[str]) -> Cause | None:

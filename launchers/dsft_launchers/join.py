@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Literal
 
 from dsft_launchers import cluster
+from dsft_launchers.place import MEETING
 
 TORCHRUN_PORT = "29500"
 """torchrun's own default."""
 SLURM_PORTS = range(20000, 26000)
-"""Below Linux' default ephemeral range, apart from the local launcher's ports."""
+"""Below Linux' default ephemeral range."""
 SPECIAL_STEPS = 0xFFFFFFF0
 """Step ids from here on are no srun step: the batch script (0xfffffffb), the interactive step (0xfffffffa), ..."""
 
@@ -46,7 +47,7 @@ def resolve(
     a step: there, auto is local. dry_run: a job that is printed; planning: nothing is started, and what needs SLURM
     is a job also where none answers.
     """
-    start = _torchrun(env) or _slurm_task(env)
+    start = _rank_of_ours(env) or _torchrun(env) or _slurm_task(env)
     if start is not None and name != "auto":
         raise ValueError(
             f"launcher must be auto where others start the processes, got {name}; {start.why}: leave "
@@ -117,6 +118,14 @@ def _numbers(ranges: str) -> list[str]:
         first, _, last = item.partition("-")
         numbers += [str(n).zfill(len(first)) for n in range(int(first), int(last or first) + 1)]
     return numbers
+
+
+def _rank_of_ours(env: Mapping[str, str]) -> Start | None:
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", MEETING)
+    if not all(env.get(name) for name in names):
+        return None
+    variables = {name: env[name] for name in names}
+    return Start("torchrun", f"a rank of the local launcher: rank {env['RANK']} of {env['WORLD_SIZE']}", variables)
 
 
 def _torchrun(env: Mapping[str, str]) -> Start | None:

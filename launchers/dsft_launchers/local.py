@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from dsft_launchers import cause, orphans, verdict
 from dsft_launchers.codes import CRASHED, DONE, STOPPED, USER_ERROR
-from dsft_launchers.ports import reserved_port
+from dsft_launchers.place import private_folder
 from dsft_launchers.processes import Rank, defaults, pass_through, rank_env, start
 from dsft_launchers.stop import FORWARDED, Stop, stop_signals
 
@@ -77,8 +77,9 @@ def run_ranks(
 ) -> Ending:
     """Run num_processes of command on this machine, and return the launch's exit code and the cause of its end.
 
-    Each gets RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT; env is added to this process'
-    environment. Output goes to log_dir/rank-<r>.log (appended), rank 0's to the terminal as well.
+    Each gets RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE and DSFT_MEETING, a folder of this user alone in which they
+    meet; env is added to this process' environment. Output goes to log_dir/rank-<r>.log (appended), rank 0's to the
+    terminal as well.
 
     0: every rank done. 2: the user's input is wrong (a rank left with 2, its line is on stderr). 75: stopped on
     request. 76: anything else; stderr names the rank and shows its error. grace_s: time to leave after SIGINT or
@@ -90,11 +91,11 @@ def run_ranks(
     mark = orphans.new_mark(os.environ)
     ranks: list[Rank] = []
     tees: list[Thread] = []
-    with stop_signals() as stop, reserved_port() as port, orphans.watched(mark):
+    with stop_signals() as stop, private_folder() as place, orphans.watched(mark, place):
         try:
             for index in range(num_processes):
                 shared = {**os.environ, **defaults(num_processes), **env, orphans.MARK: mark}
-                ranks.append(start(command, index, log_dir, {**shared, **rank_env(index, num_processes, port)}))
+                ranks.append(start(command, index, log_dir, {**shared, **rank_env(index, num_processes, place)}))
             tees = pass_through(ranks[0])
             outcome = _attend(ranks, stop, patience)
         finally:

@@ -54,11 +54,11 @@ def end(mark: str, *, patience_s: float) -> list[int]:
 
 
 @contextmanager
-def watched(mark: str) -> Iterator[None]:
-    """While inside, a watcher process ends the processes of mark should this process die."""
+def watched(mark: str, folder: Path) -> Iterator[None]:
+    """While inside, a watcher process ends the processes of mark should this process die, and removes folder."""
     env = {name: value for name, value in os.environ.items() if name != MARK}
     watcher = subprocess.Popen(
-        [sys.executable, "-I", "-S", __file__, mark],
+        [sys.executable, "-I", "-S", __file__, mark, str(folder)],
         stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
@@ -83,3 +83,6 @@ def _kill(pid: int) -> None:
 if __name__ == "__main__":
     sys.stdin.buffer.read()  # returns when the launcher is gone, or done
     end(sys.argv[1], patience_s=0.0)
+    import shutil  # here, as it costs a launch more than the rest of this process
+
+    shutil.rmtree(sys.argv[2], ignore_errors=True)

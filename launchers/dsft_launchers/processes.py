@@ -15,6 +15,8 @@ from pathlib import Path
 from threading import Thread
 from typing import IO
 
+from dsft_launchers.place import MEETING
+
 TAIL_BYTES = 65536
 HELD_S = 2.0
 """How long a terminal that takes nothing (Ctrl-S, a pager) is waited for; what it misses is in the log."""
@@ -70,21 +72,21 @@ def defaults(num_processes: int) -> dict[str, str]:
         "PYTHONUNBUFFERED": "1",  # live output, and whole logs after kill -9
         "PYTHONFAULTHANDLER": "1",  # a stack in the log after a crash in native code
         "GLOO_SOCKET_IFNAME": "lo",  # gloo resolves the hostname otherwise, which fails on many laptops
+        "NCCL_SOCKET_IFNAME": "lo",  # what it exchanges at its start, on an outer interface otherwise
     }
     if num_processes > 1:
         values["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // num_processes))
     return {name: value for name, value in values.items() if name not in os.environ}
 
 
-def rank_env(index: int, num_processes: int, port: int) -> dict[str, str]:
-    """Variables by which rank index finds the others (those of torchrun)."""
+def rank_env(index: int, num_processes: int, place: Path) -> dict[str, str]:
+    """Variables by which rank index finds the others: torchrun's, with a private folder in place of an address."""
     return {
         "RANK": str(index),
         "WORLD_SIZE": str(num_processes),
         "LOCAL_RANK": str(index),
         "LOCAL_WORLD_SIZE": str(num_processes),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
+        MEETING: str(place),
     }
 
 

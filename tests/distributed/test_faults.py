@@ -30,7 +30,7 @@ def _wrong(layout: str, folder: Path, each: int = 1) -> dict[str, str]:
 
 
 def test_every_damage_is_found_on_one_process(tmp_path: Path) -> None:
-    assert len(names("single x1")) == 61
+    assert len(names("single x1")) == 50
     assert _wrong("single x1", tmp_path) == {}
 
 

@@ -1,9 +1,7 @@
 """The local launcher on real processes: tiny scripts, no torch, a launcher process per test."""
 
 import os
-import re
 import signal
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,16 +17,16 @@ def launch(tmp_path: Path) -> Iterator[Launch]:
 
 
 def test_ranks_get_torchruns_variables_and_a_log_each(launch: Launch, tmp_path: Path) -> None:
-    names = "RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE MASTER_ADDR OMP_NUM_THREADS"
+    names = "RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE OMP_NUM_THREADS"
     body = f"print(*[os.environ[name] for name in '{names}'.split()]); print('warn', rank, file=sys.stderr)"
     code, out, err = finish(launch(body))
     threads = max(1, len(os.sched_getaffinity(0)) // 2)
     assert code == 0
-    assert out == f"0 2 0 2 127.0.0.1 {threads}\n"
+    assert out == f"0 2 0 2 {threads}\n"
     assert err == "warn 0\n"
     logs = [(tmp_path / "logs" / f"rank-{rank}.log").read_text() for rank in range(2)]
     assert sorted(logs[0].splitlines()) == sorted([*out.splitlines(), "warn 0"])
-    assert f"1 2 1 2 127.0.0.1 {threads}" in logs[1]
+    assert f"1 2 1 2 {threads}" in logs[1]
     assert "warn 1" in logs[1]
 
 
@@ -180,35 +178,36 @@ def test_a_failure_leaves_no_grandchild(launch: Launch, tmp_path: Path) -> None:
     assert not wait_gone(pids, timeout_s=0.5)
 
 
-def test_launches_side_by_side_meet_on_their_own_ports(tmp_path: Path) -> None:
-    from dsft_launchers.ports import reserved_port
-
-    ports: list[int] = []
-    gate = threading.Barrier(8)
-
-    def hold() -> None:
-        with reserved_port() as port:
-            ports.append(port)
-            gate.wait(timeout=10)
-
-    threads = [threading.Thread(target=hold) for _ in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(set(ports)) == 8
-
-
-def test_the_port_is_free_for_rank_0(launch: Launch) -> None:
-    body = """
-import socket
+MEET = """
+place = os.environ["DSFT_MEETING"]
+found = os.stat(place)
 if rank == 0:
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", int(os.environ["MASTER_PORT"])))
-print(os.environ["MASTER_PORT"])
+    open(os.path.join(place, "store"), "w").close()
+    print(place, found.st_uid, oct(found.st_mode))
+ready()
 """
-    first, second = launch(body), launch(body)
+
+
+def test_each_launch_has_a_private_folder_to_meet_in_which_it_removes(launch: Launch) -> None:
+    first, second = launch(MEET), launch(MEET)
     outcomes = [finish(first), finish(second)]
     assert [code for code, _, _ in outcomes] == [0, 0]
-    assert len({out for _, out, _ in outcomes}) == 2
-    assert all(re.fullmatch(r"\d+\n", out) for _, out, _ in outcomes)
+    places = [out.split() for _, out, _ in outcomes]
+    assert all(rest == [str(os.geteuid()), "0o40700"] for _, *rest in places)
+    assert len({place for place, *_ in places}) == 2
+    assert not any(Path(place).exists() for place, *_ in places)
+
+
+def test_the_folder_goes_also_when_the_launcher_is_killed(launch: Launch, tmp_path: Path) -> None:
+    process = launch(f"{MEET}time.sleep(60)")
+    assert process.stdout is not None
+    place = Path(process.stdout.readline().split()[0])
+    pids = [pid_of(tmp_path, str(rank)) for rank in range(2)]
+    assert (place / "store").exists()
+    process.kill()
+    finish(process)
+    assert not wait_gone(pids, timeout_s=10)
+    until = time.monotonic() + 10
+    while place.exists() and time.monotonic() < until:
+        time.sleep(0.05)
+    assert not place.exists()

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from dsft_launchers.ports import reserved_port
 
 from dsft.compose import compose
 from tests.launch.processes import dsft
@@ -73,18 +72,23 @@ def launched(size: int, folder: Path, *command: str) -> "subprocess.CompletedPro
     return subprocess.run(typed, capture_output=True, text=True, check=False, timeout=240)
 
 
+def free_port() -> str:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return str(free.getsockname()[1])
+
+
 def ranks(command: Sequence[str], each: Sequence[dict[str, Any]]) -> list[tuple[int, str]]:
     """Exit code and stderr of one process per entry of each, what Popen gets for it, as if each had its own node."""
-    with reserved_port() as port:
-        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo", "LOCAL_RANK": "0"}
-        started = [
-            subprocess.Popen(
-                command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, cwd=more.get("cwd"),
-                env={**os.environ, **address, "RANK": str(rank), "WORLD_SIZE": str(len(each)), **more.get("env", {})},
-            )
-            for rank, more in enumerate(each)
-        ]  # fmt: skip
-        said = [process.communicate(timeout=240)[1] for process in started]
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "GLOO_SOCKET_IFNAME": "lo", "LOCAL_RANK": "0"}
+    started = [
+        subprocess.Popen(
+            command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, cwd=more.get("cwd"),
+            env={**os.environ, **address, "RANK": str(rank), "WORLD_SIZE": str(len(each)), **more.get("env", {})},
+        )
+        for rank, more in enumerate(each)
+    ]  # fmt: skip
+    said = [process.communicate(timeout=240)[1] for process in started]
     return [(process.returncode, text) for process, text in zip(started, said, strict=True)]
 
 

@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import json
+import math
 import os
 import random
 import shutil
@@ -23,7 +24,7 @@ from dsft.engine.assemble import Session
 from dsft.engine.resume import resume
 from tests.unit.checkpoint.resuming import STEPS, Told, resumed
 
-FILES = ["manifest.json", ".metadata", "__0_0.distcp", "__1_0.distcp"]
+FILES = ["manifest.json", "__0_0.distcp", "__1_0.distcp"]
 
 
 def flip_a_bit(path: Path) -> None:
@@ -110,7 +111,7 @@ def edit(manifest_of: Path, **changes: Any) -> None:
     (manifest_of / "manifest.json").write_text(json.dumps({**content, "digest": digest}))
 
 
-@pytest.mark.parametrize("changes", [{"format": 2}, {"seal": "of a later time"}], ids=str)
+@pytest.mark.parametrize("changes", [{"format": 3}, {"seal": "of a later time"}], ids=str)
 def test_a_later_dsfts_checkpoint_is_refused_and_stays(
     changes: dict[str, Any], session: Session, run_dir: Path
 ) -> None:
@@ -125,7 +126,7 @@ def test_a_later_dsfts_checkpoint_is_refused_and_stays(
 
 
 @pytest.mark.parametrize("changes", [
-    {"files": {".metadata": {"size": 1}}}, {"progress": None}, {"progress": 3}, {"step": "6"}, {"format": 0},
+    {"files": {"__0_0.distcp": {"size": 1}}}, {"progress": None}, {"progress": 3}, {"step": "6"}, {"format": 0},
     {"identity": []}, {"files": ["__0_0.distcp"]},
 ], ids=str)  # fmt: skip
 def test_an_odd_manifest_with_a_right_digest_is_a_damaged_one(
@@ -174,19 +175,24 @@ def test_damaged_ones_older_than_the_one_taken_are_left_alone(session: Session, 
     assert tree(run_dir) == before
 
 
+def failing(monkeypatch: pytest.MonkeyPatch, number: int, *, times: float) -> None:
+    """So many times __0_0.distcp cannot be opened."""
+    opened, failed = Path.open, list[Path]()
+
+    def fails(path: Path, *args: Any, **keys: Any) -> Any:
+        if path.name == "__0_0.distcp" and len(failed) < times:
+            failed.append(path)
+            raise OSError(number, os.strerror(number), str(path))
+        return opened(path, *args, **keys)
+
+    monkeypatch.setattr(Path, "open", fails)
+
+
 def test_a_file_that_reads_wrong_once_and_right_again_condemns_nothing(
     session: Session, run_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    read, failed = manifest._sha256, list[Path]()
-
-    def fails_once(path: Path) -> str:
-        if path.name == "__0_0.distcp" and not failed:
-            failed.append(path)
-            raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
-        return read(path)
-
-    monkeypatch.setattr(manifest, "_sha256", fails_once)
     before = tree(run_dir)
+    failing(monkeypatch, errno.EIO, times=1)
     with pytest.raises(CannotBeginError, match=r"rank 0 on .* finds step-00000006 damaged \(__0_0.distcp: cannot be"):
         resumed(session, run_dir)
     assert tree(run_dir) == before
@@ -236,10 +242,7 @@ def test_a_starter_that_lost_its_lease_moves_nothing(session: Session, run_dir: 
 def test_a_file_that_may_not_be_read_is_not_called_damaged(
     session: Session, run_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def no_right(path: Path) -> str:
-        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
-
-    monkeypatch.setattr(manifest, "_sha256", no_right)
+    failing(monkeypatch, errno.EACCES, times=math.inf)
     with pytest.raises(PermissionError):
         resumed(session, run_dir)
     assert (run_dir / "checkpoints" / manifest.folder_name(6)).is_dir()

@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from dsft.checkpoint import files
+from dsft.checkpoint import files, manifest
 from dsft.checkpoint.lease import LeaseLostError, acquire
 from dsft.checkpoint.manifest import Identity, folder_name
+from dsft.checkpoint.reading import Reading, index_of
 from dsft.checkpoint.saver import Retention, Saver
 from dsft.checkpoint.store import Store
 from dsft.comm.world import World
@@ -128,5 +129,7 @@ def test_a_state_that_moves_once_settled_is_saved_as_it_was(tmp_path: Path) -> N
         assert outcome.error is None
         assert 0 < outcome.stall_s < outcome.seconds
         saved = {name: torch.empty_like(tensor) for name, tensor in live.items()}
-        files.read(saved, saver.store.folder / folder_name(step), None)
+        folder = saver.store.folder / folder_name(step)
+        content = manifest.read(folder)
+        Reading(saved, index_of(folder, content)).fill(folder, content)
         assert all(bool((tensor == step).all()) for tensor in saved.values())

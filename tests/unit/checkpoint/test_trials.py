@@ -160,7 +160,7 @@ def test_the_only_checkpoint_is_never_moved(session: Session, run_dir: Path) -> 
 
 def test_no_damaged_one_is_tried(session: Session, run_dir: Path) -> None:
     for step in (1, 3):
-        (run_dir / "checkpoints" / manifest.folder_name(step) / ".metadata").write_bytes(b"")
+        (run_dir / "checkpoints" / manifest.folder_name(step) / "__0_0.distcp").write_bytes(b"")
     crash_twice(run_dir)
     assert resumed(session, run_dir)[0] == 6
     assert there(run_dir) == [1, 3, 6]

@@ -36,6 +36,13 @@ def test_a_damaged_file_is_set_aside_by_all(seen: list[dict[str, Any]]) -> None:
         assert found["there"] == STEPS[:2]
 
 
+def test_code_in_an_index_runs_on_no_rank(seen: list[dict[str, Any]]) -> None:
+    for rank in seen:
+        found = rank["code in the index"]
+        assert (found["step"], found["ran"], found["there"]) == (3, False, STEPS[:2])
+        assert found["reasons"] == [".metadata: cannot be read (builtins.exec does not belong in an index)"]
+
+
 def test_nothing_that_verifies_is_refused_by_all(seen: list[dict[str, Any]]) -> None:
     for rank in seen:
         found = rank["a bit flipped in all"]

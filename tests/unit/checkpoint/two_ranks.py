@@ -25,6 +25,7 @@ from dsft.comm.world import World, join, lost_peer
 from dsft.compose import load_yaml, read
 from dsft.engine.assemble import Session, assemble
 from dsft.engine.resume import resume
+from tests.unit.checkpoint.earlier import plant
 from tests.unit.checkpoint.resuming import Told
 
 FILE, NEWEST = "__1_0.distcp", manifest.folder_name(6)
@@ -41,6 +42,10 @@ def flip(run_dir: Path, step: int = 6) -> None:
 def flip_all(run_dir: Path) -> None:
     for step in (1, 3, 6):
         flip(run_dir, step)
+
+
+def poison(run_dir: Path) -> None:
+    plant(run_dir / "checkpoints" / NEWEST, run_dir / "ran")
 
 
 def nothing(run_dir: Path) -> None:
@@ -66,6 +71,7 @@ def fails(method: str, number: int) -> Iterator[None]:
 
 SCENES: dict[str, tuple[Callable[[Path], None], str, int]] = {
     "a bit flipped": (flip, "", 0),
+    "code in the index": (poison, "", 0),
     "a bit flipped in all": (flip_all, "", 0),
     "missing for rank 1": (nothing, "stat", errno.ENOENT),
     "unreadable for rank 1": (nothing, "open", errno.EIO),
@@ -90,7 +96,10 @@ def played(session: Session, finished: Path, place: Path, name: str) -> Outcome:
         except Exception as error:
             outcome = {"error": type(error).__name__, "says": str(error)}
     there = sorted(path.name for path in (run_dir / "checkpoints").glob("step-*"))
-    return {**outcome, "events": [(event, step) for event, step, _ in told.events], "there": there}
+    events = [(event, step) for event, step, _ in told.events]
+    reasons = [str(details["reason"]) for event, _, details in told.events if event == "quarantine"]
+    ran = (run_dir / "ran").exists()
+    return {**outcome, "events": events, "reasons": reasons, "ran": ran, "there": there}
 
 
 def refused(world: World) -> Outcome:
