@@ -18,6 +18,7 @@ from dsft.entry import BEGUN, enter, lose_lines
 from dsft.flags import hydra_flags
 from dsft.idle import refuse_of_a_sweep
 from dsft.preflight import announce, create, preflight, rehearse, tell_unchecked
+from dsft.searched import own_folder_last, python
 from dsft.wording import refuse
 
 
@@ -96,7 +97,7 @@ def _launch(run_dir: Path, size: int) -> int:
 
     from dsft.ending import settle
 
-    command = [sys.executable, "-m", "dsft.job", str(run_dir)]
+    command = [*python("dsft.job"), str(run_dir)]
     attempt = folder.state(run_dir).get("attempts", 0) + 1
     ending = run_ranks(command, num_processes=size, log_dir=run_dir / "logs", env={})
     settle(run_dir, ending, attempt)
@@ -159,4 +160,5 @@ def _join(composed: Composed) -> int:
 
 
 if __name__ == "__main__":
+    own_folder_last(inherited=BEGUN in os.environ)
     enter(main)

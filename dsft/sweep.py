@@ -13,6 +13,7 @@ from dsft_launchers.codes import DONE, STOPPED
 
 from dsft import folder
 from dsft.entry import enter
+from dsft.searched import own_folder_last
 from dsft.sweeps import ledger
 from dsft.sweeps.ledger import Ledger
 from dsft.sweeps.points import bring
@@ -135,4 +136,5 @@ def _cancel(sweep: Path, book: Ledger, points: Sequence[Standing]) -> int:
 
 
 if __name__ == "__main__":
+    own_folder_last()
     enter(main)

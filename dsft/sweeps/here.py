@@ -15,6 +15,7 @@ from dsft_launchers.join import count_devices
 from dsft_launchers.stop import stop_signals
 
 from dsft.entry import BEGUN
+from dsft.searched import python
 
 POLL_S = 0.1
 
@@ -82,7 +83,7 @@ def shares(at_once: int, devices: int) -> list[str] | None:
 
 def _start(words: Sequence[str], share: str | None, log: Path | None) -> "subprocess.Popen[bytes]":
     """The run, in a session of its own: a Ctrl-C reaches it once, through us."""
-    command = [sys.executable, "-m", "dsft.run", *words]
+    command = [*python("dsft.run"), *words]
     env = {**os.environ, BEGUN: "1", **({"CUDA_VISIBLE_DEVICES": share} if share else {})}
     if log is None:
         return subprocess.Popen(command, env=env, start_new_session=True)

@@ -18,7 +18,7 @@ VERBS = (
 )  # fmt: skip
 
 FLOORS = (
-    ("config", "imports", "offline", "synonyms"),
+    ("config", "imports", "offline", "synonyms", "owners", "searched", "locate"),
     ("comm",),
     ("course",),
     ("protocols",),
@@ -29,7 +29,19 @@ FLOORS = (
     ("paths",),
     ("spelling", "building", "flags"),
     ("compose",),
-    ("folder", "again", "origin", "door", "likeness", "earlier", "published", "recorder", "snapshot", "results"),
+    (
+        "folder",
+        "again",
+        "origin",
+        "door",
+        "likeness",
+        "earlier",
+        "published",
+        "recorder",
+        "snapshot",
+        "learned",
+        "results",
+    ),
     VERBS,
     ("__main__",),
 )

@@ -6,7 +6,6 @@ Imported by every Hydra program of the environment: no torch here, and nothing h
 import math
 import os
 from collections.abc import Sequence
-from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -35,16 +34,31 @@ class DsftSearchPath(SearchPathPlugin):
 
 
 def _providers(own: Path) -> list[tuple[str, str]]:
+    from dsft.locate import providers
+
     found = []
     chosen = os.environ.get("DSFT_CONFIG_DIR")
     if chosen:
         found.append(("--config-dir", f"file://{chosen}"))
     beside = Path.cwd() / "conf"
-    if beside.is_dir() and beside.resolve() != own.resolve():
+    if beside.is_dir() and beside.resolve() not in (own.resolve(), chosen and Path(chosen).resolve()):
+        _check_own(beside)
         found.append(("./conf", f"file://{beside}"))
-    for point in sorted(entry_points(group="dsft.configs"), key=lambda point: point.name):
-        found.append((f"plugin {point.name}", f"pkg://{point.value}"))
+    for name, package in sorted(providers().items()):
+        found.append((f"plugin {name}", f"pkg://{package}"))
     return found
+
+
+def _check_own(conf: Path) -> None:
+    """Refuse ./conf of another user, and one that came with a run or an adapter. Raises ValueError."""
+    from dsft.searched import why_not
+
+    for folder in (conf, conf.parent):
+        if (why := why_not(folder)) is not None:
+            raise ValueError(
+                f"./conf must be your own, got {conf}, and {folder} {why}; start dsft in another folder or, if you "
+                f"trust it, name it: --config-dir {conf}"
+            )
 
 
 class DsftLauncher(Launcher):
