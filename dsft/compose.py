@@ -254,10 +254,11 @@ def _is_local(tree: Mapping[str, Any]) -> bool:
     return tree.get("name") == "local" and not {field.name for field in fields(config.Slurm)} <= set(tree)
 
 
-def hand_to_hydra(argv: Sequence[str]) -> int:
-    """Let Hydra answer --cfg, --info, --help, --shell-completion and -m; returns the exit code."""
+def hand_to_hydra(argv: Sequence[str], *, trust: bool = False) -> int:
+    """Let Hydra answer --cfg, --info, --help, --shell-completion and -m; returns the exit code. trust: as typed."""
     import hydra
     from hydra.errors import HydraException
+    from hydra_plugins.dsft import DsftLauncher
     from omegaconf.errors import OmegaConfBaseException
 
     os.environ["HYDRA_FULL_ERROR"] = "1"
@@ -269,7 +270,7 @@ def hand_to_hydra(argv: Sequence[str]) -> int:
         words = [place if word.startswith("run_dir=~") or re.match("run_dir=['\"]~", word) else word for word in words]
     if any(word.startswith("hydra/launcher=") and word != "hydra/launcher=dsft" for word in words):
         _never(None)
-    sys.argv = ["dsft", *words]
+    sys.argv, DsftLauncher.trust = ["dsft", *words], trust
     os.environ.setdefault("HYDRA_MAIN_MODULE", "dsft.run")
     try:
         main = hydra.main(config_path=str(OWN_CONF), config_name="config", version_base="1.3")(_never)
@@ -277,8 +278,6 @@ def hand_to_hydra(argv: Sequence[str]) -> int:
     except (HydraException, OmegaConfBaseException) as error:
         raise ValueError(one_line(error, own_keys)) from error
     finally:
-        from hydra_plugins.dsft import DsftLauncher
-
         DsftLauncher.unwrite()
     return max(DsftLauncher.codes, default=0)
 

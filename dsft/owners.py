@@ -28,17 +28,17 @@ def doubt(path: Path) -> str | None:
         if uid not in (os.geteuid(), ROOT):
             return f"belongs to {_name(uid)}"
     if found.st_mode & stat.S_IWOTH:
-        return f"anybody may write (mode {stat.S_IMODE(found.st_mode):04o}, owned by {_name(found.st_uid)})"
+        return f"may be written by anybody (mode {stat.S_IMODE(found.st_mode):04o}, owned by {_name(found.st_uid)})"
     return None
 
 
-def check(folder: Path, what: str, *, trust: bool, depth: int = 2) -> None:
-    """Refuse a folder that another user may have written, and name one that its group may write, on stderr.
+def check(folder: Path, what: str, *, trust: bool, depth: int = 2, note: bool = True) -> None:
+    """Refuse a folder that another user may have written; with note, one line on stderr names what a group may write.
 
     what: how the command line calls it; depth: how far down its content is looked at, 0: the folder alone. A folder
     that is not there is nobody's. Raises ValueError.
     """
-    groups: list[Path] = []
+    told = False
     for path in _below(folder, depth):
         try:
             why, mode = doubt(path), os.stat(path)
@@ -49,10 +49,11 @@ def check(folder: Path, what: str, *, trust: bool, depth: int = 2) -> None:
                 f"{what} must be a folder that no other user writes, got {path}, which {why}; see what is in it, then "
                 f"add {TRUST}, or make it yours alone (chown, chmod o-w)"
             )
-        if mode.st_mode & stat.S_IWGRP and not groups:
-            groups.append(path)
-            said = f"{path} can be written by its group, {_group(mode.st_gid)}, and belongs to {_name(mode.st_uid)}"
-            print(f"dsft: note: {said}", file=sys.stderr)
+        if why is None and mode.st_mode & stat.S_IWGRP:
+            why = f"may be written by its group, {_group(mode.st_gid)} (owned by {_name(mode.st_uid)})"
+        if why is not None and note and not told:  # the first of them says it
+            print(f"dsft: note: {path} {why}", file=sys.stderr)
+            told = True
 
 
 def _below(folder: Path, depth: int) -> Iterator[Path]:

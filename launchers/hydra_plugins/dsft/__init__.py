@@ -65,10 +65,11 @@ class DsftLauncher(Launcher):
     """Starts each point of a sweep as a run of its own in SWEEP/<index>, here or in SLURM job arrays.
 
     metric: the value that a sweeper gets of a point, and that the table is sorted by. codes: exit codes of all points
-    so far in this process; Hydra gives no value of a sweep back to its caller.
+    so far in this process; Hydra gives no value of a sweep back to its caller. trust: the command line has --trust.
     """
 
     codes: ClassVar[list[int]] = []
+    trust: ClassVar[bool] = False
     sweep: ClassVar[Path | None] = None
     before: ClassVar[str | None] = None
 
@@ -77,7 +78,7 @@ class DsftLauncher(Launcher):
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         """Keep what launch needs, and what Hydra's sweeper will write over."""
-        from dsft import folder, paths
+        from dsft import folder, owners, paths
         from dsft.sweeps import ledger
 
         for typed in OverridesParser.create().parse_overrides(list(config.hydra.overrides.task)):
@@ -85,6 +86,7 @@ class DsftLauncher(Launcher):
                 raise ValueError(f"run_dir must be one for the whole sweep, got {typed.input_line}; give one folder")
         self.book = ledger.begin(self.metric)
         paths.check_run_dir(config.run_dir)
+        owners.check(Path(config.run_dir), "run_dir", trust=self.trust, depth=1)
         folder.check_place(Path(config.run_dir))
         file = Path(config.run_dir) / MULTIRUN
         DsftLauncher.sweep, DsftLauncher.before = file.parent, file.read_text() if file.is_file() else None
@@ -100,7 +102,7 @@ class DsftLauncher(Launcher):
 
         assert self.sweep is not None
         points = [list(overrides) for overrides in job_overrides]
-        codes, left = run_points(points, self.sweep, first=initial_job_idx, book=self.book)
+        codes, left = run_points(points, self.sweep, first=initial_job_idx, book=self.book, trust=self.trust)
         self.codes.extend(codes.values())
         if left is not None:
             raise SystemExit(max(left, *self.codes))
