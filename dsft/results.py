@@ -173,7 +173,7 @@ def _check_code(result: Result, *, trust_remote_code: bool) -> None:
         if not isinstance(method, Mapping) or "_target_" not in method:
             raise ValueError(f"RUN must be whole, got {file} without the class of its method; restore it")
         if (why := Allowed(file).refusal(str(method["_target_"]))) is not None:
-            raise ValueError(f"{file} must name a class that can be imported, got {method['_target_']} {why}")
+            raise ValueError(f"an adapter must name a class that can be imported, got {method['_target_']} {why}")
     for key in ELSEWHERE if kind == PEFT else ():
         if (value := described.get(key)) and value != "mirror":  # shadow_model: of the base itself
             raise ValueError(

@@ -60,6 +60,8 @@ class Native(Method):
         folder = place(self.init_from, CONFIG)
         try:
             before = read(folder)
+        except ForeignNameError as error:
+            raise ValueError(f"method.init_from: {error}") from None
         except (ValueError, TypeError, ImportError, AttributeError, KeyError) as error:
             raise ValueError(f"method.init_from must hold a method of ours, got {folder / CONFIG}: {error}") from None
         if type(before) is not type(self):
@@ -131,7 +133,7 @@ def read(folder: Path) -> Native:
     try:
         kind = locate(target, Allowed(file))
     except ForeignNameError as error:
-        raise ForeignNameError(f"{file} must name a class that can be imported, got {target} {error}") from error
+        raise ForeignNameError(f"an adapter must name a class that can be imported, got {target} {error}") from error
     except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(
             f"{file} must name a class that can be imported, got {target} ({error}); install the package that has it"
