@@ -1,13 +1,8 @@
 """dsft: the fine-tuning framework that proves the run was right."""
 
 import os
-import sys
 
-# python -m dsft.VERB has put the folder in which it was typed before all that is installed. It is not searched, so that
-# no file in it is taken for a library; a verb that runs what was typed searches it last (searched.py).
-if sys.argv[:1] == ["-m"] and sys.orig_argv[-len(sys.argv)].partition(".")[0].removeprefix("-m") == "dsft":
-    del sys.path[: 0 if sys.flags.safe_path else 1]
-
+from dsft import first as first  # before all other imports
 from dsft.imports import keep_remarks
 
 __version__ = "0.1.0"

@@ -44,7 +44,10 @@ def check(run_dir: Path, *, trust_remote_code: bool) -> Mapping[str, Any]:
     Raises ValueError also where the model's own code is asked for and not trusted, and for a file that is no run's.
     """
     file = run_dir / "config.yaml"
-    tree: Mapping[str, Any] = load_yaml(file)
+    try:
+        tree: Mapping[str, Any] = load_yaml(file)
+    except Exception as error:  # YAML's, OmegaConf's, or a file with something else in it
+        raise ValueError(f"{file} is damaged ({type(error).__name__}); restore it") from error
     for name in GROUPS:
         if not (isinstance(tree, dict) and isinstance(tree.get(name), Mapping)):
             raise ValueError(f"{file} is damaged: it must have keys below {name}; restore it")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dsft import owners
-from dsft.searched import installed_only
+from dsft.searched import installed_only, own_folder_too
 
 PLUGINS = "DSFT_PLUGINS"
 """Variable: packages, separated by commas, whose classes a folder that is read may name."""
@@ -68,8 +68,8 @@ def locate(name: str, allowed: Allowed) -> Any:
         raise ForeignNameError(why)
     module, _, last = name.rpartition(".")
     package = module.partition(".")[0]
-    own = allowed.anything or package in plugins()
-    with nullcontext() if own else installed_only():
+    around = own_folder_too if package in plugins() else nullcontext if allowed.anything else installed_only
+    with around():
         found = getattr(importlib.import_module(module), last)
     if isinstance(found, type) and not allowed.anything:
         whose = f"{found.__module__}.{found.__name__}"

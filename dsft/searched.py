@@ -90,3 +90,15 @@ def installed_only() -> Iterator[None]:
         yield
     finally:
         sys.path.extend(own)
+
+
+@contextmanager
+def own_folder_too() -> Iterator[None]:
+    """Within it modules of this process' folder are found behind all others, if it is the user's own."""
+    folder = own_folder()
+    added = [OwnFolder(folder)] if folder and folder not in sys.path else []
+    sys.path.extend(added)
+    try:
+        yield
+    finally:
+        sys.path[:] = [entry for entry in sys.path if not any(entry is each for each in added)]

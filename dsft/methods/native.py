@@ -140,7 +140,10 @@ def read(folder: Path) -> Native:
         ) from error
     if not (isinstance(kind, type) and issubclass(kind, Native)):
         raise ValueError(f"{file} must name a method of dsft's own format, got {target}")
-    method: Native = kind(**{key: _frozen(value) for key, value in values.items()}, init_from=None)
+    try:
+        method: Native = kind(**{key: _frozen(value) for key, value in values.items()}, init_from=None)
+    except TypeError as error:
+        raise ValueError(f"{file} must hold the fields of {target}, got others ({error}); copy it again") from error
     return method
 
 

@@ -198,16 +198,15 @@ def test_what_peft_says_of_its_base_class_imports_nothing(place: Path) -> None:
     assert adapters.load(place / "lora").compare("hi", max_new_tokens=3) == expected
 
 
-def test_one_names_ones_own_package_in_the_environment(
-    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_one_names_ones_own_package_in_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "ours_alone.py").write_text(EVIL.replace("Evil", "Mine"))
-    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.chdir(tmp_path)
     monkeypatch.delenv(PLUGINS, raising=False)
     with pytest.raises(ForeignNameError, match=f"set {PLUGINS}=ours_alone"):
         locate("ours_alone.Mine", Allowed())
     monkeypatch.setenv(PLUGINS, "other, ours_alone")
     assert locate("ours_alone.Mine", Allowed()).__name__ == "Mine"
+    assert str(tmp_path) not in sys.path
     monkeypatch.setenv(PLUGINS, "other;ours_alone")
     with pytest.raises(ValueError, match=f"{PLUGINS} must be names of packages"):
         locate("ours_alone.Mine", Allowed())

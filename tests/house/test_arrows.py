@@ -18,7 +18,7 @@ VERBS = (
 )  # fmt: skip
 
 FLOORS = (
-    ("config", "imports", "offline", "synonyms", "owners", "searched", "locate"),
+    ("config", "imports", "offline", "synonyms", "first", "owners", "searched", "locate"),
     ("comm",),
     ("course",),
     ("protocols",),

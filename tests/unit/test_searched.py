@@ -39,7 +39,13 @@ def test_a_point_of_a_sweep_takes_no_file_of_its_folder_for_a_library(hostile: P
     assert not (hostile / "ran").exists()
 
 
-def test_a_verb_that_reads_searches_the_folder_not_at_all(hostile: Path) -> None:
+@pytest.mark.parametrize("more", ["", os.pathsep])
+def test_a_verb_that_reads_searches_the_folder_not_at_all(
+    more: str, hostile: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor where an entry of PYTHONPATH is empty, as behind `export PYTHONPATH=$PYTHONPATH:/a`."""
+    (hostile / "sitecustomize.py").unlink()  # the interpreter takes it before there is any program
+    monkeypatch.setenv("PYTHONPATH", more + os.environ["PYTHONPATH"])
     (hostile / "nice-adapter").mkdir()
     (hostile / "nice-adapter" / "dsft_adapter.json").write_text('{"method": {"_target_": "flash_attn.X"}}')
     command = [sys.executable, "-m", "dsft.chat", "nice-adapter", "--prompt", "hi"]
