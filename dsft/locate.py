@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dsft import owners
-from dsft.searched import installed_only, own_folder_too
+from dsft.searched import installed_only, on_pythonpath, own_folder_too
 
 PLUGINS = "DSFT_PLUGINS"
 """Variable: packages, separated by commas, whose classes a folder that is read may name."""
@@ -22,11 +22,13 @@ GROUP = "dsft.configs"
 class Allowed:
     """Whose classes may be named: dsft's, those of packages with an entry point in dsft.configs, and of DSFT_PLUGINS.
 
-    file: where the names stand; also: packages beside those; anything: the command line asks, so any may be named.
+    file: where the names stand; also: packages beside those; pythonpath: and what lies in the entries of PYTHONPATH;
+    anything: the command line asks, so any may be named.
     """
 
     file: Path | None = None
     also: tuple[str, ...] = ()
+    pythonpath: bool = False
     anything: bool = False
 
     def refusal(self, name: str) -> str | None:
@@ -38,6 +40,8 @@ class Allowed:
         if self.anything or package in ("dsft", *self.also, *plugins()):
             return None
         if package in [value.partition(".")[0] for value in providers().values()]:
+            return None
+        if self.pythonpath and on_pythonpath(package):
             return None
         return (
             f"{self._told()} is of no package that a folder may name; install the package that has it with an entry "

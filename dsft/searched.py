@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.machinery import PathFinder
 from pathlib import Path
 
 from dsft import owners
@@ -79,6 +80,12 @@ def why_not(folder: Path) -> str | None:
     if all((folder / name).exists() for name in RUN):
         held.append(RUN[0])
     return f"is the folder of what {held[0]} describes" if held else None
+
+
+def on_pythonpath(package: str) -> bool:
+    """Return True if the user has put a folder with this module on PYTHONPATH; nothing is imported."""
+    entries = [entry for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if os.path.isabs(entry)]
+    return PathFinder.find_spec(package, entries) is not None
 
 
 @contextmanager

@@ -138,7 +138,7 @@ def _enter(sweep: Path, book: Ledger, args: argparse.Namespace) -> Allowed:
     if book.config_dir is not None:
         os.environ["DSFT_CONFIG_DIR"] = book.config_dir
     take(own_folder() if same or args.trust else "")
-    return TYPED if args.trust or (same and not named) else Allowed(sweep / ledger.NAME)
+    return TYPED if args.trust or (same and not named) else Allowed(sweep / ledger.NAME, pythonpath=same)
 
 
 def _cancel(sweep: Path, book: Ledger, points: Sequence[Standing]) -> int:

@@ -122,3 +122,16 @@ def test_what_only_the_users_folder_claims_to_install_is_not_installed(
     assert providers()["claims"] == "claims.conf"
     monkeypatch.setattr(sys, "path", [*sys.path[1:], searched.OwnFolder(tmp_path)])
     assert not (tmp_path / "claims" / "ran").exists()
+
+
+def test_a_sweeps_words_may_name_what_the_user_has_put_on_pythonpath(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "put_there.py").write_text(RAN)
+    monkeypatch.setenv("PYTHONPATH", f":{tmp_path / 'own'}")
+    monkeypatch.delenv(PLUGINS, raising=False)
+    assert Allowed(pythonpath=True).refusal("put_there.Thing") is None
+    assert Allowed().refusal("put_there.Thing") is not None
+    assert Allowed(pythonpath=True).refusal("this.Zen") is not None
+    assert not (tmp_path / "own" / "ran").exists()
