@@ -17,10 +17,14 @@ def _forget_the_folder() -> None:
         return
     if by_module and not sys.flags.safe_path:
         del sys.path[0]
+    try:
+        os.getcwd()
+    except OSError:  # it was deleted: nothing is found there
+        return
     listed = os.environ.get("PYTHONPATH", "").split(os.pathsep)
     if len(listed) > 1 and "" in listed:
         named = {os.path.realpath(entry) for entry in listed if entry}
-        here = os.path.realpath("")
+        here = os.path.realpath(os.curdir)
         sys.path[:] = [entry for entry in sys.path if os.path.realpath(entry) != here or here in named]
 
 

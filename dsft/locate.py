@@ -105,16 +105,19 @@ def ask_for(tree: Mapping[str, Any]) -> None:
 
     tree: what was composed. They inherit DSFT_PLUGINS.
     """
-    named = {*plugins(), *(name.partition(".")[0] for name in _names(tree))} - {"dsft"}
-    if wanted := sorted(name for name in named if name.isascii() and name.isidentifier()):
+    method = tree.get("method")
+    kind = method.get("type") if isinstance(method, Mapping) else None  # a class of PEFT's, by its own key
+    names = [*_targets(tree), *([kind] if isinstance(kind, str) and "." in kind else [])]
+    asked = {*plugins(), *(name.partition(".")[0] for name in names)} - {"dsft", "peft"}
+    if wanted := sorted(name for name in asked if name.isascii() and name.isidentifier()):
         os.environ[PLUGINS] = ",".join(wanted)
 
 
-def _names(node: Any) -> list[str]:
-    """Every class that a tree names: by _target_, and by the type of a configuration."""
+def _targets(node: Any) -> list[str]:
+    """Every class that a tree names."""
     if isinstance(node, list | tuple):
-        return [name for each in node for name in _names(each)]
+        return [name for each in node for name in _targets(each)]
     if not isinstance(node, Mapping):
         return []
-    own = [str(node[key]) for key in ("_target_", "type") if "_target_" in node and isinstance(node.get(key), str)]
-    return [*(name for name in own if "." in name), *(name for each in node.values() for name in _names(each))]
+    own = [str(node["_target_"])] if "_target_" in node else []
+    return [*own, *(name for each in node.values() for name in _targets(each))]
