@@ -2,6 +2,7 @@
 
 import os
 
+from dsft import first as first  # before all other imports
 from dsft.imports import keep_remarks
 
 __version__ = "0.1.0"

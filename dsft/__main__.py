@@ -6,6 +6,7 @@ from typing import NoReturn
 
 from dsft import __version__
 from dsft.entry import enter
+from dsft.searched import own_folder_last
 
 VERBS = {
     "run": "[overrides]: compose, check, launch, train, evaluate, export; -m runs a sweep",
@@ -16,6 +17,9 @@ VERBS = {
     "chat": "RUN [RUN2 ...]: talk to the base and to what was trained",
 }
 """Verb -> what it takes and does."""
+
+TYPED = ("run", "plan", "stage", "sweep")
+"""Verbs that run what is typed, and so may import modules of the folder in which it is."""
 
 USAGE = "usage: dsft VERB ... | --help | --version\n" + "\n".join(
     f"  dsft {verb} {does}" for verb, does in VERBS.items()
@@ -39,6 +43,8 @@ def hand_over() -> int:
     if verb not in VERBS:
         print(USAGE, file=sys.stderr)
         return 2
+    if verb in TYPED:
+        own_folder_last()
     code: int = importlib.import_module(f"dsft.{verb}").main(sys.argv[2:])
     return code
 

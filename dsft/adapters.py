@@ -22,9 +22,9 @@ from torch import Tensor, nn
 
 from dsft import basis
 from dsft.comm.world import World
-from dsft.compose import read
 from dsft.data.dialogue import ends_of, prompt_of
 from dsft.engine.assemble import DTYPES
+from dsft.learned import Learned, learned
 from dsft.methods import native
 from dsft.methods.stored import shapes
 from dsft.models.anatomy import dissect
@@ -43,16 +43,20 @@ from dsft.verify import put
 from dsft.wording import suggest
 
 
-def load(*paths: Path | str, names: Sequence[str] | None = None, device: torch.device | None = None) -> "Adapters":
+def load(
+    *paths: Path | str, names: Sequence[str] | None = None, device: torch.device | None = None, trust: bool = False,
+    trust_remote_code: bool = False,
+) -> "Adapters":  # fmt: skip
     """Results of one base: folders of runs, or of adapters, PEFT's or ours; names: instead of their folders' own.
 
-    Raises ValueError, one line, for what is no result, for another base model, and for one that training saw otherwise.
+    trust: folders of runs may be such that others write; trust_remote_code: the base model's own code may run. Raises
+    ValueError, one line, for what is no result, for another base model, and for one that training saw otherwise.
     """
-    groups = by_base(find(paths, names=names))
+    groups = by_base(find(paths, names=names, trust=trust, trust_remote_code=trust_remote_code))
     if len(groups) != 1:
         first = " and ".join(group[0].name for group in groups) or "none"
         raise ValueError(f"results must be of one base, packed and computed alike, got {first}; load them apart")
-    return Adapters(groups[0], device)
+    return Adapters(groups[0], device, trust_remote_code=trust_remote_code)
 
 
 def by_base(results: Sequence[Result]) -> list[list[Result]]:
@@ -66,14 +70,18 @@ def by_base(results: Sequence[Result]) -> list[list[Result]]:
 class Adapters:
     """results: over one base, as by_base groups them. Whole models (full, freeze) have tensors of their own."""
 
-    def __init__(self, results: Sequence[Result], device: torch.device | None = None) -> None:
+    def __init__(
+        self, results: Sequence[Result], device: torch.device | None = None, *, trust_remote_code: bool = False
+    ) -> None:
+        self.trust_remote_code = trust_remote_code
         self.device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        run = next((read(result.run_dir) for result in results if result.run_dir is not None), None)
+        run = next((self._read(result.run_dir) for result in results if result.run_dir is not None), None)
         if run is None:
             path, gpus = results[0].base, torch.cuda.device_count()
             model: Any = Pretrained(
-                path=path, init="pretrained", revision=None, trust_remote_code=False, config_of=None, config=None
-            )
+                path=path, init="pretrained", revision=None, trust_remote_code=trust_remote_code, config_of=None,
+                config=None,
+            )  # fmt: skip
             quantization: Any = Unquantized()
             self.precision, seed = "bf16" if computes_bf16(gpus) else "fp32", 0
         else:
@@ -99,10 +107,11 @@ class Adapters:
         with no_progress_bars(), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
             warnings.filterwarnings("error", "Found missing adapter keys")
-            method = read(result.run_dir).method if result.run_dir else None
+            run = self._read(result.run_dir) if result.run_dir else None
+            method = run.method if run else None
             if result.whole:
-                assert result.run_dir is not None
-                model = load_whole(read(result.run_dir), result.folder).to(self.device)
+                assert run is not None
+                model = load_whole(run, result.folder).to(self.device)
                 model.generation_config = copy.deepcopy(self._settings)
             else:
                 try:
@@ -113,6 +122,9 @@ class Adapters:
         model.eval().requires_grad_(False)
         self._models[result.name], self._results[result.name] = model, result
         self._positions[result.name] = _taken(model, method, result.folder)
+
+    def _read(self, run_dir: Path) -> Learned:
+        return learned(run_dir, trust_remote_code=self.trust_remote_code)
 
     def names(self) -> tuple[str, ...]:
         """Names of the results, in the order in which they were given."""

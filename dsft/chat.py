@@ -9,13 +9,15 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from dsft.entry import collect_again, enter
+from dsft.learned import FLAG
+from dsft.owners import TRUST
 from dsft.results import BASE, Result, find
 from dsft.wording import refuse, suggest
 
 if TYPE_CHECKING:
     from dsft.adapters import Adapters
 
-USAGE = "dsft chat RUN [RUN2 ...] [--prompt TEXT] [--max-new-tokens N] [--temperature T]"
+USAGE = f"dsft chat RUN [RUN2 ...] [--prompt TEXT] [--max-new-tokens N] [--temperature T] [{TRUST}] [{FLAG}]"
 INTERRUPTED = 130
 """Exit code as a shell's: 128 + SIGINT."""
 COMMANDS = "/list  /use NAME|all|base  /reset  /quit"
@@ -28,6 +30,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--prompt", help="answer this and end")
     parser.add_argument("--max-new-tokens", type=int, default=256, help="of an answer, at most")
     parser.add_argument("--temperature", type=float, default=0.0, help="0: always the likeliest token")
+    parser.add_argument(TRUST, action="store_true", help="read a folder that other users may have written")
+    parser.add_argument(FLAG, action="store_true", help="let the code of the base model run, which it brings itself")
     parser.error = _raise  # type: ignore[method-assign]
     try:
         args = parser.parse_args(argv)
@@ -39,7 +43,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             if not args.prompt.strip():
                 raise ValueError("--prompt must hold some text, got none; leave it out to type")
             _check_text("--prompt", args.prompt)
-        chat = Chat(find(args.runs), args.max_new_tokens, args.temperature)
+        code = args.trust_remote_code
+        results = find(args.runs, trust=args.trust, trust_remote_code=code)
+        chat = Chat(results, args.max_new_tokens, args.temperature, trust_remote_code=code)
         if args.prompt is not None:
             chat.ask(args.prompt)
             return 0
@@ -76,7 +82,9 @@ class Speaker:
 class Chat:
     """The base and the results, each with a conversation of its own; listening: those who answer."""
 
-    def __init__(self, results: Sequence[Result], max_new_tokens: int, temperature: float) -> None:
+    def __init__(
+        self, results: Sequence[Result], max_new_tokens: int, temperature: float, *, trust_remote_code: bool = False
+    ) -> None:
         from dsft.adapters import Adapters, by_base
 
         collect_again()
@@ -84,7 +92,7 @@ class Chat:
         self.speakers: list[Speaker] = []
         groups = by_base(results)
         for group in groups:
-            adapters = Adapters(group)
+            adapters = Adapters(group, trust_remote_code=trust_remote_code)
             # results that saw the base packed or computed in another way have a base of their own
             base = BASE if len(groups) == 1 else f"{BASE} of {', '.join(adapters.names())}"
             self.speakers.append(Speaker(base, adapters, None))

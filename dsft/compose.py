@@ -16,6 +16,7 @@ from dsft import config, rules, spelling
 from dsft.building import build_dataclass, build_value
 from dsft.flags import without_config_dir
 from dsft.idle import refuse_idle
+from dsft.locate import READ, TYPED, Allowed, ask_for
 from dsft.options import Choice, choices, keys
 from dsft.paths import check_run_dir, expand
 from dsft.wording import OWN_CONF, as_value, one_line, own_keys
@@ -60,10 +61,14 @@ class Composed:
     repairs: tuple[str, ...]
 
 
-def compose(overrides: Sequence[str], *, planning: bool = False, gpus: bool = False) -> Composed:
+def compose(
+    overrides: Sequence[str], *, planning: bool = False, gpus: bool = False, allowed: Allowed = TYPED
+) -> Composed:
     """Compose what was typed. Raises ValueError with one line for every mistake of the user's.
 
-    planning: nothing will be started, so that its processes may be elsewhere; gpus: each of them has a GPU there.
+    planning: nothing will be started, so that its processes may be elsewhere; gpus: each of them has a GPU there;
+    allowed: whose classes may be named, where it is a file that says what was typed. What is named here may be named by
+    the run's folder too, for this process and those that it starts.
     """
     if typed := [word for word in overrides if word.lstrip("+").startswith("method.lr=")]:
         raise ValueError(f"method.lr must stay the YAML's, got {typed[0]}; set optim.lr, whose default it is")
@@ -82,7 +87,8 @@ def compose(overrides: Sequence[str], *, planning: bool = False, gpus: bool = Fa
     check_run_dir(tree["run_dir"])
     names = {choice.group: choice.option for choice in chosen}
     with _whose(values, names["experiment"]):
-        run = build(tree)
+        run = build(tree, allowed)
+    ask_for(tree)
     rules.refuse(run, names, start.place)
     refuse_idle(run, start.kind, values)
     return Composed(run, start, tree, tuple(overrides), tuple(chosen), tuple(repairs) + more)
@@ -97,20 +103,30 @@ def _whose(typed: Mapping[str, object], experiment: str) -> Iterator[None]:
         raise ValueError(spelling.with_whose(str(error), typed, experiment)) from error
 
 
-def build(tree: Mapping[str, Any]) -> config.Run:
-    """The Run that a resolved tree describes; every key is checked against its dataclass."""
-    parts = {
-        name: build_dataclass(_plain_class(name, value), value, name) if name in _PLAIN else build_value(value, name)
-        for name, value in tree.items()
-    }
-    run: config.Run = build_dataclass(config.Run, parts, "")
+def build(tree: Mapping[str, Any], allowed: Allowed = READ) -> config.Run:
+    """The Run that a resolved tree describes; every key is checked against its dataclass.
+
+    allowed: whose classes it may name.
+    """
+    run: config.Run = build_dataclass(config.Run, {name: part(name, tree[name], allowed) for name in tree}, "")
     return run
 
 
+def part(name: str, value: Any, allowed: Allowed) -> Any:
+    """One group of a run. Raises ValueError for what is none."""
+    if name not in _PLAIN:
+        return build_value(value, name, allowed)
+    return build_dataclass(_plain_class(name, value), value, name)
+
+
 def read(run_dir: Path) -> config.Run:
-    """Return the Run that a run folder's config.yaml describes, which stores nothing that acts for one start alone."""
-    tree = load_yaml(run_dir / "config.yaml")
-    return build({**tree, "resume": {**tree["resume"], "anew": False, "takeover": False}})
+    """Return the Run that a run folder's config.yaml describes, which stores nothing that acts for one start alone.
+
+    It names classes of dsft, of installed plugins and of DSFT_PLUGINS; no other is imported.
+    """
+    file = run_dir / "config.yaml"
+    tree = load_yaml(file)
+    return build({**tree, "resume": {**tree["resume"], "anew": False, "takeover": False}}, Allowed(file))
 
 
 def plain(node: Any) -> Any:
@@ -238,10 +254,11 @@ def _is_local(tree: Mapping[str, Any]) -> bool:
     return tree.get("name") == "local" and not {field.name for field in fields(config.Slurm)} <= set(tree)
 
 
-def hand_to_hydra(argv: Sequence[str]) -> int:
-    """Let Hydra answer --cfg, --info, --help, --shell-completion and -m; returns the exit code."""
+def hand_to_hydra(argv: Sequence[str], *, trust: bool = False) -> int:
+    """Let Hydra answer --cfg, --info, --help, --shell-completion and -m; returns the exit code. trust: as typed."""
     import hydra
     from hydra.errors import HydraException
+    from hydra_plugins.dsft import DsftLauncher
     from omegaconf.errors import OmegaConfBaseException
 
     os.environ["HYDRA_FULL_ERROR"] = "1"
@@ -253,7 +270,7 @@ def hand_to_hydra(argv: Sequence[str]) -> int:
         words = [place if word.startswith("run_dir=~") or re.match("run_dir=['\"]~", word) else word for word in words]
     if any(word.startswith("hydra/launcher=") and word != "hydra/launcher=dsft" for word in words):
         _never(None)
-    sys.argv = ["dsft", *words]
+    sys.argv, DsftLauncher.trust = ["dsft", *words], trust
     os.environ.setdefault("HYDRA_MAIN_MODULE", "dsft.run")
     try:
         main = hydra.main(config_path=str(OWN_CONF), config_name="config", version_base="1.3")(_never)
@@ -261,8 +278,6 @@ def hand_to_hydra(argv: Sequence[str]) -> int:
     except (HydraException, OmegaConfBaseException) as error:
         raise ValueError(one_line(error, own_keys)) from error
     finally:
-        from hydra_plugins.dsft import DsftLauncher
-
         DsftLauncher.unwrite()
     return max(DsftLauncher.codes, default=0)
 

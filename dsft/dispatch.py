@@ -1,6 +1,7 @@
 """A run handed to SLURM: a snapshot of the code, the frozen configuration, the job; and what the user sees of it."""
 
 import json
+import re
 import shlex
 import sys
 from collections.abc import Callable
@@ -13,7 +14,7 @@ from dsft_launchers.codes import DONE
 from dsft_launchers.files import replace_text
 from dsft_launchers.follow import follow
 
-from dsft import snapshot
+from dsft import owners, snapshot
 from dsft.checkpoint import lease
 from dsft.compose import Composed
 from dsft.config import Slurm
@@ -131,9 +132,23 @@ def refuse_second(run_dir: Path) -> None:
 
 
 def job_of(run_dir: Path) -> str | None:
-    """The job, or the task of an array, that was last given this run; None if none ever was."""
+    """The job, or the task of an array, that was last given this run; None if none ever was.
+
+    Raises ValueError for a file that holds anything but such a number: it would be handed to SLURM's commands.
+    """
     path = run_dir / JOB
-    return str(json.loads(path.read_text())["job"]) if path.is_file() else None
+    if not path.is_file():
+        return None
+    try:
+        said = json.loads(path.read_text(encoding="utf-8"))["job"]
+    except (ValueError, KeyError, TypeError) as error:
+        said = error
+    if not re.fullmatch(r"[0-9]+(_[0-9]+)?", str(said)):
+        raise ValueError(
+            f"{path} of {owners.owner_of(path)} is damaged: it must hold the number of a job, as 123 or 123_4, got "
+            f"{str(said)[:80]!r}; remove it if squeue shows no job of this run"
+        )
+    return str(said)
 
 
 def queued(run_dir: Path, job_id: str, code: Snapshot | None) -> None:

@@ -10,12 +10,12 @@ from typing import Any, NoReturn
 
 from dsft_launchers.files import mode_as_usual
 
-from dsft import basis
-from dsft.compose import read
+from dsft import basis, owners
 from dsft.config import Run
 from dsft.entry import collect_again, enter, lose_lines
 from dsft.folder import state
 from dsft.imports import uncompiled
+from dsft.learned import FLAG, Learned, learned
 from dsft.methods import native
 from dsft.wording import refuse
 
@@ -26,10 +26,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("run", type=Path, help="a run folder that is done")
     parser.add_argument("--to", choices=("adapter", "merged"), required=True)
     parser.add_argument("out", type=Path, help="a folder that does not exist yet")
+    parser.add_argument(owners.TRUST, action="store_true", help="read a folder that other users may have written")
+    parser.add_argument(FLAG, action="store_true", help="let the code of the base model run, which it brings itself")
     parser.error = _raise  # type: ignore[method-assign]
     try:
         args = parser.parse_args(argv)
-        export(args.run, args.to, args.out)
+        export(args.run, args.to, args.out, trust=args.trust, trust_remote_code=args.trust_remote_code)
     except ValueError as error:
         return refuse(error)
     print(f"{args.to} written to {args.out}")
@@ -37,11 +39,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _raise(message: str) -> NoReturn:
-    raise ValueError(f"{message}; usage: dsft export RUN --to adapter|merged OUT")
+    raise ValueError(f"{message}; usage: dsft export RUN --to adapter|merged OUT [{owners.TRUST}] [{FLAG}]")
 
 
-def export(run_dir: Path, what: str, out: Path) -> None:
-    """Copy the result (adapter), or the base with the adapter merged into the weights that training saw (merged)."""
+def export(run_dir: Path, what: str, out: Path, *, trust: bool = False, trust_remote_code: bool = False) -> None:
+    """Copy the result (adapter), or the base with the adapter merged into the weights that training saw (merged).
+
+    trust: RUN may be a folder that others write; trust_remote_code: the base model's own code may run.
+    """
+    owners.check(run_dir, "RUN", trust=trust)
     if not (run_dir / "config.yaml").is_file():
         raise ValueError(f"RUN must be a run folder, got {run_dir} without config.yaml; give the run_dir of a run")
     if state(run_dir).get("state") != "done":
@@ -50,7 +56,7 @@ def export(run_dir: Path, what: str, out: Path) -> None:
         )
     _check_out(out)
     lose_lines()
-    run = read(run_dir)
+    run = learned(run_dir, trust_remote_code=trust_remote_code)
     if what == "adapter" or run.method.whole:
         shutil.copytree(run_dir / "adapter", out)
         mode_as_usual(out)
@@ -85,7 +91,7 @@ def _check_out(out: Path) -> None:
         ) from error
 
 
-def _refuse_unmergeable(run: Run, adapter: Path) -> None:
+def _refuse_unmergeable(run: Learned | Run, adapter: Path) -> None:
     """What cannot be merged is refused before a weight is read: our own formats by merging on meta, and prefixes, for
     which PEFT has no merge.
     """
@@ -106,7 +112,7 @@ def _refuse_unmergeable(run: Run, adapter: Path) -> None:
     method.merge(method.attach(model, dissect(model)))
 
 
-def merged(run: Run, adapter: Path) -> Any:
+def merged(run: Learned | Run, adapter: Path) -> Any:
     """The base as training saw it (packed linears unpacked) with the adapter's update added, on CPU in one process.
 
     The weights are computed in fp32 and kept in the dtype of train.precision, which rounds them once.
@@ -114,7 +120,7 @@ def merged(run: Run, adapter: Path) -> Any:
     return merged_and_beside(run, adapter)[0]
 
 
-def merged_and_beside(run: Run, adapter: Path) -> tuple[Any, dict[str, Any]]:
+def merged_and_beside(run: Learned | Run, adapter: Path) -> tuple[Any, dict[str, Any]]:
     """As merged, and what the method keeps beside such a model."""
     _refuse_unmergeable(run, adapter)
     import torch
@@ -137,7 +143,7 @@ def merged_and_beside(run: Run, adapter: Path) -> tuple[Any, dict[str, Any]]:
     return whole.to(dtype), beside
 
 
-def unpacked_base(run: Run) -> Any:
+def unpacked_base(run: Learned | Run) -> Any:
     """The base in the dtype of train.precision, each weight that training had packed as unpacking gives it."""
     from transformers import AutoModelForCausalLM
 
@@ -155,7 +161,7 @@ def unpacked_base(run: Run) -> Any:
     return base
 
 
-def _unpack(run: Run, base: Any) -> None:
+def _unpack(run: Learned | Run, base: Any) -> None:
     """Replace each weight that training had packed by what unpacking it gives."""
     import torch
 

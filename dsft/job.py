@@ -21,6 +21,7 @@ from dsft.basis import Basis
 from dsft.compose import load_yaml, read
 from dsft.ending import Attempt, crashed, note
 from dsft.entry import collect_again, enter, lose_lines
+from dsft.searched import own_folder_last
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -283,4 +284,5 @@ def _quiet() -> None:
 
 
 if __name__ == "__main__":
+    own_folder_last(inherited=True)
     enter(main)

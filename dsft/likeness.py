@@ -1,10 +1,11 @@
 """What a run that goes on may differ in from the run that made its folder: keys that do not change its numbers."""
 
-import importlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
+
+from dsft.locate import TYPED, locate
 
 FREE = (
     "run_dir", "launcher", "tracker", "strategy", "checkpoint", "resume",
@@ -52,8 +53,8 @@ def _came_later(path: str, tree: Mapping[str, Any]) -> bool:
         node = node.get(key) if isinstance(node, Mapping) else None
     if not isinstance(node, Mapping) or "_target_" not in node or name not in node:
         return False
-    module, _, target = str(node["_target_"]).rpartition(".")
-    field = {each.name: each for each in fields(getattr(importlib.import_module(module), target))}.get(name)
+    kind = locate(str(node["_target_"]), TYPED)  # tree was composed and built just now
+    field = {each.name: each for each in fields(kind)}.get(name)
     if field is None:
         return False
     made = MISSING if field.default_factory is MISSING else field.default_factory()

@@ -11,6 +11,7 @@ from dsft.config import Run
 from dsft.entry import enter
 from dsft.flags import hydra_flags
 from dsft.proven import proven
+from dsft.searched import own_folder_last
 from dsft.wording import refuse
 
 if TYPE_CHECKING:
@@ -198,4 +199,5 @@ def as_text(plan: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
+    own_folder_last()
     enter(main)

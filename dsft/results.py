@@ -6,10 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dsft import learned, owners
 from dsft.again import command_of
 from dsft.compose import load_yaml
 from dsft.door import shown
 from dsft.folder import base_then_and_now, provenance, state
+from dsft.locate import Allowed
 from dsft.models.files import check_folder
 from dsft.models.source import local_folder
 from dsft.published import damages
@@ -25,6 +27,12 @@ PEFT, NATIVE, WHOLE = "adapter_config.json", "dsft_adapter.json", "config.json"
 
 CHANGED = ("pissa", "olora", "corda", "loftq")
 """Beginnings of PEFT's init_lora_weights that change the base beside the adapter."""
+
+ELSEWHERE = (
+    "megatron_config", "adapters", "tokenizer_kwargs", "arrow_config", "corda_config", "lora_ga_config", "shadow_model",
+    "prompt_tuning_init_state_dict_path",
+)  # fmt: skip
+"""Keys of PEFT's files that name a module, another model or files to be loaded beside; a plain adapter has none."""
 
 TENSORS = "adapter_model.safetensors"
 """What an adapter has learned, in either format."""
@@ -60,10 +68,14 @@ class Result:
         return self.base == other.base
 
 
-def find(paths: Sequence[Path | str], *, names: Sequence[str] | None = None) -> list[Result]:
+def find(
+    paths: Sequence[Path | str], *, names: Sequence[str] | None = None, trust: bool = False,
+    trust_remote_code: bool = False,
+) -> list[Result]:  # fmt: skip
     """What each path holds: a run's folder, its adapter/, or an adapter's folder, PEFT's or ours.
 
-    names: instead of the ends of the paths that tell them apart. Raises ValueError, one line, for what is no result and
+    names: instead of the ends of the paths that tell them apart; trust: a run's folder may be one that others write;
+    trust_remote_code: the base model's own code may run. Raises ValueError, one line, for what is no result and
     for results of several base models; torch is imported when all else is right.
     """
     folders = [_folder(Path(path).expanduser()) for path in paths]
@@ -73,7 +85,7 @@ def find(paths: Sequence[Path | str], *, names: Sequence[str] | None = None) -> 
     for name in called:
         if name in TAKEN:
             raise ValueError(f"a result must not be called {name}, which means something else here; rename its folder")
-    found = [_read(name, folder, run_dir) for name, (folder, run_dir) in zip(called, folders, strict=True)]
+    found = [_read(name, folder, run_dir, trust=trust) for name, (folder, run_dir) in zip(called, folders, strict=True)]
     for other in found[1:]:
         if not other.on_the_base_of(found[0]):
             raise ValueError(
@@ -81,6 +93,7 @@ def find(paths: Sequence[Path | str], *, names: Sequence[str] | None = None) -> 
                 "give results of one base model at a time"
             )
     for result in found:
+        _check_code(result, trust_remote_code=trust_remote_code)
         _check_base(result)
         _check_tensors(result)
     return found
@@ -122,7 +135,9 @@ def _format(folder: Path) -> str | None:
     return next((name for name in (PEFT, NATIVE, WHOLE) if (folder / name).is_file()), None)
 
 
-def _read(name: str, folder: Path, run_dir: Path | None) -> Result:
+def _read(name: str, folder: Path, run_dir: Path | None, *, trust: bool) -> Result:
+    if run_dir is not None:
+        owners.check(run_dir, "RUN", trust=trust)
     kind = _format(folder)
     assert kind is not None
     described = _json(folder / kind)
@@ -145,6 +160,27 @@ def _read(name: str, folder: Path, run_dir: Path | None) -> Result:
     known = provenance(run_dir)
     base = str(_json(run_dir / "plan.json").get("model"))
     return Result(name, folder, run_dir, base, known, seen, data.get("system"), joint, whole)
+
+
+def _check_code(result: Result, *, trust_remote_code: bool) -> None:
+    """Refuse what names code, or other files, to be loaded with it. Raises ValueError; imports nothing."""
+    if result.run_dir is not None:
+        learned.check(result.run_dir, trust_remote_code=trust_remote_code)
+    kind = _format(result.folder)
+    assert kind is not None
+    file, described = result.folder / kind, _json(result.folder / kind)
+    if kind == NATIVE:
+        method = described.get("method")
+        if not isinstance(method, Mapping) or "_target_" not in method:
+            raise ValueError(f"RUN must be whole, got {file} without the class of its method; restore it")
+        if (why := Allowed(file).refusal(str(method["_target_"]))) is not None:
+            raise ValueError(f"an adapter must name a class that can be imported, got {method['_target_']} {why}")
+    for key in ELSEWHERE if kind == PEFT else ():
+        if (value := described.get(key)) and value != "mirror":  # shadow_model: of the base itself
+            raise ValueError(
+                f"RUN must hold an adapter that is in its folder alone, got {file} of {owners.owner_of(file)} with "
+                f"{key}={value!r}, which lets PEFT load more; take another adapter, or remove the key if you know it"
+            )
 
 
 def _check_base(result: Result) -> None:

@@ -11,19 +11,22 @@ from types import FrameType
 from dsft_launchers.codes import CRASHED, DONE, STOPPED, USER_ERROR
 from dsft_launchers.verdict import CANNOT_BEGIN, CannotBeginError
 
-from dsft import __version__, dispatch, folder
+from dsft import __version__, dispatch, folder, owners
 from dsft.checkpoint import lease
 from dsft.compose import Composed, compose, hand_to_hydra
 from dsft.entry import BEGUN, enter, lose_lines
 from dsft.flags import hydra_flags
 from dsft.idle import refuse_of_a_sweep
 from dsft.preflight import announce, create, preflight, rehearse, tell_unchecked
+from dsft.searched import own_folder_last, python
 from dsft.wording import refuse
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run what was typed; returns the exit code (see the README)."""
-    words = list(sys.argv[1:] if argv is None else argv)
+    given = list(sys.argv[1:] if argv is None else argv)
+    words = [word for word in given if word != owners.TRUST]
+    trust = len(words) < len(given)
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, _interrupt)
     try:
@@ -32,13 +35,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"dsft {__version__}")
             return DONE
         if flags:
-            return hand_to_hydra(flags)
+            return hand_to_hydra(flags, trust=trust)
         if BEGUN not in os.environ:  # a point of a sweep has the words of its sweep
             refuse_of_a_sweep(overrides)
         composed = compose(overrides)
         if composed.start.variables:
-            return _join(composed)
-        return _start(composed)
+            return _join(composed, trust=trust)
+        return _start(composed, trust=trust)
     except ValueError as error:
         return refuse(error)
     except KeyboardInterrupt:  # before the ranks are bound to it; afterwards it stops them at the next step
@@ -51,7 +54,7 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
-def _start(composed: Composed) -> int:
+def _start(composed: Composed, *, trust: bool) -> int:
     """Check, make the run folder, and start the processes: in this one if it is alone."""
     run_dir = Path(composed.run.run_dir)
     if dispatch.is_dry(composed):
@@ -59,6 +62,7 @@ def _start(composed: Composed) -> int:
         dispatch.show(composed)
         tell_unchecked(unchecked)
         return DONE
+    owners.check(run_dir, "run_dir", trust=trust)
     folder.check_place(run_dir)
     os.environ[lease.START] = uuid.uuid4().hex  # what this start holds is its ranks' at once
     if composed.start.kind == "slurm":
@@ -96,7 +100,7 @@ def _launch(run_dir: Path, size: int) -> int:
 
     from dsft.ending import settle
 
-    command = [sys.executable, "-m", "dsft.job", str(run_dir)]
+    command = [*python("dsft.job"), str(run_dir)]
     attempt = folder.state(run_dir).get("attempts", 0) + 1
     ending = run_ranks(command, num_processes=size, log_dir=run_dir / "logs", env={})
     settle(run_dir, ending, attempt)
@@ -122,7 +126,7 @@ def _done(run_dir: Path) -> int:
     return 0
 
 
-def _join(composed: Composed) -> int:
+def _join(composed: Composed, *, trust: bool) -> int:
     """This process is a rank that torchrun or srun started: rank 0 checks and makes the folder for all."""
     lose_lines()
     os.environ.update(composed.start.variables)
@@ -137,6 +141,7 @@ def _join(composed: Composed) -> int:
     refusal, run_dir, done = None, "", False
     if world.rank == 0:
         try:
+            owners.check(Path(composed.run.run_dir), "run_dir", trust=trust)
             folder.check_place(Path(composed.run.run_dir))
             _refuse_living(composed)
             prepared = preflight(composed)
@@ -159,4 +164,5 @@ def _join(composed: Composed) -> int:
 
 
 if __name__ == "__main__":
+    own_folder_last(inherited=BEGUN in os.environ)
     enter(main)

@@ -10,10 +10,19 @@ from pathlib import Path
 from dsft_launchers import copied
 
 from dsft import offline
+from dsft.locate import PLUGINS
+from dsft.searched import TYPED_IN, own_folder
 
 ROOT = Path(__file__).parents[1]
 PARTS = ("dsft", "conf", "launchers")
 """What of a checkout a run needs."""
+
+NO_EMPTY_ENTRY = (
+    "while [[ $PYTHONPATH == *::* ]]; do PYTHONPATH=${PYTHONPATH//::/:}; done",
+    "PYTHONPATH=${PYTHONPATH#:}",
+    "export PYTHONPATH=${PYTHONPATH%:}",
+)
+"""An empty entry of PYTHONPATH is the folder that a process starts in."""
 
 
 @dataclass(frozen=True)
@@ -69,10 +78,14 @@ def environment(snapshot: Snapshot | None) -> list[str]:
     """
     code = snapshot and snapshot.place
     own = f"{shlex.quote(str(code))}:{shlex.quote(str(code / 'launchers'))}" if code else ""
+    asked = os.environ.get(PLUGINS)
     return [
         "export PYTHONSAFEPATH=1",
         *(["export PYTHONDONTWRITEBYTECODE=1"] if code else []),
-        f"export PYTHONPATH={own}${{PYTHONPATH:+:$PYTHONPATH}}:{shlex.quote(os.getcwd())}",
+        f"PYTHONPATH={own}:${{PYTHONPATH-}}",
+        *NO_EMPTY_ENTRY,
+        f"export {TYPED_IN}={shlex.quote(os.environ.get(TYPED_IN, own_folder()))}",
+        *([f"export {PLUGINS}={shlex.quote(asked)}"] if asked else []),
         *offline.exports(),
     ]
 

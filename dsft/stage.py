@@ -11,6 +11,7 @@ from dsft.compose import compose
 from dsft.config import Run
 from dsft.entry import enter, lose_lines
 from dsft.flags import hydra_flags
+from dsft.searched import own_folder_last
 from dsft.wording import refuse
 
 USAGE = """usage: python -m dsft.stage [KEY=VALUE ...] [--config-dir DIR]
@@ -117,4 +118,5 @@ def _held(place: Path) -> dict[Path, int]:
 
 
 if __name__ == "__main__":
+    own_folder_last()
     enter(main)

@@ -11,17 +11,19 @@ from typing import NoReturn
 from dsft_launchers import cluster
 from dsft_launchers.codes import DONE, STOPPED
 
-from dsft import folder
+from dsft import folder, owners
 from dsft.entry import enter
+from dsft.locate import TYPED, Allowed
+from dsft.searched import own_folder, own_folder_last, take
 from dsft.sweeps import ledger
 from dsft.sweeps.ledger import Ledger
-from dsft.sweeps.points import bring
+from dsft.sweeps.points import Typed, bring
 from dsft.sweeps.standing import ALIVE, Standing, look
 from dsft.sweeps.table import as_text, check_metric, metric_of, write_csv
 from dsft.telemetry.record import read_status, write_status
 from dsft.wording import refuse
 
-USAGE = "dsft sweep status|resume|retry|cancel|table SWEEP [--by METRIC] [--csv FILE] [overrides]"
+USAGE = "dsft sweep status|resume|retry|cancel|table SWEEP [--by METRIC] [--csv FILE] [--trust] [overrides]"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -31,10 +33,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("sweep", type=Path, help="the run_dir of a run with -m")
     parser.add_argument("--by", help="table: the metric to sort by, e.g. eval/loss")
     parser.add_argument("--csv", type=Path, help="table: write it to this file")
+    parser.add_argument(owners.TRUST, action="store_true", help="go on in folders that other users may have written")
     parser.add_argument("overrides", nargs="*", help="resume, retry: keys that may change, e.g. launcher.memory=64G")
     parser.error = _raise  # type: ignore[method-assign]
     try:
-        args = parser.parse_args(argv)
+        given = sys.argv[1:] if argv is None else argv
+        args = parser.parse_args(sorted(given, key=lambda word: word != owners.TRUST))  # argparse takes overrides last
         if (args.by or args.csv) and args.what != "table":
             raise ValueError(f"--by and --csv belong to table, got {args.what}; leave them out")
         if args.overrides and args.what not in ("resume", "retry"):
@@ -43,6 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         book = ledger.read(sweep)
         if book is None:
             raise ValueError(f"SWEEP must be the run_dir of a run with -m, got {args.sweep} without {ledger.NAME}")
+        looks = args.what in ("status", "table")  # which start nothing, end nothing and import nothing
+        owners.check(sweep, "SWEEP", trust=args.trust or looks, depth=1)
         points = look(sweep, book)
         if args.what in ("resume", "retry"):
             return _go_on(sweep, book, points, args)
@@ -103,6 +109,25 @@ def _go_on(sweep: Path, book: Ledger, points: Sequence[Standing], args: argparse
             f"nothing to {args.what}: {len(points)} points, none {'failed' if args.what == 'retry' else 'is missing'}"
         )
         return max((point.code for point in points), default=DONE)
+    allowed = _enter(sweep, book, args)
+    folder.check_place(sweep)
+    words = {point.index: book.points[point.index].words for point in chosen}
+    codes, left = bring(sweep, book, words, Typed(args.overrides, args.trust, allowed))
+    return max([left or DONE, *codes.values(), *(point.code for point in points if point.index not in codes)])
+
+
+def _enter(sweep: Path, book: Ledger, args: argparse.Namespace) -> Allowed:
+    """Go where the sweep was typed; returns whose classes its words and YAMLs may name.
+
+    The sweep's folder says where that was. Modules of the user's own are imported as at the start if this command is
+    typed there too, or with --trust; else those that a folder may name.
+    """
+    for place, what in ((book.cwd, "the folder in which the sweep was typed"), (book.config_dir, "--config-dir")):
+        if place is not None:
+            owners.check(Path(place), f"{what}, by {sweep / ledger.NAME},", trust=args.trust, depth=0)
+    here, config_dir = os.path.realpath(os.getcwd()), os.environ.get("DSFT_CONFIG_DIR")
+    same = here == os.path.realpath(book.cwd) and book.config_dir in (None, config_dir)
+    named = any("_target_" in word or word.startswith("method.type=") for each in book.points for word in each.words)
     try:
         os.chdir(book.cwd)
     except OSError as error:
@@ -110,11 +135,10 @@ def _go_on(sweep: Path, book: Ledger, points: Sequence[Standing], args: argparse
             f"the folder in which the sweep was typed must be there, got {book.cwd}: {error.strerror}; make it again, "
             f"or set cwd in {sweep / ledger.NAME}"
         ) from error
-    folder.check_place(sweep)
     if book.config_dir is not None:
         os.environ["DSFT_CONFIG_DIR"] = book.config_dir
-    codes, left = bring(sweep, book, {point.index: book.points[point.index].words for point in chosen}, args.overrides)
-    return max([left or DONE, *codes.values(), *(point.code for point in points if point.index not in codes)])
+    take(own_folder() if same or args.trust else "")
+    return TYPED if args.trust or (same and not named) else Allowed(sweep / ledger.NAME, pythonpath=same)
 
 
 def _cancel(sweep: Path, book: Ledger, points: Sequence[Standing]) -> int:
@@ -135,4 +159,5 @@ def _cancel(sweep: Path, book: Ledger, points: Sequence[Standing]) -> int:
 
 
 if __name__ == "__main__":
+    own_folder_last()
     enter(main)

@@ -19,10 +19,11 @@ from typing import TYPE_CHECKING, Any
 
 from dsft_launchers.place import MEETING
 
-from dsft.compose import read
 from dsft.config import Run
+from dsft.learned import FLAG, Learned, learned
 from dsft.protocols import Method
 from dsft.published import FOUND, PROBE, note
+from dsft.searched import own_folder_last, python
 from dsft.wording import refuse
 
 if TYPE_CHECKING:
@@ -60,7 +61,8 @@ def main() -> int:
     if {"-h", "--help"} & set(sys.argv[1:]):
         print(__doc__)
         return 0
-    if len(sys.argv) != 3 or not (Path(sys.argv[2]) / PROBE).is_file():
+    given = [word for word in sys.argv[1:] if word != FLAG]
+    if len(given) != 2 or not (Path(given[1]) / PROBE).is_file():
         return refuse(
             ValueError(
                 "dsft verify takes RUN and the folder of a result that RUN is just writing; a run calls it by itself, "
@@ -69,8 +71,9 @@ def main() -> int:
         )
     with contextlib.suppress(OSError, AttributeError):  # without that call it ends by itself, later
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    run_dir, result = Path(sys.argv[1]), Path(sys.argv[2])
-    found = compare(read(run_dir), result)
+    own_folder_last(inherited=True)
+    run_dir, result = map(Path, given)
+    found = compare(learned(run_dir, trust_remote_code=FLAG in sys.argv), result)
     note(result, found)
     return 0 if found["same"] else DIFFERENT
 
@@ -102,9 +105,10 @@ def prove(
             watch.event("unverified", 0, {"reason": why_not})
             return
         write_probe(session, build_batch(data.train, [0]).tokens, result / PROBE, digest)
+    words = [str(run_dir), str(result), *([FLAG] if session.files.trust_remote_code else [])]
     for _ in range(READS):
         with phase("verification", seconds):
-            ended = world.gather(_in_a_fresh_process(run_dir, result, seconds) if world.rank == 0 else Ended(None))[0]
+            ended = world.gather(_in_a_fresh_process(words, result, seconds) if world.rank == 0 else Ended(None))[0]
         if ended.code is None or ended.code >= 0:
             break
     if world.rank == 0:
@@ -114,10 +118,10 @@ def prove(
     watch.event("verified", 0, {})
 
 
-def _in_a_fresh_process(run_dir: Path, result: Path, seconds: float) -> Ended:
+def _in_a_fresh_process(words: list[str], result: Path, seconds: float) -> Ended:
     """Start the reader and wait for its end; a signal to this process group does not reach it."""
     alone = {key: value for key, value in os.environ.items() if key not in RANK_VARIABLES}
-    command = [sys.executable, "-m", "dsft.verify", str(run_dir), str(result)]
+    command = [*python("dsft.verify"), *words]
     try:
         done = subprocess.run(
             command, env={**alone, "CUDA_VISIBLE_DEVICES": ""}, timeout=seconds, start_new_session=True,
@@ -185,7 +189,7 @@ def _cannot(session: "Session", needed: int) -> str | None:
     return None
 
 
-def compare(run: Run, result: Path) -> dict[str, Any]:
+def compare(run: Learned | Run, result: Path) -> dict[str, Any]:
     """The tensors of result and its logits, against those that the live model left in the probe."""
     import torch
     from safetensors import safe_open
@@ -228,7 +232,7 @@ def _base(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def load(run: Run, result: Path) -> Any:
+def load(run: Learned | Run, result: Path) -> Any:
     """The result on its base (as training saw it), by the loader of its format (PEFT, transformers, ours), on CPU."""
     from transformers import AutoModelForCausalLM
 

@@ -4,7 +4,6 @@ A folder holds adapter_model.safetensors (name in the model after attach -> fp32
 fields of the method, the base, dsft's version) and a README.md that tells how to load it.
 """
 
-import importlib
 import json
 from abc import abstractmethod
 from collections.abc import Mapping
@@ -15,6 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from dsft import __version__
+from dsft.locate import Allowed, ForeignNameError, locate
 from dsft.methods.stored import NATIVE as CONFIG
 from dsft.methods.stored import TENSORS, Stored, as_it_is, place, shapes
 from dsft.protocols import Anatomy, Method
@@ -60,6 +60,8 @@ class Native(Method):
         folder = place(self.init_from, CONFIG)
         try:
             before = read(folder)
+        except ForeignNameError as error:
+            raise ValueError(f"method.init_from: {error}") from None
         except (ValueError, TypeError, ImportError, AttributeError, KeyError) as error:
             raise ValueError(f"method.init_from must hold a method of ours, got {folder / CONFIG}: {error}") from None
         if type(before) is not type(self):
@@ -121,19 +123,27 @@ def holds(folder: Path) -> bool:
 
 
 def read(folder: Path) -> Native:
-    """The method of the adapter in folder, as it was trained. Raises ValueError if its class is not to be had."""
-    values = dict(json.loads((folder / CONFIG).read_text())["method"])
-    module, _, name = values.pop("_target_").rpartition(".")
+    """The method of the adapter in folder, as it was trained. Raises ValueError if its class is not to be had.
+
+    Only a class of dsft, of an installed plugin or of DSFT_PLUGINS is imported.
+    """
+    file = folder / CONFIG
+    values = dict(json.loads(file.read_text())["method"])
+    target = str(values.pop("_target_"))
     try:
-        kind = getattr(importlib.import_module(module), name)
+        kind = locate(target, Allowed(file))
+    except ForeignNameError as error:
+        raise ForeignNameError(f"an adapter must name a class that can be imported, got {target} {error}") from error
     except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(
-            f"{folder / CONFIG} must name a class that can be imported, got {module}.{name} ({error}); install the "
-            "package that has it"
+            f"{file} must name a class that can be imported, got {target} ({error}); install the package that has it"
         ) from error
     if not (isinstance(kind, type) and issubclass(kind, Native)):
-        raise ValueError(f"{folder / CONFIG} must name a method of dsft's own format, got {module}.{name}")
-    method: Native = kind(**{key: _frozen(value) for key, value in values.items()}, init_from=None)
+        raise ValueError(f"{file} must name a method of dsft's own format, got {target}")
+    try:
+        method: Native = kind(**{key: _frozen(value) for key, value in values.items()}, init_from=None)
+    except TypeError as error:
+        raise ValueError(f"{file} must hold the fields of {target}, got others ({error}); copy it again") from error
     return method
 
 

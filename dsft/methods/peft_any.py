@@ -1,6 +1,5 @@
 """Any of PEFT's layer adapters by the name of its configuration class; PEFT itself gives the first values, on CPU."""
 
-import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -10,6 +9,7 @@ import torch
 from torch import Size, Tensor, nn
 
 from dsft.imports import uncompiled
+from dsft.locate import Allowed, ForeignNameError, locate
 from dsft.methods.peft_bridge import ADAPTER, Bridged, inject, peft_name
 from dsft.methods.peft_folder import Folder
 from dsft.methods.peft_targets import nearest, resolve_targets
@@ -133,10 +133,13 @@ class Peft(Bridged):
             ) from error
 
     def _class(self) -> Any:
-        """The class that type names."""
-        module, _, name = self.type.rpartition(".")
+        """The class that type names: PEFT's own, or one that a package adds which may be named."""
         try:
-            found = getattr(importlib.import_module(module), name)
+            found = locate(self.type, Allowed(also=("peft",)))
+        except ForeignNameError as error:
+            raise ForeignNameError(
+                f"method.type must name a configuration class, as peft.LoHaConfig, got {self.type} {error}"
+            ) from error
         except (ImportError, AttributeError, ValueError) as error:
             raise ValueError(
                 f"method.type must name a configuration class, as peft.LoHaConfig, got {self.type} ({error})"

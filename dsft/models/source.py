@@ -1,5 +1,6 @@
 """Where a model comes from: a folder or a hub id, with the published shape of well-known ones for planning offline."""
 
+import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +15,9 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-SHAPE_FILES = ["*.json", "*.jinja", "*.model", "*.txt", "*.py"]
-"""What a hub repository is asked for besides weights: configuration, tokenizer, template, custom code."""
+COMMIT = re.compile(r"[0-9a-f]{40}")
+SHAPE_FILES, CODE_FILES = ("*.json", "*.jinja", "*.model", "*.txt"), ("*.py",)
+"""What a hub repository is asked for besides weights: configuration, tokenizer, template; and code that is trusted."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,10 +44,21 @@ class Pretrained:
             raise ValueError("model.config and model.config_of go together: give both or set both to null")
 
     def check(self, *, planning: bool = False) -> None:
-        """Refuse a folder that cannot be loaded; no torch, no network. planning: its weights are not needed."""
+        """Refuse a folder that cannot be loaded, and code of a hub that may change; no torch, no network.
+
+        planning: its weights are not needed. Raises ValueError.
+        """
         folder = local_folder(self.path)
         if folder is not None:
             check_folder(folder, weights=self.init == "pretrained" and not planning)
+        elif self.trust_remote_code and not COMMIT.fullmatch(self.revision or ""):
+            raise ValueError(
+                "model.revision must be a full commit, 40 hexadecimal digits, where code of a hub is to run "
+                f"(trust_remote_code), got {self.revision or 'none'} for {self.path}; set it to the commit whose code "
+                "you trust, or take a folder of yours"
+            )
+        if folder is not None and self.trust_remote_code:
+            _check_own_code(folder)
 
     def resolve(self, *, planning: bool = False) -> ModelFiles:
         """Find the model, downloading it where path is a hub id. planning: its weights are not needed.
@@ -56,7 +69,7 @@ class Pretrained:
         shape_only = planning or self.init == "random"
         folder = local_folder(self.path)
         if folder is None and not (shape_only and self.path == self.config_of):
-            folder = _download(self.path, self.revision, weights=not shape_only)
+            folder = _download(self.path, self.revision, weights=not shape_only, code=self.trust_remote_code)
             name = self.path
         else:
             name = self.path if folder is None else str(folder)
@@ -111,10 +124,25 @@ def _published(numbers: dict[str, Any] | None) -> "PretrainedConfig":
     return config_of(numbers)
 
 
-def _download(path: str, revision: str | None, *, weights: bool) -> Path:
+def _check_own_code(folder: Path) -> None:
+    """Refuse code of another repository (`ID--module.Class`), which comes as it is on the day. Raises ValueError."""
+    for name in ("config.json", "tokenizer_config.json"):
+        try:
+            described = json.loads((folder / name).read_text(encoding="utf-8"))
+        except (OSError, ValueError):  # whoever needs the file says so
+            continue
+        named = described.get("auto_map") if isinstance(described, dict) else None
+        if "--" in (said := json.dumps(named)):
+            raise ValueError(
+                f"model.path must bring the code that it is trusted for, got {folder / name}, whose auto_map names "
+                f"another repository: {said[:200]}; put the *.py beside it and take the part up to -- out of the names"
+            )
+
+
+def _download(path: str, revision: str | None, *, weights: bool, code: bool) -> Path:
     from huggingface_hub import snapshot_download
 
-    patterns = [*SHAPE_FILES, "*.safetensors"] if weights else SHAPE_FILES
+    patterns = [*SHAPE_FILES, *(("*.safetensors",) if weights else ()), *(CODE_FILES if code else ())]
     try:
         folder = Path(snapshot_download(path, revision=revision, allow_patterns=patterns, etag_timeout=10))
         if weights and unplugged():
@@ -130,4 +158,6 @@ def _download(path: str, revision: str | None, *, weights: bool) -> Path:
             "set model.path to a folder that has it, or HF_TOKEN if it is gated, or model.init=random"
         ) from None
     check_folder(folder, weights=weights)
+    if code:
+        _check_own_code(folder)
     return folder

@@ -15,6 +15,8 @@ from dsft_launchers.join import count_devices
 from dsft_launchers.stop import stop_signals
 
 from dsft.entry import BEGUN
+from dsft.owners import TRUST
+from dsft.searched import python
 
 POLL_S = 0.1
 
@@ -35,10 +37,13 @@ class Ended(NamedTuple):
     left: int | None = None
 
 
-def run_here(sweep: Path, points: Mapping[int, Sequence[str]], *, at_once: int, devices: int) -> "Ended":
+def run_here(
+    sweep: Path, points: Mapping[int, Sequence[str]], *, at_once: int, devices: int, trust: bool = False
+) -> "Ended":
     """Run the points, each with its words. A request to stop is passed on, and starts no more.
 
-    devices: accelerators of a point. Several at once write to SWEEP/logs/<point>.log, and a line each to the terminal.
+    devices: accelerators of a point; trust: other users may write its folder. Several at once write to
+    SWEEP/logs/<point>.log, and a line each to the terminal.
     """
     share = shares(at_once, devices)
     waiting, running, codes, told = list(points), dict[int, Point](), dict[int, int](), False
@@ -55,7 +60,8 @@ def run_here(sweep: Path, points: Mapping[int, Sequence[str]], *, at_once: int, 
                 slot = min(set(range(at_once)) - {each.slot for each in running.values()})
                 log = sweep / "logs" / f"{index}.log" if at_once > 1 else None
                 print(f"point {index} of {sweep} begins{f', its log: {log}' if log else ''}", flush=True)
-                running[index] = Point(_start(points[index], share[slot] if share else None, log), slot, log)
+                words = [*points[index], *([TRUST] if trust else [])]
+                running[index] = Point(_start(words, share[slot] if share else None, log), slot, log)
             time.sleep(POLL_S)
             for index in [index for index, each in running.items() if each.process.poll() is not None]:
                 codes[index] = _ended(index, running.pop(index), stopped=told)
@@ -82,7 +88,7 @@ def shares(at_once: int, devices: int) -> list[str] | None:
 
 def _start(words: Sequence[str], share: str | None, log: Path | None) -> "subprocess.Popen[bytes]":
     """The run, in a session of its own: a Ctrl-C reaches it once, through us."""
-    command = [sys.executable, "-m", "dsft.run", *words]
+    command = [*python("dsft.run"), *words]
     env = {**os.environ, BEGUN: "1", **({"CUDA_VISIBLE_DEVICES": share} if share else {})}
     if log is None:
         return subprocess.Popen(command, env=env, start_new_session=True)

@@ -59,9 +59,24 @@ def read(sweep: Path) -> Ledger | None:
         return None
     try:
         tree = json.loads(path.read_text())
-        return Ledger(**{**tree, "points": [Entry(**entry) for entry in tree["points"]]})
+        book = Ledger(**{**tree, "points": [Entry(**entry) for entry in tree["points"]]})
+        if wrong := _wrong(book):
+            raise ValueError(wrong)
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged ({error}); remove it and type the sweep again, it goes on") from error
+    return book
+
+
+def _wrong(book: Ledger) -> str | None:
+    """Return what no sweep that was typed has in its ledger; None if there is nothing."""
+    for name, folder in (("cwd", book.cwd), ("config_dir", book.config_dir or "/")):
+        if not isinstance(folder, str) or not os.path.isabs(folder):
+            return f"{name} is {folder!r} and no absolute path"
+    for entry in book.points:
+        for word in entry.words:
+            if not isinstance(word, str) or word.lstrip("+~").startswith("hydra"):
+                return f"{word!r} is no word of a point"
+    return None
 
 
 @contextmanager

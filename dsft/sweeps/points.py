@@ -13,9 +13,10 @@ from dsft_launchers import cluster, submit
 from dsft_launchers.codes import DONE, STOPPED, USER_ERROR
 from dsft_launchers.follow import POLL_S, follow_points
 
-from dsft import dispatch, folder
+from dsft import dispatch, folder, owners
 from dsft.compose import Composed, build, compose
 from dsft.entry import lose_lines
+from dsft.locate import TYPED, Allowed
 from dsft.preflight import announce, preflight, rehearse, tell_unchecked
 from dsft.sweeps import arrays, ledger
 from dsft.sweeps.here import Ended, run_here, shares
@@ -23,6 +24,22 @@ from dsft.sweeps.ledger import Entry, Ledger
 from dsft.sweeps.standing import ALIVE, Standing, look
 from dsft.sweeps.table import as_text, metric_of
 from dsft.wording import as_value
+
+
+@dataclass(frozen=True)
+class Typed:
+    """What a command line says beside the points' words.
+
+    more: overrides behind those of each point, for this time; trust: other users may write the sweep's folder; allowed:
+    whose classes the words, and the YAMLs that they choose, may name.
+    """
+
+    more: Sequence[str] = ()
+    trust: bool = False
+    allowed: Allowed = TYPED
+
+
+AS_TYPED = Typed()
 
 
 @dataclass
@@ -49,7 +66,7 @@ class Checked:
         self.refused[index] = why
 
 
-def run_points(points: Sequence[Sequence[str]], sweep: Path, *, first: int, book: Ledger) -> Ended:
+def run_points(points: Sequence[Sequence[str]], sweep: Path, *, first: int, book: Ledger, trust: bool = False) -> Ended:
     """Run a sweep's points, or go on with them. A point that is refused ends no other.
 
     book: the ledger until there is a file; it keeps the points of batches that were refused as a whole. Raises
@@ -59,15 +76,15 @@ def run_points(points: Sequence[Sequence[str]], sweep: Path, *, first: int, book
         raise ValueError("a sweep must have one point or more, got none; give each key that is swept a value")
     sweep = sweep.absolute()
     words = {first + i: [word for word in point if not word.startswith("run_dir=")] for i, point in enumerate(points)}
-    return bring(sweep, ledger.read(sweep) or book, words)
+    return bring(sweep, ledger.read(sweep) or book, words, Typed(trust=trust))
 
 
-def bring(sweep: Path, book: Ledger, words: Mapping[int, list[str]], more: Sequence[str] = ()) -> Ended:
+def bring(sweep: Path, book: Ledger, words: Mapping[int, list[str]], typed: Typed = AS_TYPED) -> Ended:
     """Bring points to their ends: those that are not done, and that nothing works on, are started.
 
-    more: overrides behind those of each point, for this time; a point that has no folder yet is made with them.
+    A point that has no folder yet is made with the words in typed.more.
     """
-    checked = check(sweep, words, more)
+    checked = check(sweep, words, typed)
     if any(arrays.slurm(each.composed).dry_run for each in checked.ready.values()):
         arrays.show(sweep, checked.ready)
         return Ended({index: USER_ERROR if index in checked.refused else DONE for index in words})
@@ -76,7 +93,7 @@ def bring(sweep: Path, book: Ledger, words: Mapping[int, list[str]], more: Seque
         _enter(sweep, book, words, checked)
         return Ended(dict.fromkeys(words, USER_ERROR))
     try:
-        codes, left = _start(sweep, book, words, checked, fresh=fresh)
+        codes, left = _start(sweep, book, words, checked, fresh=fresh, trust=typed.trust)
         if any(arrays.slurm(each.composed).wait for each in checked.ready.values()):
             followed = _follow(sweep, [point for point in look(sweep, book) if point.index in checked.ready])
             codes, left = codes | followed.codes, followed.left if left is None else left
@@ -96,17 +113,18 @@ def bring(sweep: Path, book: Ledger, words: Mapping[int, list[str]], more: Seque
     return Ended(found or codes, left)
 
 
-def check(sweep: Path, words: Mapping[int, list[str]], more: Sequence[str] = ()) -> Checked:
+def check(sweep: Path, words: Mapping[int, list[str]], typed: Typed = AS_TYPED) -> Checked:
     """Everything that can be known of the points before one is started; writes nothing but caches.
 
     Raises ValueError for what concerns all of them.
     """
     checked, answers, unchecked = Checked(), dict[str, str | None](), dict[str, None]()
-    for index, typed in words.items():
-        now = [*(word for word in typed if _key(word) not in map(_key, more)), *more]
-        checked.words[index] = typed if (sweep / str(index) / "config.yaml").is_file() else now
+    for index, own in words.items():
+        now = [*(word for word in own if _key(word) not in map(_key, typed.more)), *typed.more]
+        checked.words[index] = own if (sweep / str(index) / "config.yaml").is_file() else now
         try:
-            composed = _composed(sweep, index, now)
+            owners.check(sweep / str(index), "a point of SWEEP", trust=typed.trust, note=False)
+            composed = _composed(sweep, index, now, typed)
             if composed.start.variables:  # one rank of several, which meet before they read the data
                 folder.check(Path(composed.run.run_dir), composed.resolved)
                 checked.here[index] = composed
@@ -135,9 +153,10 @@ def check(sweep: Path, words: Mapping[int, list[str]], more: Sequence[str] = ())
     return checked
 
 
-def _composed(sweep: Path, index: int, typed: Sequence[str]) -> Composed:
+def _composed(sweep: Path, index: int, words: Sequence[str], typed: Typed) -> Composed:
     """A point as a run of its own; in W&B the points are a group, unless the user named one."""
-    composed = compose([*typed, f"run_dir={as_value(str(sweep / str(index)))}"])
+    composed = compose([*words, f"run_dir={as_value(str(sweep / str(index)))}"], allowed=typed.allowed)
+    _refuse_code(composed, typed)
     trackers = composed.resolved["tracker"]
     grouped = [name for name, each in trackers.items() if "group" in each and each["group"] is None]
     tree: dict[str, Any] = {
@@ -145,7 +164,19 @@ def _composed(sweep: Path, index: int, typed: Sequence[str]) -> Composed:
         "tracker": {**trackers, **{name: {**trackers[name], "group": sweep.name} for name in grouped}},
     }
     more = tuple(f"tracker.{name}.group={as_value(sweep.name)}" for name in grouped)
-    return replace(composed, run=build(tree), resolved=tree, overrides=composed.overrides + more)
+    return replace(composed, run=build(tree, typed.allowed), resolved=tree, overrides=composed.overrides + more)
+
+
+def _refuse_code(composed: Composed, typed: Typed) -> None:
+    """Refuse a model whose own code would run because the sweep's folder says so. Raises ValueError."""
+    key = "model.trust_remote_code"
+    if typed.trust or typed.allowed.anything or key in map(_key, typed.more):
+        return
+    if composed.resolved["model"].get("trust_remote_code", False) is not False:
+        raise ValueError(
+            f"{key} must be typed for each start of a sweep that goes on, got it from {typed.allowed.file}; add "
+            f"{key}=true if you trust that code"
+        )
 
 
 def _key(word: str) -> str:
@@ -173,7 +204,9 @@ def _limits(composed: Iterable[Composed]) -> tuple[int, int]:
     return all_of[0].run.launcher.max_parallel or 1, max(each.start.devices for each in all_of)
 
 
-def _start(sweep: Path, book: Ledger, words: Mapping[int, list[str]], checked: Checked, *, fresh: bool) -> Ended:
+def _start(
+    sweep: Path, book: Ledger, words: Mapping[int, list[str]], checked: Checked, *, fresh: bool, trust: bool
+) -> Ended:
     """Put the points on record, submit those for SLURM and run the others; what of those ended."""
     lose_lines()
     joined = any(composed.start.variables for composed in checked.here.values())
@@ -204,7 +237,7 @@ def _start(sweep: Path, book: Ledger, words: Mapping[int, list[str]], checked: C
         if not mine:
             return Ended(refused)
         at_once, devices = _limits(checked.here.values())
-        codes, left = run_here(sweep, mine, at_once=at_once, devices=devices)
+        codes, left = run_here(sweep, mine, at_once=at_once, devices=devices, trust=trust)
         return Ended(refused | codes, left)
 
 

@@ -18,7 +18,7 @@ VERBS = (
 )  # fmt: skip
 
 FLOORS = (
-    ("config", "imports", "offline", "synonyms", "cache"),
+    ("config", "imports", "offline", "synonyms", "cache", "first", "owners", "searched", "locate"),
     ("comm",),
     ("course",),
     ("protocols",),
@@ -40,6 +40,7 @@ FLOORS = (
         "published",
         "recorder",
         "snapshot",
+        "learned",
         "results",
     ),
     VERBS,

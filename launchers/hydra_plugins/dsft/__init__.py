@@ -6,7 +6,6 @@ Imported by every Hydra program of the environment: no torch here, and nothing h
 import math
 import os
 from collections.abc import Sequence
-from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -35,26 +34,42 @@ class DsftSearchPath(SearchPathPlugin):
 
 
 def _providers(own: Path) -> list[tuple[str, str]]:
+    from dsft.locate import providers
+
     found = []
     chosen = os.environ.get("DSFT_CONFIG_DIR")
     if chosen:
         found.append(("--config-dir", f"file://{chosen}"))
     beside = Path.cwd() / "conf"
-    if beside.is_dir() and beside.resolve() != own.resolve():
+    if beside.is_dir() and beside.resolve() not in (own.resolve(), chosen and Path(chosen).resolve()):
+        _check_own(beside)
         found.append(("./conf", f"file://{beside}"))
-    for point in sorted(entry_points(group="dsft.configs"), key=lambda point: point.name):
-        found.append((f"plugin {point.name}", f"pkg://{point.value}"))
+    for name, package in sorted(providers().items()):
+        found.append((f"plugin {name}", f"pkg://{package}"))
     return found
+
+
+def _check_own(conf: Path) -> None:
+    """Refuse ./conf of another user, and one that came with a run or an adapter. Raises ValueError."""
+    from dsft.searched import why_not
+
+    for folder in (conf, conf.parent):
+        if (why := why_not(folder)) is not None:
+            raise ValueError(
+                f"./conf must be your own, got {conf}, and {folder} {why}; start dsft in another folder or, if you "
+                f"trust it, name it: --config-dir {conf}"
+            )
 
 
 class DsftLauncher(Launcher):
     """Starts each point of a sweep as a run of its own in SWEEP/<index>, here or in SLURM job arrays.
 
     metric: the value that a sweeper gets of a point, and that the table is sorted by. codes: exit codes of all points
-    so far in this process; Hydra gives no value of a sweep back to its caller.
+    so far in this process; Hydra gives no value of a sweep back to its caller. trust: the command line has --trust.
     """
 
     codes: ClassVar[list[int]] = []
+    trust: ClassVar[bool] = False
     sweep: ClassVar[Path | None] = None
     before: ClassVar[str | None] = None
 
@@ -63,7 +78,7 @@ class DsftLauncher(Launcher):
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         """Keep what launch needs, and what Hydra's sweeper will write over."""
-        from dsft import folder, paths
+        from dsft import folder, owners, paths
         from dsft.sweeps import ledger
 
         for typed in OverridesParser.create().parse_overrides(list(config.hydra.overrides.task)):
@@ -71,6 +86,7 @@ class DsftLauncher(Launcher):
                 raise ValueError(f"run_dir must be one for the whole sweep, got {typed.input_line}; give one folder")
         self.book = ledger.begin(self.metric)
         paths.check_run_dir(config.run_dir)
+        owners.check(Path(config.run_dir), "run_dir", trust=self.trust, depth=1)
         folder.check_place(Path(config.run_dir))
         file = Path(config.run_dir) / MULTIRUN
         DsftLauncher.sweep, DsftLauncher.before = file.parent, file.read_text() if file.is_file() else None
@@ -86,7 +102,7 @@ class DsftLauncher(Launcher):
 
         assert self.sweep is not None
         points = [list(overrides) for overrides in job_overrides]
-        codes, left = run_points(points, self.sweep, first=initial_job_idx, book=self.book)
+        codes, left = run_points(points, self.sweep, first=initial_job_idx, book=self.book, trust=self.trust)
         self.codes.extend(codes.values())
         if left is not None:
             raise SystemExit(max(left, *self.codes))

@@ -212,9 +212,17 @@ def test_an_adapter_of_another_base_or_of_no_method_of_ours_is_refused(tmp_path:
     said = json.loads((tmp_path / CONFIG).read_text())
     said["method"] = {"_target_": "subprocess.Popen", "args": ["true"]}
     (tmp_path / CONFIG).write_text(json.dumps(said))
-    with _refused("must name a method of dsft's own format, got subprocess.Popen"):
+    with _refused("got subprocess.Popen named in"):
+        load(*_base("tiny"), tmp_path)
+    said["method"] = {"_target_": "dsft.methods.native.Native2"}
+    (tmp_path / CONFIG).write_text(json.dumps(said))
+    with _refused("must name a class that can be imported, got dsft.methods.native.Native2 (module"):
+        load(*_base("tiny"), tmp_path)
+    said["method"] = {"_target_": "dsft.methods.full.Full"}
+    (tmp_path / CONFIG).write_text(json.dumps(said))
+    with _refused("must name a method of dsft's own format, got dsft.methods.full.Full"):
         load(*_base("tiny"), tmp_path)
     said["method"] = {"_target_": "their_package.Method"}
     (tmp_path / CONFIG).write_text(json.dumps(said))
-    with _refused("got their_package.Method (No module named 'their_package'); install the package that has it"):
+    with _refused("; install the package that has it with an entry point in dsft.configs or, if you trust its code"):
         load(*_base("tiny"), tmp_path)

@@ -1,0 +1,111 @@
+"""Where Python looks for modules: what is installed first, the folder in which a command was typed last.
+
+dsft's own processes are started with -P. A verb that runs what was typed calls `own_folder_last`; a verb that reads
+what others may have made imports nothing from the folder in which it is typed.
+"""
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.machinery import PathFinder
+from pathlib import Path
+
+from dsft import owners
+
+TYPED_IN = "DSFT_TYPED_IN"
+"""Variable of dsft's own processes: the folder in which the command was typed; empty where nothing comes from it."""
+
+HELD = ("sweep.json", "adapter_config.json", "dsft_adapter.json")
+"""Files that make a folder one that is read; a run's has RUN beside them."""
+RUN = ("config.yaml", "provenance.json")
+
+ROOT = str(Path(__file__).parents[1])
+
+
+class OwnFolder(str):
+    """The entry of sys.path that is the user's folder and nothing that is installed."""
+
+    __slots__ = ()
+
+
+def python(module: str) -> list[str]:
+    """Return the beginning of the command that starts a module of dsft, without the folder that it starts in."""
+    return [sys.executable, "-P", "-m", module]
+
+
+def own_folder_last(*, inherited: bool = False) -> None:
+    """Let modules be found in the folder in which the command was typed, behind all others; children do the same.
+
+    inherited: this process was started by another of dsft's, which has said which folder it is.
+    """
+    if not inherited or TYPED_IN not in os.environ:
+        os.environ[TYPED_IN] = own_folder()
+    if paths := os.environ.get("PYTHONPATH"):  # an empty entry is the folder that a child starts in
+        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths.split(os.pathsep)))
+    if ROOT not in sys.path:  # a checkout that is not installed, in whose folder the command was typed
+        sys.path.append(ROOT)
+        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), ROOT]))
+    take(os.environ[TYPED_IN])
+
+
+def take(folder: str) -> None:
+    """Make folder the user's own on sys.path; an empty one takes the former away."""
+    os.environ[TYPED_IN] = folder
+    sys.path[:] = [entry for entry in sys.path if not isinstance(entry, OwnFolder)]
+    if folder and folder not in sys.path:
+        sys.path.append(OwnFolder(folder))
+
+
+def own_folder() -> str:
+    """Return the folder in which this process works, or "" where its files may be another's or are not there to be run.
+
+    That is a folder that others may write, the folder of a run, of a sweep or of an adapter.
+    """
+    try:
+        here = os.getcwd()
+    except OSError:  # it was deleted
+        return ""
+    return "" if why_not(Path(here)) else here
+
+
+def why_not(folder: Path) -> str | None:
+    """Return why nothing is imported from folder, and no ./conf of it is read; None if it is the user's own."""
+    try:
+        if (doubt := owners.doubt(folder)) is not None:
+            return doubt
+    except OSError as error:
+        return f"cannot be read ({error.strerror})"
+    held = [name for name in HELD if (folder / name).exists()]
+    if all((folder / name).exists() for name in RUN):
+        held.append(RUN[0])
+    return f"is the folder of what {held[0]} describes" if held else None
+
+
+def on_pythonpath(package: str) -> bool:
+    """Return True if the user has put a folder with this module on PYTHONPATH; nothing is imported."""
+    entries = [entry for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if os.path.isabs(entry)]
+    return PathFinder.find_spec(package, entries) is not None
+
+
+@contextmanager
+def installed_only() -> Iterator[None]:
+    """Within it modules of the user's own folder are not found."""
+    own = [entry for entry in sys.path if isinstance(entry, OwnFolder)]
+    sys.path[:] = [entry for entry in sys.path if not isinstance(entry, OwnFolder)]
+    try:
+        yield
+    finally:
+        sys.path.extend(own)
+
+
+@contextmanager
+def own_folder_too() -> Iterator[None]:
+    """Within it modules of this process' folder are found behind all others, if it is the user's own."""
+    folder = own_folder()
+    added = [OwnFolder(folder)] if folder and folder not in sys.path else []
+    sys.path.extend(added)
+    try:
+        yield
+    finally:
+        sys.path[:] = [entry for entry in sys.path if not any(entry is each for each in added)]
