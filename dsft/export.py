@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from dsft_launchers.files import mode_as_usual
+from dsft_launchers.shown import in_a_line
 
 from dsft.compose import read
 from dsft.config import Run
@@ -31,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         export(args.run, args.to, args.out)
     except ValueError as error:
         return refuse(error)
-    print(f"{args.to} written to {args.out}")
+    print(in_a_line(f"{args.to} written to {args.out}"))
     return 0
 
 

@@ -5,6 +5,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
+from dsft_launchers.shown import shown
+
 from dsft import folder
 from dsft.again import command_of
 from dsft.checkpoint.lease import Lease, LeaseLostError
@@ -182,7 +184,7 @@ class Recorder:
         self.record.event(state, at.step, {"reason": at.reason} if at.reason else {})
         self.line.close()
         for line in closing(self.run_dir, data, at, saved):
-            print(line, flush=True)
+            print(shown(line), flush=True)
 
 
 def _committed(run_dir: Path, checkpoint: str) -> str:

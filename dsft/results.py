@@ -8,7 +8,7 @@ from typing import Any
 
 from dsft.again import command_of
 from dsft.compose import load_yaml
-from dsft.door import shown
+from dsft.door import brief
 from dsft.folder import provenance, state
 from dsft.models.files import check_folder
 from dsft.models.source import local_folder
@@ -92,7 +92,7 @@ def _folder(path: Path) -> tuple[Path, Path | None]:
     except OSError as error:
         reason = error.strerror or str(error)
         raise ValueError(
-            f"RUN must be a folder that can be read, got {shown(path)}: {reason}; give the run_dir of a run"
+            f"RUN must be a folder that can be read, got {brief(path)}: {reason}; give the run_dir of a run"
         ) from error
 
 

@@ -12,6 +12,7 @@ from typing import NamedTuple
 from dsft_launchers import verdict
 from dsft_launchers.codes import CRASHED, DONE, STOPPED, USER_ERROR
 from dsft_launchers.join import count_devices
+from dsft_launchers.shown import in_a_line, say
 from dsft_launchers.stop import stop_signals
 
 from dsft.entry import BEGUN
@@ -54,7 +55,7 @@ def run_here(sweep: Path, points: Mapping[int, Sequence[str]], *, at_once: int, 
                 index = waiting.pop(0)
                 slot = min(set(range(at_once)) - {each.slot for each in running.values()})
                 log = sweep / "logs" / f"{index}.log" if at_once > 1 else None
-                print(f"point {index} of {sweep} begins{f', its log: {log}' if log else ''}", flush=True)
+                print(in_a_line(f"point {index} of {sweep} begins{f', its log: {log}' if log else ''}"), flush=True)
                 running[index] = Point(_start(points[index], share[slot] if share else None, log), slot, log)
             time.sleep(POLL_S)
             for index in [index for index, each in running.items() if each.process.poll() is not None]:
@@ -100,6 +101,6 @@ def _ended(index: int, point: Point, *, stopped: bool) -> int:
     if point.log is not None and code not in (DONE, STOPPED):
         text = point.log.read_text(errors="replace") if point.log.is_file() else f"its log, {point.log}, is gone"
         lines = verdict.error_lines(text)
-        shown = lines[-1:] if code == USER_ERROR else lines
-        print("".join(f"dsft: point {index}: {line}\n" for line in shown), end="", file=sys.stderr, flush=True)
+        for line in lines[-1:] if code == USER_ERROR else lines:
+            say(f"dsft: point {index}: {line}")
     return code

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TextIO
 
+from dsft_launchers.shown import in_a_line
+
 from dsft.sweeps.ledger import Ledger
 from dsft.sweeps.standing import WRONG, Standing
 from dsft.telemetry.record import METRICS, read_lines
@@ -63,13 +65,14 @@ def as_text(book: Ledger, points: Sequence[Standing], by: str) -> str:
     changed = _changed(book, points)
     keys = sorted({key for words in changed.values() for key in words})
     others = sorted({key for _, values in rows for key in values if key.startswith("eval/") and key != by})
-    lines = [["point", "state", "step", by, *keys, *others, "why"]]
+    lines = [[in_a_line(head) for head in ("point", "state", "step", by, *keys, *others, "why")]]
     for point, values in rows:
         value = f"{values[by]:.4f}" if by in values else "-"
         set_to = [changed[point.index].get(key, "-") for key in keys]
         measured = [f"{values[key]:.4g}" if key in values else "-" for key in others]
         why = point.why if point.state in WRONG else ""
-        lines.append([str(point.index), point.shown, str(point.step), value, *set_to, *measured, why])
+        cells = [str(point.index), point.shown, str(point.step), value, *set_to, *measured, why]
+        lines.append([in_a_line(cell) for cell in cells])
     if not any(line[-1] for line in lines[1:]):
         lines[0][-1] = ""
     widths = [max(map(len, column)) for column in list(zip(*lines, strict=True))[:-1]]

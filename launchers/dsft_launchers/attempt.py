@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from dsft_launchers import cause, cluster, verdict
 from dsft_launchers.cause import Cause
+from dsft_launchers.shown import in_a_line, shown
 
 SUPERVISED = "DSFT_SUPERVISED"
 """Tells a rank that its leaving on request is no failure: srun would end the others for it."""
@@ -120,7 +121,7 @@ def _run(command: Sequence[str], env: Mapping[str, str]) -> str:
         assert step.stderr is not None
         for line in step.stderr:
             said.append(line)
-            print(line, end="", flush=True)
+            print(shown(line), end="", flush=True)
     tell(f"srun ended with {step.returncode} after {time.monotonic() - begun:.1f} s")
     return "".join(said)
 
@@ -172,4 +173,4 @@ def _rank_env(devices: int) -> dict[str, str]:
 
 def tell(text: str) -> None:
     """Add a line to the job's log."""
-    print(f"dsft: {time.strftime('%FT%T')} {text}", flush=True)
+    print(in_a_line(f"dsft: {time.strftime('%FT%T')} {text}"), flush=True)
