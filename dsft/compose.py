@@ -18,7 +18,8 @@ from dsft.flags import without_config_dir
 from dsft.idle import refuse_idle
 from dsft.options import Choice, choices, keys
 from dsft.paths import check_run_dir, expand
-from dsft.wording import OWN_CONF, as_value, one_line, own_keys
+from dsft.privacy import SecretError, not_secret
+from dsft.wording import OWN_CONF, Offered, as_value, one_line, own_keys
 
 CLASSES = ("model", "method", "quantization", "strategy", "objective", "data")
 """Groups whose option is a class that its YAML names."""
@@ -179,6 +180,28 @@ def _check_typed(overrides: Sequence[str]) -> dict[str, Any]:
     return values
 
 
+def _guard_environment() -> None:
+    """Have ${oc.env:NAME} refuse the names of secrets, in YAML as in what is typed."""
+    from omegaconf import OmegaConf
+    from omegaconf.resolvers import oc
+
+    def env(name: str, *default: Any) -> Any:
+        return oc.env(not_secret(name), *default)
+
+    OmegaConf.register_new_resolver("oc.env", env, replace=True)
+
+
+def _in_a_line(error: Exception, offered: Callable[[str], Offered]) -> ValueError:
+    """The refusal of what Hydra or OmegaConf refuse. offered: as one_line has it."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, SecretError):
+        cause = cause.__cause__ or cause.__context__
+    if cause is not None:
+        found = re.search(r"full_key: (\S+)", str(error))
+        return ValueError(f"{found[1] if found else 'a value'} {cause}")
+    return ValueError(one_line(error, offered))
+
+
 def _compose_tree(overrides: list[str]) -> tuple[dict[str, Any], list[Choice]]:
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
@@ -189,6 +212,7 @@ def _compose_tree(overrides: list[str]) -> tuple[dict[str, Any], list[Choice]]:
     from yaml import YAMLError
 
     GlobalHydra.instance().clear()
+    _guard_environment()
     try:
         with initialize_config_dir(str(OWN_CONF), job_name="dsft", version_base="1.3"):
             sources = GlobalHydra.instance().config_loader().get_sources()  # type: ignore[attr-defined]
@@ -201,8 +225,9 @@ def _compose_tree(overrides: list[str]) -> tuple[dict[str, Any], list[Choice]]:
             raise ValueError(f"{missing[0]} must be given; add {missing[0]}=VALUE")
         tree: dict[str, Any] = expand({"tracker": {}, **plain(cfg)})
     except (HydraException, OmegaConfBaseException, YAMLError) as error:
-        said = one_line(error, lambda group: {name: _raw(tree) for name, tree in keys(group, sources).items()})
-        raise ValueError(said) from error
+        raise _in_a_line(
+            error, lambda group: {name: _raw(tree) for name, tree in keys(group, sources).items()}
+        ) from error
     for group in CLASSES:
         if not isinstance(tree.get(group), dict) or "_target_" not in tree[group]:
             raise ValueError(f"{group} must be an option whose YAML names its class with _target_; choose one")
@@ -245,6 +270,7 @@ def hand_to_hydra(argv: Sequence[str]) -> int:
     from omegaconf.errors import OmegaConfBaseException
 
     os.environ["HYDRA_FULL_ERROR"] = "1"
+    _guard_environment()
     words = without_config_dir(argv)
     typed = _check_typed([word for word in words if "=" in word and not word.startswith("-")])
     if "run_dir" in typed:
@@ -259,7 +285,7 @@ def hand_to_hydra(argv: Sequence[str]) -> int:
         main = hydra.main(config_path=str(OWN_CONF), config_name="config", version_base="1.3")(_never)
         main()
     except (HydraException, OmegaConfBaseException) as error:
-        raise ValueError(one_line(error, own_keys)) from error
+        raise _in_a_line(error, own_keys) from error
     finally:
         from hydra_plugins.dsft import DsftLauncher
 

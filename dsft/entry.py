@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 from dsft_launchers.codes import USER_ERROR
+from dsft_launchers.files import write_for_nobody_else
 from dsft_launchers.shown import say, shown
 
 UNREAD = 128 + signal.SIGPIPE
@@ -30,6 +31,7 @@ def enter(main: Callable[[], int]) -> NoReturn:
     """
     gc.disable()
     _open_closed_streams()
+    write_for_nobody_else()
     write_out_foreign_text()
     code = _read_by_somebody(main)
     gc.freeze()

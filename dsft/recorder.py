@@ -17,6 +17,7 @@ from dsft.config import Run
 from dsft.data.open import Dataset
 from dsft.engine.evaluate import Evaluation
 from dsft.engine.progress import STOPPED, Progress
+from dsft.privacy import for_trackers
 from dsft.telemetry.meter import Meter, peak_memory_bytes
 from dsft.telemetry.progress import ProgressLine
 from dsft.telemetry.record import METRICS, RunRecord, Saved, State, Status, read_lines, read_status, timestamp
@@ -70,7 +71,7 @@ class Recorder:
         )
         self.trackers = Trackers(run.tracker, lambda name, message: self.line.say(message))
         known = before.wandb_id if before else None
-        wandb_id = self.trackers.open(run_dir, load_yaml(run_dir / "config.yaml"), known)
+        wandb_id = self.trackers.open(run_dir, for_trackers(load_yaml(run_dir / "config.yaml")), known)
         self.status = Status(
             state="running",
             step=before.step if before else 0,

@@ -9,6 +9,8 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dsft_launchers.files import readable_by_all
+
 from dsft.data.audit import Audit, Counts
 from dsft.data.cache import (
     INPUTS,
@@ -146,6 +148,17 @@ def _build(folder: Path, source: Source, encoder: Encoder, *, max_length: int, s
     }
     (folder / "audit.json").write_text(json.dumps(extra), encoding="utf-8")
     write_skipped([*train.skipped, *held.skipped], folder)
+    if not all(map(readable_by_all, _files_of(source))):
+        folder.chmod(0o700)
+
+
+def _files_of(source: Any) -> Iterator[Path]:
+    """The files and folders of this machine that a source reads, a mixture's sources' too."""
+    for path in (getattr(source, name, None) for name in ("path", "eval_path")):
+        if path and (file := Path(path).expanduser()).exists():
+            yield file
+    for part in getattr(source, "sources", {}).values():
+        yield from _files_of(part)
 
 
 def _encoded(

@@ -87,7 +87,7 @@ def _start(words: Sequence[str], share: str | None, log: Path | None) -> "subpro
     env = {**os.environ, BEGUN: "1", **({"CUDA_VISIBLE_DEVICES": share} if share else {})}
     if log is None:
         return subprocess.Popen(command, env=env, start_new_session=True)
-    log.parent.mkdir(exist_ok=True)
+    log.parent.mkdir(mode=0o700, exist_ok=True)  # the points' own folders may be for their owner alone
     with log.open("ab") as out:
         return subprocess.Popen(command, env=env, start_new_session=True, stdout=out, stderr=subprocess.STDOUT)
 

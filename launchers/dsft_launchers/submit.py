@@ -224,6 +224,11 @@ def _executor(request: Request, folder: Path) -> Any:
         def affinity(cls) -> int:
             return 2  # a script can be written where no srun is
 
+        def _make_submission_file_text(self, command: str, uid: str) -> str:
+            for empty in self.folder.glob(f".submission_file_{uid}.sh"):
+                empty.chmod(0o700)  # launcher.setup may hold what is nobody else's
+            return str(super()._make_submission_file_text(command, uid))
+
     executor = Writer(folder=folder)
     asked = {
         "job_name": request.name, "nodes": request.nodes, "ntasks_per_node": request.devices,

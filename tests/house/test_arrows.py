@@ -26,7 +26,7 @@ FLOORS = (
     LEAVES,
     ("engine",),
     ("rules", "idle", "options", "proven", "wording", "entry"),
-    ("paths",),
+    ("paths", "privacy"),
     ("spelling", "building", "flags"),
     ("compose",),
     ("folder", "again", "origin", "door", "likeness", "earlier", "published", "recorder", "snapshot", "results"),
