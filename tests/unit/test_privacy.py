@@ -17,21 +17,13 @@ from dsft.again import command_of
 from dsft.compose import compose, load_yaml
 from dsft.data.open import open_data
 from dsft.engine.result import mode_as_usual as of_a_result
-from dsft.privacy import for_trackers, private_input
+from dsft.privacy import SecretError, for_trackers, not_secret, private_input
 from dsft.sweeps import ledger
 from dsft.sweeps.ledger import Entry
 from dsft.telemetry.track_wandb import WandbTracker
 
 DIGESTS = dict.fromkeys(("base_digest", "data_digest", "tokens_digest"), "d" * 64)
-WORDS = [
-    "model=tiny",
-    "method=lora",
-    "launcher=local",
-    "strategy=single",
-    "tracker=[none]",
-    "train.steps=1",
-    "data=local",
-]
+WORDS = ["model=tiny", "method=lora", "launcher=local", "strategy=single", "tracker=[none]", "data=local"]
 
 
 @pytest.fixture
@@ -54,8 +46,11 @@ def mode(path: Path) -> int:
     return stat.S_IMODE(path.stat().st_mode)
 
 
-@pytest.mark.parametrize("umask", [0o000, 0o002, 0o022, 0o077], indirect=True, ids=oct)
-@pytest.mark.parametrize("closed", ["", "file", "folder"])
+@pytest.mark.parametrize(
+    ("umask", "closed"),
+    [*((umask, closed) for umask in (0o000, 0o002, 0o022, 0o077) for closed in ("", "file")), (0o022, "folder")],
+    indirect=["umask"],
+)
 def test_the_modes_are_those_of_the_table(umask: int, closed: str, public: Path) -> None:
     rows, run_dir = public / "rows" / "rows.jsonl", public / "run"
     rows.parent.mkdir(mode=0o755)
@@ -99,10 +94,8 @@ def test_a_file_is_read_by_all_if_its_folders_let_them(public: Path) -> None:
     assert readable_by_all(public / "link")
     assert private_input({"model": {"path": str(public / "link")}, "run_dir": "/root"}) is None
     (public / "model" / "config.json").chmod(0o640)
-    assert (
-        private_input({"data": {"sources": {"a": {"path": str(public / "link")}}}})
-        == f"data.sources.a.path={public / 'link'}"
-    )
+    mixture = {"data": {"sources": {"a": {"path": str(public / "link")}}}}
+    assert private_input(mixture) == f"data.sources.a.path={public / 'link'}"
     (public / "model").chmod(0o750)
     assert not readable_by_all(public / "link" / "config.json")
 
@@ -110,13 +103,16 @@ def test_a_file_is_read_by_all_if_its_folders_let_them(public: Path) -> None:
 @pytest.mark.parametrize(
     "name", ["HF_TOKEN", "WANDB_API_KEY", "my_password", "AWS_SECRET_ACCESS_KEY", "db.passwd", "APIKEY2"]
 )
+def test_what_is_a_secret_by_its_name(name: str) -> None:
+    with pytest.raises(SecretError, match=f"must hold no secret, got .*{name}"):
+        not_secret(name)
+
+
 @pytest.mark.parametrize("default", ["", ",none"])
-def test_a_secret_of_the_environment_is_refused(name: str, default: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(name, "hush")
-    with pytest.raises(
-        ValueError, match=rf"^data\.system must hold no secret, got \$\{{oc\.env:{name}\}}, "
-    ) as refusal:
-        compose([*WORDS, "data.path=rows.jsonl", f"data.system=${{oc.env:{name}{default}}}"])
+def test_a_secret_of_the_environment_is_refused(default: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hush")
+    with pytest.raises(ValueError, match=r"^data\.system must hold no secret, got \$\{oc\.env:HF_TOKEN\}, ") as refusal:
+        compose([*WORDS, "data.path=rows.jsonl", f"data.system=${{oc.env:HF_TOKEN{default}}}"])
     assert "hush" not in str(refusal.value)
 
 
@@ -164,12 +160,8 @@ def test_planted_secrets_stand_in_the_batch_script_alone(tmp_path: Path, monkeyp
     assert "export X_KEY=hush-setup" in holders[0].read_text()
     assert config["data"]["path"] == "rows.jsonl"
     assert "launcher" not in config
-    sent = [
-        path
-        for path in (run_dir / "wandb").rglob("*")
-        if path.is_file() and path.suffix in (".wandb", ".yaml", ".json")
-    ]
-    assert sent
+    sent = [path for path in (run_dir / "wandb").rglob("*.*") if path.suffix in (".wandb", ".yaml", ".json")]
+    assert any(b"rows.jsonl" in path.read_bytes() for path in sent)
     assert not [path for path in sent if b"hushed-place" in path.read_bytes()]
     assert "launcher.setup=???" in command_of(run_dir).replace("'", "")
     with pytest.raises(ValueError, match=r"launcher\.setup must be given"):
