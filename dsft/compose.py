@@ -1,6 +1,7 @@
 """From what was typed to a frozen Run: the only importer of Hydra and OmegaConf."""
 
 import contextlib
+import io
 import os
 import re
 import sys
@@ -122,10 +123,28 @@ def plain(node: Any) -> Any:
 
 
 def load_yaml(path: Path) -> Any:
-    """Return the plain tree that dump_yaml has written; a ${...} without a backslash stays as it is."""
+    """Return the plain tree that dump_yaml has written; a ${...} without a backslash stays as it is.
+
+    Raises ValueError for anchors, which it never writes: names for parts that hold others make a large tree of few
+    bytes.
+    """
     from omegaconf import OmegaConf
 
-    return _each_text(_raw(OmegaConf.load(path)), _unescaped)
+    text = path.read_text(encoding="utf-8")
+    if "&" in text or "*" in text:
+        _refuse_anchors(path, text)
+    return _each_text(_raw(OmegaConf.load(io.StringIO(text))), _unescaped)
+
+
+def _refuse_anchors(path: Path, text: str) -> None:
+    import yaml
+
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        if getattr(event, "anchor", None) is not None:
+            line = event.start_mark.line + 1
+            raise ValueError(
+                f"{path} must be without anchors and aliases (& and *), got one in line {line}; restore it"
+            )
 
 
 def _raw(node: Any) -> Any:

@@ -1,6 +1,7 @@
 """python -m dsft.export RUN --to adapter|merged OUT: a folder that PEFT, transformers or dsft loads."""
 
 import argparse
+import json
 import os
 import shutil
 import warnings
@@ -17,6 +18,8 @@ from dsft.entry import collect_again, enter, lose_lines
 from dsft.folder import state
 from dsft.imports import uncompiled
 from dsft.methods import native
+from dsft.methods.patterns import check_config
+from dsft.published import names
 from dsft.wording import refuse
 
 
@@ -52,7 +55,7 @@ def export(run_dir: Path, what: str, out: Path) -> None:
     lose_lines()
     run = read(run_dir)
     if what == "adapter" or run.method.whole:
-        shutil.copytree(run_dir / "adapter", out)
+        _copy(run_dir / "adapter", out)
         mode_as_usual(out)
         return
     from dsft.engine.result import write_beside
@@ -67,6 +70,32 @@ def export(run_dir: Path, what: str, out: Path) -> None:
         write_beside(run.method, beside, out, 1)
         run.model.resolve().tokenizer().save_pretrained(out)
     mode_as_usual(out)
+
+
+def _copy(result: Path, out: Path) -> None:
+    """Copy the files of a result that dsft has listed, or writes. Raises ValueError for one that is no plain file.
+
+    What else lies there stays there, and is named: a link may lead to any file of the one who exports.
+    """
+    written = names(result)
+    for name in written:
+        place = result / name
+        if place.resolve() != result.resolve() / name or not place.is_file():
+            raise ValueError(
+                f"RUN must hold its whole result in files of its own, got {place} that is none; put it back"
+            )
+    for name in written:
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        with open(result / name, "rb", opener=_no_link) as source, (out / name).open("xb") as target:
+            shutil.copyfileobj(source, target)
+    if others := sorted(
+        path.name for path in result.iterdir() if not any(Path(name).parts[0] == path.name for name in written)
+    ):
+        print(in_a_line(f"note         not of the result, and left out: {', '.join(others)}"))
+
+
+def _no_link(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NOFOLLOW)
 
 
 def _check_out(out: Path) -> None:
@@ -129,6 +158,7 @@ def merged_and_beside(run: Run, adapter: Path) -> tuple[Any, dict[str, Any]]:
     else:
         with uncompiled():
             from peft import PeftModel
+        check_config(json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8")), adapter)
         whole = run.method.merge(PeftModel.from_pretrained(base, adapter))
     beside: dict[str, Any] = {}
     for name, param in whole.named_parameters():

@@ -241,7 +241,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         content.keys()
     except OSError as error:
         raise ValueError(f"{path} cannot be read ({error.strerror}); give this user the right to") from error
-    except (ValueError, AttributeError) as error:
+    except (ValueError, RecursionError, AttributeError) as error:
         raise ValueError(f"{path} is damaged; remove it, the run goes on without") from error
     return content
 

@@ -198,6 +198,6 @@ def _json(path: Path) -> dict[str, Any]:
     try:
         content: dict[str, Any] = json.loads(path.read_text())
         content.keys()
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError, RecursionError, AttributeError) as error:
         raise ValueError(f"RUN must be whole, got {path} missing or damaged; restore it") from error
     return content

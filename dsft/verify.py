@@ -254,11 +254,13 @@ def put(base: Any, result: Path, method: Method | None) -> Any:
         from peft import PeftModel
 
     from dsft.methods import native
+    from dsft.methods.patterns import check_config
     from dsft.models.anatomy import dissect
 
     anatomy = dissect(base)
     if native.holds(result):
         return native.load(base, anatomy, result)
+    check_config(json.loads((result / "adapter_config.json").read_text(encoding="utf-8")), result)
     model = PeftModel.from_pretrained(base, result)
     return model if method is None else method.restored(model, anatomy, result)
 

@@ -60,7 +60,7 @@ class Native(Method):
         folder = place(self.init_from, CONFIG)
         try:
             before = read(folder)
-        except (ValueError, TypeError, ImportError, AttributeError, KeyError) as error:
+        except (ValueError, RecursionError, TypeError, ImportError, AttributeError, KeyError) as error:
             raise ValueError(f"method.init_from must hold a method of ours, got {folder / CONFIG}: {error}") from None
         if type(before) is not type(self):
             raise ValueError(

@@ -63,7 +63,7 @@ def read(sweep: Path) -> Ledger | None:
     try:
         tree = json.loads(path.read_text())
         return Ledger(**{**tree, "points": [Entry(**entry) for entry in tree["points"]]})
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, RecursionError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged ({error}); remove it and type the sweep again, it goes on") from error
 
 

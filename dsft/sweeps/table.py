@@ -97,14 +97,29 @@ def _changed(book: Ledger, points: Sequence[Standing]) -> dict[int, dict[str, st
 
 
 def write_csv(book: Ledger, points: Sequence[Standing], by: str, out: TextIO) -> None:
-    """The same with a column for each key that differs and for each metric; numbers in full."""
+    """The same with a column for each key that differs and for each metric; numbers in full.
+
+    Text that a spreadsheet would take for a formula has a ' before it, as it has there.
+    """
     rows = ranked(points, by)
     changed = _changed(book, points)
     keys = sorted({key for words in changed.values() for key in words})
     metrics = sorted({key for _, values in rows for key in values} - {"step"})
     writer = csv.writer(out)
-    writer.writerow(["point", "state", "step", *keys, *metrics, "reason", "run_dir"])
+    writer.writerow(map(_no_formula, ["point", "state", "step", *keys, *metrics, "reason", "run_dir"]))
     for point, values in rows:
         words = [changed[point.index].get(key, "") for key in keys]
         measured = [values.get(key, "") for key in metrics]
-        writer.writerow([point.index, point.state, point.step, *words, *measured, point.why, point.run_dir])
+        cells = [point.index, point.state, point.step, *words, *measured, point.why, str(point.run_dir)]
+        writer.writerow(map(_no_formula, cells))
+
+
+def _no_formula(cell: object) -> object:
+    """The cell, with a ' before text that begins as a formula does and is no number."""
+    if not isinstance(cell, str) or not cell.startswith(("=", "+", "-", "@", "\t", "\r")):
+        return cell
+    try:
+        float(cell)
+    except ValueError:
+        return f"'{cell}"
+    return cell

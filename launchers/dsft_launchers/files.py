@@ -38,7 +38,7 @@ def mode_as_usual(folder: Path) -> None:
     safetensors writes its files for their owner alone, whatever the umask is.
     """
     fresh = folder / f".mode.{os.getpid()}"
-    fresh.touch()
+    os.close(_made(fresh, 0o666))
     mode = stat.S_IMODE(fresh.stat().st_mode)
     fresh.unlink()
     for path in folder.rglob("*"):
