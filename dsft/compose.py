@@ -1,7 +1,6 @@
 """From what was typed to a frozen Run: the only importer of Hydra and OmegaConf."""
 
 import contextlib
-import io
 import os
 import re
 import sys
@@ -19,8 +18,11 @@ from dsft.flags import without_config_dir
 from dsft.idle import refuse_idle
 from dsft.options import Choice, choices, keys
 from dsft.paths import check_run_dir, expand
-from dsft.privacy import SecretError, not_secret
+from dsft.privacy import SecretError
 from dsft.wording import OWN_CONF, Offered, as_value, one_line, own_keys
+from dsft.yaml_files import dump_yaml as dump_yaml
+from dsft.yaml_files import guard_environment
+from dsft.yaml_files import load_yaml as load_yaml
 
 CLASSES = ("model", "method", "quantization", "strategy", "objective", "data")
 """Groups whose option is a class that its YAML names."""
@@ -122,61 +124,10 @@ def plain(node: Any) -> Any:
     return OmegaConf.to_container(node, resolve=True, throw_on_missing=True)
 
 
-def load_yaml(path: Path) -> Any:
-    """Return the plain tree that dump_yaml has written; a ${...} without a backslash stays as it is.
-
-    Raises ValueError for anchors, which it never writes: names for parts that hold others make a large tree of few
-    bytes.
-    """
-    from omegaconf import OmegaConf
-
-    text = path.read_text(encoding="utf-8")
-    if "&" in text or "*" in text:
-        _refuse_anchors(path, text)
-    return _each_text(_raw(OmegaConf.load(io.StringIO(text))), _unescaped)
-
-
-def _refuse_anchors(path: Path, text: str) -> None:
-    import yaml
-
-    for event in yaml.parse(text, Loader=yaml.SafeLoader):
-        if getattr(event, "anchor", None) is not None:
-            line = event.start_mark.line + 1
-            raise ValueError(
-                f"{path} must be without anchors and aliases (& and *), got one in line {line}; restore it"
-            )
-
-
 def _raw(node: Any) -> Any:
     from omegaconf import OmegaConf
 
     return OmegaConf.to_container(node, resolve=False)
-
-
-def dump_yaml(tree: Any) -> str:
-    """Return a resolved tree as YAML, in which every ${ is text: it is escaped, so that OmegaConf reads it as text."""
-    from omegaconf import OmegaConf
-
-    return OmegaConf.to_yaml(OmegaConf.create(_each_text(tree, _escaped)))
-
-
-def _each_text(node: Any, change: Callable[[str], str]) -> Any:
-    """Return a plain tree with each of its texts changed; keys stay."""
-    if isinstance(node, Mapping):
-        return {key: _each_text(value, change) for key, value in node.items()}
-    if isinstance(node, list | tuple):
-        return [_each_text(value, change) for value in node]
-    return change(node) if isinstance(node, str) else node
-
-
-def _escaped(text: str) -> str:
-    """Backslashes before ${ count twice, and one more takes its meaning from it."""
-    return re.sub(r"(\\*)\$\{", r"\1\1\\${", text)
-
-
-def _unescaped(text: str) -> str:
-    """The inverse: an odd number of backslashes before ${ is half as many before a text."""
-    return re.sub(r"(?<!\\)(\\*)\1\\\$\{", r"\1${", text)
 
 
 def _check_typed(overrides: Sequence[str]) -> dict[str, Any]:
@@ -197,17 +148,6 @@ def _check_typed(overrides: Sequence[str]) -> dict[str, Any]:
             values[typed.key_or_group] = typed.value()
             spelling.check_value(typed.key_or_group, typed.value())
     return values
-
-
-def _guard_environment() -> None:
-    """Have ${oc.env:NAME} refuse the names of secrets, in YAML as in what is typed."""
-    from omegaconf import OmegaConf
-    from omegaconf.resolvers import oc
-
-    def env(name: str, *default: Any) -> Any:
-        return oc.env(not_secret(name), *default)
-
-    OmegaConf.register_new_resolver("oc.env", env, replace=True)
 
 
 def _in_a_line(error: Exception, offered: Callable[[str], Offered]) -> ValueError:
@@ -231,7 +171,7 @@ def _compose_tree(overrides: list[str]) -> tuple[dict[str, Any], list[Choice]]:
     from yaml import YAMLError
 
     GlobalHydra.instance().clear()
-    _guard_environment()
+    guard_environment()
     try:
         with initialize_config_dir(str(OWN_CONF), job_name="dsft", version_base="1.3"):
             sources = GlobalHydra.instance().config_loader().get_sources()  # type: ignore[attr-defined]
@@ -289,7 +229,7 @@ def hand_to_hydra(argv: Sequence[str]) -> int:
     from omegaconf.errors import OmegaConfBaseException
 
     os.environ["HYDRA_FULL_ERROR"] = "1"
-    _guard_environment()
+    guard_environment()
     words = without_config_dir(argv)
     typed = _check_typed([word for word in words if "=" in word and not word.startswith("-")])
     if "run_dir" in typed:

@@ -24,7 +24,8 @@ class Counts:
     max_length; zero_mask: dropped, nothing in them but ends of turns is supervised; bad: left out because they could
     not be read or rendered. truncated: kept rows whose supervised part does not end with a special token, so that
     nothing teaches the model to stop. tokens, supervised: of the kept rows. shortest: tokens of the shortest row, kept
-    or not. empty_turns: supervised turns of the kept rows that render to nothing but their end.
+    or not; of one that was too long to be tokenised, what it has at least. empty_turns: supervised turns of the kept
+    rows that render to nothing but their end.
     """
 
     rows: int

@@ -22,6 +22,7 @@ from dsft.data.cache import (
     tokenizer_identity,
 )
 from dsft.data.encoding import Encoded, Encoder
+from dsft.data.length import OverLong
 from dsft.data.skipped import with_way_out, write_skipped
 from dsft.data.source import BadRow, Sample, Source, held_out
 from dsft.data.store import SetWriter, runs
@@ -89,7 +90,7 @@ def open_data(
     line, for data that cannot be read or leaves nothing to learn from.
     """
     source.check()
-    encoder = Encoder(tokenizer, date.fromisoformat(day) if day else None)
+    encoder = Encoder(tokenizer, date.fromisoformat(day) if day else None, max_length)
     told = encoder.day.isoformat() if encoder.reads_date else None
     inputs = digest_of(
         {
@@ -163,12 +164,13 @@ def _files_of(source: Any) -> Iterator[Path]:
 
 def _encoded(
     rows: Iterator[Sample | BadRow], encoder: Encoder, source: Source
-) -> Iterator[tuple[Sample | BadRow, Encoded | BadRow]]:
+) -> Iterator[tuple[Sample | BadRow, Encoded | OverLong | BadRow]]:
     """Each row with its tokens, or with why it has none. Raises ValueError for the first bad row not to be skipped."""
     written = Written(encoder.tokenizer)
     while chunk := list(islice(rows, _CHUNK)):
         encoded = iter(encoder.encode([row for row in chunk if isinstance(row, Sample)]))
         for row in chunk:
+            found: Encoded | OverLong | BadRow
             found = row if isinstance(row, BadRow) else with_way_out(source, next(encoded))
             if isinstance(found, BadRow) and not source.skips(found):
                 raise ValueError(found.reason)

@@ -27,7 +27,7 @@ FLOORS = (
     ("engine",),
     ("rules", "idle", "options", "proven", "wording", "entry"),
     ("paths", "privacy"),
-    ("spelling", "building", "flags"),
+    ("spelling", "building", "flags", "yaml_files"),
     ("compose",),
     ("folder", "again", "origin", "door", "likeness", "earlier", "published", "recorder", "snapshot", "results"),
     VERBS,
@@ -40,7 +40,7 @@ Verbs may use each other (run plans before it runs); leaves may not.
 
 IMPORTERS = {
     "hydra": ("dsft/compose.py", "launchers/hydra_plugins/"),
-    "omegaconf": ("dsft/compose.py", "launchers/hydra_plugins/"),
+    "omegaconf": ("dsft/compose.py", "dsft/yaml_files.py", "launchers/hydra_plugins/"),
     "bitsandbytes": ("dsft/quantizers/", "dsft/engine/optimizers.py"),
     "deepspeed": ("dsft/strategies/zero",),
     "wandb": ("dsft/telemetry/",),

@@ -139,8 +139,8 @@ def test_the_worst_that_is_taken_ends() -> None:
     """Without a limit: hours."""
     for pattern in (r"\w*[\w.]*.*q?q?q?X", "q?" * 21 + "X"):
         check_pattern("k", pattern)
-            assert re.fullmatch(pattern, "model.layers.10.self_attn." + "q" * 60) is None
-    
+        assert re.fullmatch(pattern, "model.layers.10.self_attn." + "q" * 60) is None
+
 
 def test_a_target_is_refused_before_it_is_matched(tiny: nn.Module) -> None:
     with pytest.raises(ValueError, match=r"method\.target_modules must be an expression that ends soon"):
