@@ -15,11 +15,12 @@ from dsft_launchers.shown import in_a_line
 from dsft.compose import read
 from dsft.config import Run
 from dsft.entry import collect_again, enter, lose_lines
-from dsft.folder import state
+from dsft.folder import provenance, state
 from dsft.imports import uncompiled
 from dsft.methods import native
 from dsft.methods.patterns import check_config
-from dsft.published import names
+from dsft.origin import called
+from dsft.published import describe, names
 from dsft.wording import refuse
 
 
@@ -29,10 +30,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("run", type=Path, help="a run folder that is done")
     parser.add_argument("--to", choices=("adapter", "merged"), required=True)
     parser.add_argument("out", type=Path, help="a folder that does not exist yet")
+    parser.add_argument("--with-base-path", action="store_true", help="name a base that is a folder here by its path")
     parser.error = _raise  # type: ignore[method-assign]
     try:
         args = parser.parse_args(argv)
-        export(args.run, args.to, args.out)
+        export(args.run, args.to, args.out, base_path=args.with_base_path)
     except ValueError as error:
         return refuse(error)
     print(in_a_line(f"{args.to} written to {args.out}"))
@@ -40,11 +42,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _raise(message: str) -> NoReturn:
-    raise ValueError(f"{message}; usage: dsft export RUN --to adapter|merged OUT")
+    raise ValueError(f"{message}; usage: dsft export RUN --to adapter|merged OUT [--with-base-path]")
 
 
-def export(run_dir: Path, what: str, out: Path) -> None:
-    """Copy the result (adapter), or the base with the adapter merged into the weights that training saw (merged)."""
+def export(run_dir: Path, what: str, out: Path, *, base_path: bool = False) -> None:
+    """Copy the result (adapter), or the base with the adapter merged into the weights that training saw (merged).
+
+    base_path: a base that is a folder of this machine is named by its path; else by the folder's name and its digest.
+    """
     if not (run_dir / "config.yaml").is_file():
         raise ValueError(f"RUN must be a run folder, got {run_dir} without config.yaml; give the run_dir of a run")
     if state(run_dir).get("state") != "done":
@@ -56,6 +61,8 @@ def export(run_dir: Path, what: str, out: Path) -> None:
     run = read(run_dir)
     if what == "adapter" or run.method.whole:
         _copy(run_dir / "adapter", out)
+        if not base_path:
+            _name_by_digest(run_dir, out)
         mode_as_usual(out)
         return
     from dsft.engine.result import write_beside
@@ -92,6 +99,24 @@ def _copy(result: Path, out: Path) -> None:
         path.name for path in result.iterdir() if not any(Path(name).parts[0] == path.name for name in written)
     ):
         print(in_a_line(f"note         not of the result, and left out: {', '.join(others)}"))
+
+
+def _name_by_digest(run_dir: Path, out: Path) -> None:
+    """Write the base's name and digest in the place of its path, which tells others how this machine is laid out."""
+    base = str(json.loads((run_dir / "plan.json").read_text(encoding="utf-8")).get("model"))
+    if not os.path.isdir(base):
+        return
+    name, changed = called(base, str(provenance(run_dir).get("base_digest"))), False
+    for path in (*out.glob("*.json"), *out.glob("*.md")):
+        text = path.read_text(encoding="utf-8")
+        old, new = (json.dumps(each)[1:-1] if path.suffix == ".json" else each for each in (base, name))
+        other = text.replace(old, new)
+        if other != text:
+            path.write_text(other, encoding="utf-8")
+            changed = True
+    if changed:
+        describe(out)
+        print(in_a_line(f"note         the base is called {name} there; --with-base-path gives its path"))
 
 
 def _no_link(path: str, flags: int) -> int:

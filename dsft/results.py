@@ -1,6 +1,7 @@
 """Results on disk, of runs and of others: whose base they sit on, how they are called. Reads small files, headers."""
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -136,6 +137,11 @@ def _read(name: str, folder: Path, run_dir: Path | None) -> Result:
         base = described.get("base_model_name_or_path" if kind == PEFT else "base_model")
         if not isinstance(base, str):
             raise ValueError(f"RUN must name its base, got {folder / kind} without; put it in")
+        if re.search(r"^[^/]+@[0-9a-f]{16}$", base) and not Path(base).exists():
+            raise ValueError(
+                f"RUN must name a base that can be found, got {base} in {folder / kind}, a folder of the machine that "
+                "exported it; put the path or hub id of that model there, or export with --with-base-path"
+            )
         return Result(name, folder, None, base, None, "", None, "\n", whole)
     tree = _tree(run_dir / "config.yaml")
     seen = json.dumps([tree["quantization"], tree["train"]["precision"]], sort_keys=True)

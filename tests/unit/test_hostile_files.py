@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 from torch import nn
 
-from dsft import export, folder, published, results
+from dsft import export, folder, origin, published, results
 from dsft.compose import dump_yaml, load_yaml
 from dsft.methods import peft_targets
 from dsft.methods.patterns import check_config, check_pattern
@@ -84,6 +86,31 @@ def test_an_older_result_without_a_list_gives_its_plain_files(run_dir: Path, tmp
     (run_dir / "adapter" / "notes.txt").symlink_to(tmp_path / "key")
     with pytest.raises(ValueError, match="that is none"):
         copied(run_dir, tmp_path / "again")
+
+
+def test_the_path_of_a_local_base_does_not_travel(
+    run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = tmp_path / 'my "base'
+    base.mkdir()
+    adapter, out = run_dir / "adapter", tmp_path / "out"
+    (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(base), "r": 8}))
+    (adapter / "README.md").write_text(f"from_pretrained({base})")
+    save_file({"a": torch.zeros(2)}, adapter / "adapter_model.safetensors")
+    published.describe(adapter)
+    (run_dir / "plan.json").write_text(json.dumps({"model": str(base)}))
+    (run_dir / "provenance.json").write_text(json.dumps({"base_digest": "0123456789abcdef" * 4}))
+    export._copy(adapter, out)
+    export._name_by_digest(run_dir, out)
+    name = 'my "base@0123456789abcdef'
+    assert json.loads((out / "adapter_config.json").read_text()) == {"base_model_name_or_path": name, "r": 8}
+    assert (out / "README.md").read_text() == f"from_pretrained({name})"
+    assert capsys.readouterr().out == f"note         the base is called {name} there; --with-base-path gives its path\n"
+    assert list(published.damages(out, contents=True)) == []
+    assert origin.same_name(name, str(base)), "method.init_from takes it on that base, by its name"
+    assert not origin.same_name(name, "/elsewhere/another")
+    with pytest.raises(ValueError, match=r"RUN must name a base that can be found, got my .base@0123456789abcdef"):
+        results.find([out])
 
 
 @pytest.mark.parametrize("aliases", [True, False])
