@@ -134,7 +134,8 @@ def failed_on(said: str, texts: Sequence[str], *, alone: bool) -> str | None:
     """
     places = {rank: node for node, ranks, _ in ENDED.findall(said) for rank in cluster.numbers(ranks)}
     raised = [rank for rank, text in enumerate(texts) if verdict.raised(text)]
-    if raised and alone and not any(DEVICE.search(texts[rank]) for rank in raised):
+    words = [verdict.last_word(texts[rank]) for rank in raised]
+    if raised and alone and not any(word is not None and DEVICE.search(word.said) for word in words):
         return None
     left = [failure.rank for failure in _failures(said, texts)]
     died = _crashed(said, texts) or [failure.rank for failure in _unheard(said, texts)]
