@@ -81,13 +81,12 @@ class DsftLauncher(Launcher):
         A request to stop ends the sweep: a sweeper that comes in batches gets no further one.
         """
         from dsft import folder
-        from dsft.likeness import holds_setup
         from dsft.sweeps.points import run_points
         from dsft.sweeps.table import last_values
 
         assert self.sweep is not None
-        if any(holds_setup(word) for point in job_overrides for word in point):
-            (self.sweep / MULTIRUN).chmod(0o600)
+        if (self.sweep / MULTIRUN).is_file():
+            (self.sweep / MULTIRUN).chmod(0o600)  # it holds launcher.setup, from wherever it came
         points = [list(overrides) for overrides in job_overrides]
         codes, left = run_points(points, self.sweep, first=initial_job_idx, book=self.book)
         self.codes.extend(codes.values())
