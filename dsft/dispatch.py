@@ -13,6 +13,7 @@ from dsft_launchers.attempt import SUPERVISED
 from dsft_launchers.codes import DONE
 from dsft_launchers.files import replace_text
 from dsft_launchers.follow import follow
+from dsft_launchers.shown import in_a_line, say, shown
 
 from dsft import owners, snapshot
 from dsft.checkpoint import lease
@@ -38,7 +39,7 @@ def show(composed: Composed) -> None:
     """Print the batch script."""
     run_dir = _folder(composed)
     asked = request(composed, snapshot.of(run_dir), run_dir)
-    print(submit.script(asked, batch_step(composed, str(run_dir)), run_dir / "slurm"))
+    print(shown(submit.script(asked, batch_step(composed, str(run_dir)), run_dir / "slurm")))
 
 
 def dispatch(composed: Composed, create: Callable[[], None]) -> int:
@@ -65,13 +66,14 @@ def dispatch(composed: Composed, create: Callable[[], None]) -> int:
     except BaseException:
         cluster.ask("scancel", job_id)
         raise
-    print(f"submitted    job {job_id}; watch: tail -F {run_dir}/logs/rank-0.log; cancel: scancel {job_id}", flush=True)
+    watch = in_a_line(f"tail -F {run_dir}/logs/rank-0.log")
+    print(f"submitted    job {job_id}; watch: {watch}; cancel: scancel {job_id}", flush=True)
     if not launcher.wait:
         return DONE
     try:
         return follow(job_id, run_dir)
     except KeyboardInterrupt:
-        print(f"dsft: job {job_id} goes on by itself; scancel {job_id} ends it", file=sys.stderr)
+        say(f"dsft: job {job_id} goes on by itself; scancel {job_id} ends it")
         return DONE
 
 

@@ -56,11 +56,11 @@ def at_the_door(run_dir: Path, place: Path | None = None) -> Iterator[None]:
         yield
     except OSError as error:
         reason, where = error.strerror or str(error), place or error.filename
-        inside = f" in {shown(where)}" if where and os.fspath(where) != str(run_dir) else ""
-        raise ValueError(f"run_dir must be writable, got {shown(run_dir)}: {reason}{inside}; choose another") from error
+        inside = f" in {brief(where)}" if where and os.fspath(where) != str(run_dir) else ""
+        raise ValueError(f"run_dir must be writable, got {brief(run_dir)}: {reason}{inside}; choose another") from error
 
 
-def shown(path: object) -> str:
+def brief(path: object) -> str:
     """Return path for a message, shortened in the middle if it is very long."""
     text = str(path)
     return text if len(text) <= 200 else f"{text[:90]}...{text[-90:]} ({len(text):,} characters)"

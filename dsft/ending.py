@@ -11,6 +11,7 @@ from dsft_launchers import verdict
 from dsft_launchers.attempt import SUPERVISED
 from dsft_launchers.codes import STOPPED
 from dsft_launchers.local import Ending
+from dsft_launchers.shown import say, shown
 
 from dsft.telemetry.record import State, read_status, write_status
 
@@ -61,8 +62,8 @@ def crashed(run_dir: Path, attempt: Attempt, error: Exception) -> None:
 
     line = f"{type(error).__name__}: {' '.join(str(error).split())}"
     lost = lost_peer(error)
-    traceback.print_exc()
-    print(f"{verdict.LOST_PEER if lost else verdict.CRASH}{line}", file=sys.stderr)
+    print(shown(traceback.format_exc()), end="", file=sys.stderr)
+    say(f"{verdict.LOST_PEER if lost else verdict.CRASH}{line}")
     if not lost:
         leave_cause(f"rank {os.environ.get('RANK', '0')}: {line}")
     note(run_dir, attempt, (cause_left() or f"lost a peer: {line}") if lost else line)
@@ -73,9 +74,9 @@ def crashed(run_dir: Path, attempt: Attempt, error: Exception) -> None:
             attempt.lease.check()
             if (settled := Store(run_dir).settle_trial()) is not None:
                 said = f"{settled.details['checkpoint']} {settled.event.replace('_', ' ')}: {settled.details['reason']}"
-                print(f"dsft: {said}", file=sys.stderr)
+                say(f"dsft: {said}")
     except (OSError, LeaseLostError) as why:
-        print(f"dsft: nothing more is written to {run_dir}: {why}", file=sys.stderr)
+        say(f"dsft: nothing more is written to {run_dir}: {why}")
 
 
 def note(run_dir: Path, attempt: Attempt, reason: str) -> None:
@@ -90,7 +91,7 @@ def note(run_dir: Path, attempt: Attempt, reason: str) -> None:
         if status is not None:
             write_status(run_dir, replace(status, state="failed", reason=reason))
     except (OSError, LeaseLostError) as why:
-        print(f"dsft: nothing more is written to {run_dir}: {why}", file=sys.stderr)
+        say(f"dsft: nothing more is written to {run_dir}: {why}")
 
 
 def settle(run_dir: Path, ending: Ending, attempt: int) -> None:
@@ -111,4 +112,4 @@ def settle(run_dir: Path, ending: Ending, attempt: int) -> None:
     except lease.HeldError:
         return
     except OSError as error:
-        print(f"dsft: {run_dir / 'status.json'} could not be brought up to date: {error}", file=sys.stderr)
+        say(f"dsft: {run_dir / 'status.json'} could not be brought up to date: {error}")

@@ -4,13 +4,18 @@ import contextlib
 import errno
 import gc
 import io
+import logging
 import os
 import signal
 import sys
+import traceback
+import warnings
 from collections.abc import Callable
 from typing import Any, NoReturn
 
 from dsft_launchers.codes import USER_ERROR
+from dsft_launchers.files import write_for_nobody_else
+from dsft_launchers.shown import say, shown
 
 UNREAD = 128 + signal.SIGPIPE
 """Exit code where the reader of the output has gone before there was any work."""
@@ -26,6 +31,8 @@ def enter(main: Callable[[], int]) -> NoReturn:
     """
     gc.disable()
     _open_closed_streams()
+    write_for_nobody_else()
+    write_out_foreign_text()
     code = _read_by_somebody(main)
     gc.freeze()
     if code and _in_a_group():
@@ -55,6 +62,22 @@ def _open_closed_streams() -> None:
         sys.stderr = open(2, "w", closefd=False)
 
 
+def write_out_foreign_text() -> None:
+    """Have control characters written out in what Python shows of an error or a warning, and in what libraries log."""
+    plain = warnings.formatwarning
+
+    class Record(logging.LogRecord):
+        def getMessage(self) -> str:  # noqa: N802
+            return shown(super().getMessage())
+
+    def show_error(*error: Any) -> None:
+        sys.stderr.write(shown("".join(traceback.format_exception(*error))))
+
+    sys.excepthook = show_error
+    warnings.formatwarning = lambda *said, **more: shown(plain(*said, **more))
+    logging.setLogRecordFactory(Record)
+
+
 def _read_by_somebody(main: Callable[[], int]) -> int:
     """Return main's code; where nobody reads the output any more (`| head -1`), that of a process that SIGPIPE ends.
 
@@ -72,7 +95,7 @@ def _read_by_somebody(main: Callable[[], int]) -> int:
         if _takes_lines():
             raise
         sys.stdout = open(os.devnull, "w")
-        print(f"dsft: the output must go where it can be written, got: {error.strerror}; free space", file=sys.stderr)
+        say(f"dsft: the output must go where it can be written, got: {error.strerror}; free space")
         return USER_ERROR
 
 
@@ -93,6 +116,11 @@ def lose_lines() -> None:
         sys.stderr = LossyStream(sys.stderr)
 
 
+def _kept_apart(line: str) -> str:
+    """The line, or the beginning of one, with a margin if it is the beginning of ours or can become it."""
+    return f"| {line}" if line and (line.startswith(OURS) or OURS.startswith(line)) else line
+
+
 def _in_a_group() -> bool:
     """Return True if this process is still in a process group of torch, which is not imported for it."""
     group = sys.modules.get("torch.distributed")
@@ -106,17 +134,39 @@ def collect_again() -> None:
     gc.enable()
 
 
+OURS = "dsft: "
+"""How lines begin that launchers and supervisors read in a rank's log; nothing but shown.say writes one."""
+
+
 class LossyStream(io.TextIOBase):
-    """Wraps stdout or stderr, and ignores that its disk is full or its terminal gone: lines are lost, no run ends."""
+    """Wraps stdout or stderr, and ignores that its disk is full or its terminal gone: lines are lost, no run ends.
+
+    What is written, by libraries too, has its control characters written out unless it goes to a terminal (which
+    progress bars move about in), and a line that begins as ours do gets a margin: a log says only what we said.
+    """
 
     def __init__(self, stream: Any) -> None:
         self.stream = stream
+        self.at_start = True
 
     def write(self, text: str) -> int:
-        """Pass on."""
+        """Pass on, with a margin before what looks like a line of ours."""
+        lines = (text if self.isatty() else shown(text)).split("\n")
+        first, *others = lines
+        whole = [_kept_apart(first) if self.at_start else first, *map(_kept_apart, others)]
+        self._pass_on("\n".join(whole))
+        return len(text)
+
+    def write_ours(self, text: str) -> int:
+        """Pass on a whole line of ours, after the end of any other that is not ended."""
+        self._pass_on(text if self.at_start else f"\n{text}")
+        return len(text)
+
+    def _pass_on(self, text: str) -> None:
+        if text:
+            self.at_start = text.endswith("\n")
         with self._forgiven():
             self.stream.write(text)
-        return len(text)
 
     def flush(self) -> None:
         """Pass on."""

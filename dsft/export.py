@@ -1,6 +1,7 @@
 """python -m dsft.export RUN --to adapter|merged OUT: a folder that PEFT, transformers or dsft loads."""
 
 import argparse
+import json
 import os
 import shutil
 import warnings
@@ -9,14 +10,18 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from dsft_launchers.files import mode_as_usual
+from dsft_launchers.shown import in_a_line
 
 from dsft import basis, owners
 from dsft.config import Run
 from dsft.entry import collect_again, enter, lose_lines
-from dsft.folder import state
+from dsft.folder import provenance, state
 from dsft.imports import uncompiled
 from dsft.learned import FLAG, Learned, learned
 from dsft.methods import native
+from dsft.methods.patterns import check_config
+from dsft.origin import called
+from dsft.published import describe, names
 from dsft.wording import refuse
 
 
@@ -26,25 +31,34 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("run", type=Path, help="a run folder that is done")
     parser.add_argument("--to", choices=("adapter", "merged"), required=True)
     parser.add_argument("out", type=Path, help="a folder that does not exist yet")
+    parser.add_argument("--with-base-path", action="store_true", help="name a base that is a folder here by its path")
     parser.add_argument(owners.TRUST, action="store_true", help="read a folder that other users may have written")
     parser.add_argument(FLAG, action="store_true", help="let the code of the base model run, which it brings itself")
     parser.error = _raise  # type: ignore[method-assign]
     try:
         args = parser.parse_args(argv)
-        export(args.run, args.to, args.out, trust=args.trust, trust_remote_code=args.trust_remote_code)
+        export(
+            args.run, args.to, args.out, base_path=args.with_base_path, trust=args.trust,
+            trust_remote_code=args.trust_remote_code,
+        )  # fmt: skip
     except ValueError as error:
         return refuse(error)
-    print(f"{args.to} written to {args.out}")
+    print(in_a_line(f"{args.to} written to {args.out}"))
     return 0
 
 
 def _raise(message: str) -> NoReturn:
-    raise ValueError(f"{message}; usage: dsft export RUN --to adapter|merged OUT [{owners.TRUST}] [{FLAG}]")
+    usage = f"dsft export RUN --to adapter|merged OUT [--with-base-path] [{owners.TRUST}] [{FLAG}]"
+    raise ValueError(f"{message}; usage: {usage}")
 
 
-def export(run_dir: Path, what: str, out: Path, *, trust: bool = False, trust_remote_code: bool = False) -> None:
+def export(
+    run_dir: Path, what: str, out: Path, *, base_path: bool = False, trust: bool = False,
+    trust_remote_code: bool = False,
+) -> None:  # fmt: skip
     """Copy the result (adapter), or the base with the adapter merged into the weights that training saw (merged).
 
+    base_path: a base that is a folder of this machine is named by its path; else by the folder's name and its digest.
     trust: RUN may be a folder that others write; trust_remote_code: the base model's own code may run.
     """
     owners.check(run_dir, "RUN", trust=trust)
@@ -58,7 +72,9 @@ def export(run_dir: Path, what: str, out: Path, *, trust: bool = False, trust_re
     lose_lines()
     run = learned(run_dir, trust_remote_code=trust_remote_code)
     if what == "adapter" or run.method.whole:
-        shutil.copytree(run_dir / "adapter", out)
+        _copy(run_dir / "adapter", out)
+        if not base_path:
+            _name_by_digest(run_dir, out)
         mode_as_usual(out)
         return
     basis.require(run_dir, run.model.resolve())
@@ -74,6 +90,50 @@ def export(run_dir: Path, what: str, out: Path, *, trust: bool = False, trust_re
         write_beside(run.method, beside, out, 1)
         run.model.resolve().tokenizer().save_pretrained(out)
     mode_as_usual(out)
+
+
+def _copy(result: Path, out: Path) -> None:
+    """Copy the files of a result that dsft has listed, or writes. Raises ValueError for one that is no plain file.
+
+    What else lies there stays there, and is named: a link may lead to any file of the one who exports.
+    """
+    written = names(result)
+    for name in written:
+        place = result / name
+        if place.resolve() != result.resolve() / name or not place.is_file():
+            raise ValueError(
+                f"RUN must hold its whole result in files of its own, got {place} that is none; put it back"
+            )
+    for name in written:
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        with open(result / name, "rb", opener=_no_link) as source, (out / name).open("xb") as target:
+            shutil.copyfileobj(source, target)
+    if others := sorted(
+        path.name for path in result.iterdir() if not any(Path(name).parts[0] == path.name for name in written)
+    ):
+        print(in_a_line(f"note         not of the result, and left out: {', '.join(others)}"))
+
+
+def _name_by_digest(run_dir: Path, out: Path) -> None:
+    """Write the base's name and digest in the place of its path, which tells others how this machine is laid out."""
+    base = str(json.loads((run_dir / "plan.json").read_text(encoding="utf-8")).get("model"))
+    if not os.path.isdir(base):
+        return
+    name, changed = called(base, str(provenance(run_dir).get("base_digest"))), False
+    for path in (*out.glob("*.json"), *out.glob("*.md")):
+        text = path.read_text(encoding="utf-8")
+        old, new = (json.dumps(each)[1:-1] if path.suffix == ".json" else each for each in (base, name))
+        other = text.replace(old, new)
+        if other != text:
+            path.write_text(other, encoding="utf-8")
+            changed = True
+    if changed:
+        describe(out)
+        print(in_a_line(f"note         the base is called {name} there; --with-base-path gives its path"))
+
+
+def _no_link(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NOFOLLOW)
 
 
 def _check_out(out: Path) -> None:
@@ -135,6 +195,7 @@ def merged_and_beside(run: Learned | Run, adapter: Path) -> tuple[Any, dict[str,
         method = native.read(adapter)
         whole: Any = method.merge(method.restore(base, anatomy, adapter))
     else:
+        check_config(json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8")), adapter)
         whole = run.method.merge(peft_bridge.load(base, adapter))
     beside: dict[str, Any] = {}
     for name, param in whole.named_parameters():

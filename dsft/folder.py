@@ -26,6 +26,7 @@ from dsft.earlier import begin_anew as begin_anew
 from dsft.earlier import set_records_aside as set_records_aside
 from dsft.likeness import FREE, WAY_ANEW, differences, is_free, leaves, refuse_others, stored, typed
 from dsft.paths import expand
+from dsft.privacy import private_input
 from dsft.wording import suggest
 
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "deepspeed", "hydra-core", "numpy")
@@ -162,8 +163,10 @@ def _refuse_newer(run_dir: Path, newest_first: Sequence[Path]) -> None:
 
 
 def notes(run_dir: Path, resolved: Mapping[str, Any]) -> Iterator[str]:
-    """What a person should know before this folder's run goes on."""
+    """What a person should know before this folder's run begins or goes on."""
     if not (run_dir / "config.yaml").is_file():
+        if private := private_input(resolved):
+            yield f"the run folder is for its owner alone (mode 0700), as not every user may read {private}"
         return
     if anew(run_dir, resolved):
         if moved := ", ".join(earlier.movable(run_dir)):
@@ -183,6 +186,8 @@ def create(run_dir: Path, composed: Composed, plan: Mapping[str, Any], digests: 
     """Write config.yaml, overrides.yaml, plan.json and provenance.json; what resume.anew moves is moved before."""
     with at_the_door(run_dir):
         run_dir.mkdir(parents=True, exist_ok=True)
+        if not (run_dir / "config.yaml").is_file() and private_input(composed.resolved):
+            run_dir.chmod(0o700)
         if anew(run_dir, composed.resolved):
             earlier.begin_anew(run_dir)
         _write(run_dir, composed, plan, digests)
@@ -252,7 +257,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         content.keys()
     except OSError as error:
         raise ValueError(f"{path} cannot be read ({error.strerror}); give this user the right to") from error
-    except (ValueError, AttributeError) as error:
+    except (ValueError, RecursionError, AttributeError) as error:
         raise ValueError(f"{path} is damaged; remove it, the run goes on without") from error
     return content
 

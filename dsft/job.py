@@ -15,6 +15,7 @@ from dsft_launchers import copied, verdict
 from dsft_launchers.attempt import SUPERVISED
 from dsft_launchers.codes import CRASHED, DONE, STOPPED, USER_ERROR
 from dsft_launchers.join import resolve
+from dsft_launchers.shown import say
 
 from dsft import folder, published
 from dsft.basis import Basis
@@ -63,14 +64,14 @@ def guarded(run_dir: Path) -> int:
     try:
         return work(run_dir, attempt)
     except verdict.CannotBeginError as error:  # the cluster's state, not an error of this process: no traceback
-        print(f"{verdict.CANNOT_BEGIN}{error}", file=sys.stderr)
+        say(f"{verdict.CANNOT_BEGIN}{error}")
         note(run_dir, attempt, f"cannot begin: {error}")
     except verdict.RefusedError as error:  # the user decides how it goes on
-        print(f"{verdict.REFUSED}{error}", file=sys.stderr)
+        say(f"{verdict.REFUSED}{error}")
         note(run_dir, attempt, str(error))
         return USER_ERROR
     except LeaseLostError as error:  # the folder is another's now: say so, write nothing
-        print(f"dsft: {error}", file=sys.stderr)
+        say(f"dsft: {error}")
     except Exception as error:  # the last fence: whatever went wrong is this attempt's end
         crashed(run_dir, attempt, error)
     return CRASHED

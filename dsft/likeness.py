@@ -20,6 +20,9 @@ OTHER_PARAMETERS = ("model.", "method.rank", "method.target_modules", "method.tr
 ONCE = ("anew", "takeover")
 """Keys of the group resume that act for the start they are typed for; a run folder always holds them false."""
 
+SETUP = "launcher.setup"
+"""The key whose lines stand in the batch script alone."""
+
 WAY_ANEW = "begin anew with resume.anew=true, which moves what is there to RUN/before-N"
 """The end of a refusal to go on."""
 
@@ -76,11 +79,24 @@ def is_free(path: str, allowed: Sequence[str]) -> bool:
 
 
 def stored(resolved: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the configuration as config.yaml holds it: what was typed for one start is false."""
+    """Return the configuration as config.yaml holds it: what was typed for one start is false.
+
+    launcher.setup is left out: it may hold secrets, and no start of a job's ranks needs it.
+    """
     resume = {key: False if key in ONCE else value for key, value in resolved["resume"].items()}
-    return {**resolved, "resume": resume}
+    launcher = {key: [] if key == "setup" else value for key, value in resolved["launcher"].items()}
+    return {**resolved, "resume": resume, "launcher": launcher}
 
 
 def typed(overrides: Sequence[str]) -> list[str]:
-    """Return the words that were typed, without those that act for one start."""
-    return [word for word in overrides if word.lstrip("+").split("=")[0] not in [f"resume.{key}" for key in ONCE]]
+    """Return the words that were typed, without those that act for one start, and launcher.setup without its value.
+
+    ??? is Hydra's word for what must be given: the command line that goes on is refused until it is.
+    """
+    kept = [word for word in overrides if word.lstrip("+").split("=")[0] not in [f"resume.{key}" for key in ONCE]]
+    return [f"{SETUP}=???" if holds_setup(word) else word for word in kept]
+
+
+def holds_setup(word: str) -> bool:
+    """Return True for an override that sets lines of launcher.setup."""
+    return word.lstrip("+~").partition("=")[0].startswith(SETUP)

@@ -12,6 +12,9 @@ from dsft.results import NATIVE, PEFT, TENSORS
 NAMED = {NATIVE: "base_model", PEFT: "base_model_name_or_path"}
 """File of an adapter that describes it -> its key with the name of the base."""
 
+DIGEST = re.compile(r"@[0-9a-f]{16}$")
+"""The end of the name of a base that was a folder of another machine: the beginning of its digest."""
+
 
 def known(init_from: str | None) -> Mapping[str, str]:
     """What is known of the run that left the adapter (folder.provenance); nothing of an adapter's folder alone."""
@@ -63,9 +66,14 @@ def _check_base(described: Path, run: Mapping[str, str], digests: Mapping[str, s
     return f"method.init_from: that it is of this base is known by the name alone, {there} in {described}"
 
 
+def called(base: str, digest: str) -> str:
+    """Return the name by which an adapter that is published calls a base that is a folder of this machine."""
+    return f"{Path(base).name}@{digest[:16]}"
+
+
 def same_name(one: str, other: str) -> bool:
     """Return True if two names may be one model's: equal hub ids, or, where one is a folder, equal last parts."""
-    names = [_hub_id(name) for name in (one, other)]
+    names = [_hub_id(DIGEST.sub("", name)) for name in (one, other)]
     if not all(re.fullmatch(r"[\w.-]+/[\w.-]+", name) for name in names):
         names = [name.rpartition("/")[2] for name in names]
     return names[0] == names[1]

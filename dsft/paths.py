@@ -4,6 +4,8 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+from dsft_launchers.shown import in_a_line
+
 PATHS = ("run_dir", "data.path", "data.eval_path", "model.path", "method.init_from")
 """Keys in which a leading ~ or ~user is a home directory, as in a shell."""
 
@@ -25,6 +27,8 @@ def check_run_dir(run_dir: object) -> None:
     text = "" if run_dir is None else str(run_dir)
     if not text.strip():
         raise ValueError("run_dir must name a folder, got none; leave it out for a new one below runs/")
+    if in_a_line(text) != text:
+        raise ValueError(f"run_dir must be without control characters, got {text!a}; choose another name")
     if "://" in text:
         raise ValueError(
             f"run_dir must be a folder of a file system, got {text}; take a folder here, and copy what is in it "

@@ -6,6 +6,8 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from dsft_launchers.shown import shown
+
 from dsft.compose import Composed, compose
 from dsft.config import Run
 from dsft.entry import enter
@@ -53,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     place = composed.start.place
     if not place.here and not place.gpus:
         plan["notes"].append("counted as on CPUs, bf16 or not as on this machine; --gpu N, GiB of each, plans for GPUs")
-    print(json.dumps(plan, indent=1) if "--json" in words else as_text(plan))
+    print(json.dumps(plan, indent=1) if "--json" in words else shown(as_text(plan)))
     return 0
 
 

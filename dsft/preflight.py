@@ -3,12 +3,12 @@
 import contextlib
 import errno
 import os
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dsft_launchers import cluster
+from dsft_launchers.shown import in_a_line, say, shown
 from rich.console import Console
 
 from dsft import basis, folder, offline, origin, published
@@ -116,7 +116,7 @@ def tell_unchecked(unchecked: Sequence[str]) -> None:
     if unchecked:
         *most, last = unchecked
         named = f"{', '.join(most)} and {last}" if most else last
-        print(f"dsft: not checked, as it is not on this machine: {named}", file=sys.stderr)
+        say(f"dsft: not checked, as it is not on this machine: {named}")
 
 
 def _rehearse_folder(composed: Composed, unchecked: list[str]) -> None:
@@ -190,20 +190,20 @@ def announce(composed: Composed, prepared: Mapping[str, Any]) -> None:
     """Print the plan, and what a person should see before the run begins."""
     from dsft.plan import as_text
 
-    print(as_text(prepared["plan"]))
+    print(shown(as_text(prepared["plan"])))
     for note in [*folder.notes(Path(composed.run.run_dir), composed.resolved), *prepared["notes"]]:
-        print(f"note         {note}")
+        print(in_a_line(f"note         {note}"))
     if composed.run.checkpoint.every == 0:
         print("note         no checkpoints (checkpoint.every=0): a run that is stopped begins again at step 1")
     for tracker in composed.run.tracker.values():
         if hasattr(tracker, "why"):
-            print(f"tracker      {tracker.why().removeprefix('tracker=')}")
+            print(in_a_line(f"tracker      {tracker.why().removeprefix('tracker=')}"))
     for line in prepared["audit"].lines():
-        print(line)
+        print(in_a_line(line))
     console = Console(highlight=False, soft_wrap=True)
     console.print("an example, what is supervised in green:", style="bold")
-    console.print(prepared["audit"].coloured())
-    print(f"run folder   {composed.run.run_dir}", flush=True)
+    console.print(prepared["audit"].coloured(console.width if console.is_terminal else None))
+    print(in_a_line(f"run folder   {composed.run.run_dir}"), flush=True)
 
 
 def create(run_dir: Path, composed: Composed, prepared: Mapping[str, Any]) -> None:

@@ -22,6 +22,9 @@ from dsft.models.headers import INDEX, read_header
 RESULT, FOUND, PROBE = "adapter", "verified.json", "probe.safetensors"
 """The result's folder in RUN; in it, what is known of its files; and what the live model left for a comparison."""
 
+WRITTEN = (".safetensors", ".json", ".md", ".jinja", ".txt", ".model")
+"""Ends of the names of files of a result, where there is no list of them."""
+
 NOT_ASKED = "checkpoint.verify_result=false"
 
 
@@ -116,7 +119,7 @@ def _is_listed(run_dir: Path) -> bool:
     """Return True if the run was made by a dsft that lists the files of each result, by its status.json."""
     try:
         return "saved" in json.loads((run_dir / "status.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, RecursionError, TypeError):
         return False
 
 
@@ -128,7 +131,7 @@ def damages(folder: Path, *, contents: bool) -> Iterator[tuple[str, str]]:
     """
     try:
         listed = _listed(folder)
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+    except (OSError, ValueError, RecursionError, LookupError, TypeError, AttributeError):
         yield FOUND, "damaged"
         return
     if listed is None:
@@ -159,12 +162,21 @@ def _listed(folder: Path) -> dict[str, tuple[int, str]] | None:
     return None if files is None else {name: (int(file["size"]), str(file["sha256"])) for name, file in files.items()}
 
 
+def names(folder: Path) -> list[str]:
+    """Return the files of a result: those that verified.json lists, and itself; by their suffix where it lists none."""
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError, AttributeError):
+        if (listed := _listed(folder)) is not None:
+            there = [name for name in listed if not (Path(name).is_absolute() or ".." in Path(name).parts)]
+            return [*there, FOUND]
+    return sorted(path.name for path in folder.iterdir() if path.suffix in WRITTEN and path.is_file())
+
+
 def _of_an_older_run(folder: Path) -> Iterator[tuple[str, str]]:
     weights = {path.name for path in folder.glob("*.safetensors")}
     if (folder / INDEX).is_file():
         try:
             weights |= set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values())
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
             yield INDEX, "damaged"
     if not weights:
         yield "*.safetensors", "missing"

@@ -5,6 +5,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
+from dsft_launchers.shown import shown
+
 from dsft import folder
 from dsft.again import command_of
 from dsft.checkpoint.lease import Lease, LeaseLostError
@@ -15,6 +17,7 @@ from dsft.config import Run
 from dsft.data.open import Dataset
 from dsft.engine.evaluate import Evaluation
 from dsft.engine.progress import STOPPED, Progress
+from dsft.privacy import for_trackers
 from dsft.telemetry.meter import Meter, peak_memory_bytes
 from dsft.telemetry.progress import ProgressLine
 from dsft.telemetry.record import METRICS, RunRecord, Saved, State, Status, read_lines, read_status, timestamp
@@ -68,7 +71,7 @@ class Recorder:
         )
         self.trackers = Trackers(run.tracker, lambda name, message: self.line.say(message))
         known = before.wandb_id if before else None
-        wandb_id = self.trackers.open(run_dir, load_yaml(run_dir / "config.yaml"), known)
+        wandb_id = self.trackers.open(run_dir, for_trackers(load_yaml(run_dir / "config.yaml")), known)
         self.status = Status(
             state="running",
             step=before.step if before else 0,
@@ -182,7 +185,7 @@ class Recorder:
         self.record.event(state, at.step, {"reason": at.reason} if at.reason else {})
         self.line.close()
         for line in closing(self.run_dir, data, at, saved):
-            print(line, flush=True)
+            print(shown(line), flush=True)
 
 
 def _committed(run_dir: Path, checkpoint: str) -> str:

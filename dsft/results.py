@@ -1,6 +1,7 @@
 """Results on disk, of runs and of others: whose base they sit on, how they are called. Reads small files, headers."""
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 from dsft import learned, owners
 from dsft.again import command_of
 from dsft.compose import load_yaml
-from dsft.door import shown
+from dsft.door import brief
 from dsft.folder import base_then_and_now, provenance, state
 from dsft.locate import Allowed
 from dsft.models.files import check_folder
@@ -106,7 +107,7 @@ def _folder(path: Path) -> tuple[Path, Path | None]:
     except OSError as error:
         reason = error.strerror or str(error)
         raise ValueError(
-            f"RUN must be a folder that can be read, got {shown(path)}: {reason}; give the run_dir of a run"
+            f"RUN must be a folder that can be read, got {brief(path)}: {reason}; give the run_dir of a run"
         ) from error
 
 
@@ -152,6 +153,11 @@ def _read(name: str, folder: Path, run_dir: Path | None, *, trust: bool) -> Resu
         base = described.get("base_model_name_or_path" if kind == PEFT else "base_model")
         if not isinstance(base, str):
             raise ValueError(f"RUN must name its base, got {folder / kind} without; put it in")
+        if re.search(r"^[^/]+@[0-9a-f]{16}$", base) and not Path(base).exists():
+            raise ValueError(
+                f"RUN must name a base that can be found, got {base} in {folder / kind}, a folder of the machine that "
+                "exported it; put the path or hub id of that model there, or export with --with-base-path"
+            )
         return Result(name, folder, None, base, {}, "", None, "\n", whole)
     tree = _tree(run_dir / "config.yaml")
     seen = json.dumps([tree["quantization"], tree["train"]["precision"]], sort_keys=True)
@@ -236,6 +242,6 @@ def _json(path: Path) -> dict[str, Any]:
     try:
         content: dict[str, Any] = json.loads(path.read_text())
         content.keys()
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError, RecursionError, AttributeError) as error:
         raise ValueError(f"RUN must be whole, got {path} missing or damaged; restore it") from error
     return content

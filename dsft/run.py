@@ -9,6 +9,7 @@ from pathlib import Path
 from types import FrameType
 
 from dsft_launchers.codes import CRASHED, DONE, STOPPED, USER_ERROR
+from dsft_launchers.shown import in_a_line, say
 from dsft_launchers.verdict import CANNOT_BEGIN, CannotBeginError
 
 from dsft import __version__, dispatch, folder, owners
@@ -45,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         return refuse(error)
     except KeyboardInterrupt:  # before the ranks are bound to it; afterwards it stops them at the next step
-        print("dsft: stopped before the run began", file=sys.stderr)
+        say("dsft: stopped before the run began")
         return STOPPED
 
 
@@ -78,7 +79,7 @@ def _start(composed: Composed, *, trust: bool) -> int:
         try:
             announce(composed, prepared)
         except BrokenPipeError:  # from here on, lines are lost and the run goes on
-            print("dsft: the reader of the output is gone; stopped before the run began", file=sys.stderr)
+            say("dsft: the reader of the output is gone; stopped before the run began")
             raise
         lose_lines()
         create(run_dir, composed, prepared)
@@ -122,7 +123,7 @@ def _claim(composed: Composed) -> lease.Lease:
 
 
 def _done(run_dir: Path) -> int:
-    print(f"{run_dir} is done already; its result is in {run_dir / 'adapter'}")
+    print(in_a_line(f"{run_dir} is done already; its result is in {run_dir / 'adapter'}"))
     return 0
 
 
@@ -136,7 +137,7 @@ def _join(composed: Composed, *, trust: bool) -> int:
     try:
         world = join(job.DAY_S)  # rank 0 may tokenise for long; each phase after it has a limit of its own
     except CannotBeginError as error:
-        print(f"{CANNOT_BEGIN}{error}", file=sys.stderr)
+        say(f"{CANNOT_BEGIN}{error}")
         return CRASHED
     refusal, run_dir, done = None, "", False
     if world.rank == 0:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dsft_launchers.codes import STOPPED
+from dsft_launchers.shown import in_a_line, say
 
 from dsft.compose import compose
 from dsft.config import Run
@@ -43,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         return refuse(error)
     except KeyboardInterrupt:
-        print("dsft: stopped; the same command goes on", file=sys.stderr)
+        say("dsft: stopped; the same command goes on")
         return STOPPED
     return 0
 
@@ -72,7 +73,7 @@ def stage(run: Run) -> None:
             flush=True,
         )
     for note in data.notes:
-        print(f"note         {note.replace('this run', 'runs of that day')}")
+        print(in_a_line(f"note         {note.replace('this run', 'runs of that day')}"))
     print(
         f"staged       {stock.fetched:,} bytes" if stock.fetched else "staged       nothing was fetched, all was there"
     )
@@ -92,11 +93,11 @@ class Stock:
         for place in places:
             new = [size for file, size in _held(place).items() if file not in self.before and self._caches(file)]
             if new:
-                print(f"{what:<12} new: {sum(new):,} bytes in {len(new)} files, {place}", flush=True)
+                print(in_a_line(f"{what:<12} new: {sum(new):,} bytes in {len(new)} files, {place}"), flush=True)
                 fetched += sum(new)
         if not fetched:
             there = f": {sum(_held(places[0]).values()):,} bytes in {places[0]}" if len(places) == 1 else ""
-            print(f"{what:<12} nothing new{there}", flush=True)
+            print(in_a_line(f"{what:<12} nothing new{there}"), flush=True)
         self.fetched += fetched
 
     def _caches(self, file: Path) -> bool:

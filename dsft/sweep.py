@@ -10,6 +10,7 @@ from typing import NoReturn
 
 from dsft_launchers import cluster
 from dsft_launchers.codes import DONE, STOPPED
+from dsft_launchers.shown import in_a_line, say, shown
 
 from dsft import folder, owners
 from dsft.entry import enter
@@ -62,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             ValueError(f"SLURM must answer for jobs that are not done, and it says: {error}; try again later")
         )
     except KeyboardInterrupt:
-        print("dsft: stopped before it was through; the same command goes on", file=sys.stderr)
+        say("dsft: stopped before it was through; the same command goes on")
         return STOPPED
 
 
@@ -73,12 +74,9 @@ def _raise(message: str) -> NoReturn:
 def _status(book: Ledger, points: Sequence[Standing]) -> int:
     for point in points:
         changed = " ".join(book.changed(point.index))
-        print(f"{point.index:<6} {point.shown:<10} {point.step:>7}  {changed}  {point.why}".rstrip())
-    print(
-        "  ".join(
-            f"{sum(p.state == state for p in points)} {state}" for state in dict.fromkeys(p.state for p in points)
-        )
-    )
+        print(in_a_line(f"{point.index:<6} {point.shown:<10} {point.step:>7}  {changed}  {point.why}".rstrip()))
+    states = dict.fromkeys(point.state for point in points)
+    print(in_a_line("  ".join(f"{sum(point.state == state for point in points)} {state}" for state in states)))
     return DONE
 
 
@@ -86,15 +84,14 @@ def _table(book: Ledger, points: Sequence[Standing], args: argparse.Namespace) -
     by, said = (args.by, f"best first by {args.by}") if args.by else metric_of(book, points)
     check_metric(points, by)
     if args.csv is None:
-        print(said)
-        print(as_text(book, points, by))
+        print(shown(f"{said}\n{as_text(book, points, by)}"))
         return DONE
     try:
         with args.csv.open("w", newline="") as out:
             write_csv(book, points, by, out)
     except OSError as error:
         raise ValueError(f"--csv must be a file that can be written, got {args.csv}: {error.strerror}") from error
-    print(f"{len(points)} points written to {args.csv}")
+    print(in_a_line(f"{len(points)} points written to {args.csv}"))
     return DONE
 
 

@@ -258,11 +258,13 @@ def put(base: Any, result: Path, method: Method | None) -> Any:
     method: that trained it, None where nobody knows, which is then all that the format says.
     """
     from dsft.methods import native, peft_bridge
+    from dsft.methods.patterns import check_config
     from dsft.models.anatomy import dissect
 
     anatomy = dissect(base)
     if native.holds(result):
         return native.load(base, anatomy, result)
+    check_config(json.loads((result / "adapter_config.json").read_text(encoding="utf-8")), result)
     model = peft_bridge.load(base, result)
     return model if method is None else method.restored(model, anatomy, result)
 

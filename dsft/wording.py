@@ -3,13 +3,13 @@
 import difflib
 import re
 import shlex
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 from dsft_launchers.codes import USER_ERROR
+from dsft_launchers.shown import say
 
 from dsft.synonyms import KEYS, OPTIONS, SENTENCES
 
@@ -30,7 +30,7 @@ Offered = Mapping[str, Mapping[str, Any]]
 
 def refuse(error: ValueError) -> int:
     """The user's mistake in one line on stderr; exit code 2."""
-    print(f"dsft: {' '.join(str(error).split())}", file=sys.stderr)
+    say(f"dsft: {' '.join(str(error).split())}")
     return USER_ERROR
 
 

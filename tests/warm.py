@@ -51,6 +51,8 @@ _fork_exec: Callable[..., None] = subprocess.Popen._execute_child  # type: ignor
 _arguments = inspect.signature(_fork_exec)
 _key: tuple[str | None, ...] | None = None
 """In a process that is such a copy: values of AT_IMPORT at its import. None: any, each gets a process of its own."""
+_installed: list[str] = []
+"""What is on sys.path there, without the folder that it began in."""
 _sources: "dict[tuple[str | None, ...], _Source]" = {}
 _asked: Counter[tuple[str | None, ...]] = Counter()
 """How often a start under these values was asked for before it had a source."""
@@ -128,6 +130,8 @@ def _understood(asked: Mapping[str, Any]) -> tuple[tuple[str, ...], Start] | Non
         return None
     words = [os.fsdecode(word) for word in command]
     at = words.index(sys.executable) if sys.executable in words else len(words)
+    safe = words[at + 1 : at + 2] == ["-P"]
+    del words[at + 1 : at + 1 + safe]
     known = words[at + 1 : at + 2] == ["-m"] and words[at + 2].startswith(STARTED)
     if not known or (at > 0 and words[0] != "setpriv"):
         return None
@@ -242,7 +246,8 @@ def _become(parent: int, start: Start, streams: Sequence[int], tell: int) -> Non
     os.environ.clear()
     os.environ.update(start.env)
     os.chdir(start.cwd)
-    sys.path[0] = os.getcwd()
+    here = [] if start.module.startswith("dsft.") else [start.cwd]  # dsft.first takes it away, as Python's -P does
+    sys.path[:] = [*here, *_installed]
     sys.argv = [start.module, *start.words]
     if os.environ.get("PYTHONFAULTHANDLER"):
         faulthandler.enable()
@@ -297,6 +302,7 @@ def _import() -> None:
 def main() -> None:
     """warm.py FD: the socket of the process that asks."""
     global _key
+    _installed[:] = sys.path[1:]
     _key = tuple(map(os.environ.get, AT_IMPORT))
     ours = socket.socket(fileno=int(sys.argv[1]))
     _import()

@@ -3,12 +3,17 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from dsft_launchers.shown import shown
+from rich.console import Console
 from rich.text import Text
 
 from dsft.data.skipped import NAME
 
 _SHOWN = 4000
 """Characters of the example that are kept."""
+
+MARGIN = "| "
+"""Before each line of the example."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,7 +24,8 @@ class Counts:
     max_length; zero_mask: dropped, nothing in them but ends of turns is supervised; bad: left out because they could
     not be read or rendered. truncated: kept rows whose supervised part does not end with a special token, so that
     nothing teaches the model to stop. tokens, supervised: of the kept rows. shortest: tokens of the shortest row, kept
-    or not. empty_turns: supervised turns of the kept rows that render to nothing but their end.
+    or not; of one that was too long to be tokenised, what it has at least. empty_turns: supervised turns of the kept
+    rows that render to nothing but their end.
     """
 
     rows: int
@@ -110,10 +116,15 @@ class Audit:
             lines.append(f"columns not read: {', '.join(name or '(without a name)' for name in self.unread)}")
         return lines
 
-    def coloured(self) -> Text:
-        """The example: supervised text green, the rest dim."""
+    def coloured(self, width: int | None = None) -> Text:
+        """The example: supervised text green, the rest dim, behind a margin, so that no line of it looks like ours.
+
+        width: columns of a terminal, in which long lines are broken; None: of a log, in which they are not.
+        """
         text, left = Text(), _SHOWN
         for piece, supervised in self.example:
-            text.append(piece[:left], style="green" if supervised else "dim")
+            text.append(shown(piece[:left]), style="green" if supervised else "dim")
             left -= len(piece[:left])
-        return text if left else text.append(" ...", style="dim")
+        text = text if left else text.append(" ...", style="dim")
+        lines = text.split("\n", allow_blank=True) if width is None else text.wrap(Console(), width - len(MARGIN))
+        return Text("\n").join(Text.assemble(MARGIN, line) for line in lines)

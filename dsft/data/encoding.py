@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from dsft.data.length import LengthBound, OverLong, portions
 from dsft.data.marks import CannotRenderError, Span
 from dsft.data.masks import Ids, Mask, Pair, TokenKinds, Turn, runs_of
 from dsft.data.source import BadRow, Sample
@@ -68,10 +69,13 @@ class _Rendered:
 class Encoder:
     """A tokenizer's way to write samples. day: for templates that ask for the date; None: today.
 
+    max_length: tokens; rows that certainly have more are not tokenised, and are OverLong. None: all are.
     Raises ValueError if the tokenizer cannot say where its tokens came from, or jinja cannot read its template.
     """
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase", day: date | None = None) -> None:
+    def __init__(
+        self, tokenizer: "PreTrainedTokenizerBase", day: date | None = None, max_length: int | None = None
+    ) -> None:
         if not tokenizer.is_fast:
             raise ValueError(
                 f"model must have a fast tokenizer, got {type(tokenizer).__name__}; add its tokenizer.json"
@@ -82,6 +86,7 @@ class Encoder:
         self.tools_template = self._template(tools=True) if isinstance(tokenizer.chat_template, Mapping) else None
         self.tools_template = self.tools_template or self.plain_template
         self.kinds = TokenKinds(tokenizer)
+        self.max_length, self.bound = max_length, LengthBound(tokenizer)
 
     @property
     def reads_date(self) -> bool:
@@ -93,20 +98,23 @@ class Encoder:
         """True if the template does something with the tools that a row offers."""
         return self.tools_template is not None and self.tools_template.reads_tools
 
-    def encode(self, samples: Sequence[Sample]) -> list[Encoded | BadRow]:
+    def encode(self, samples: Sequence[Sample]) -> list[Encoded | OverLong | BadRow]:
         """Return a result per sample, in their order: a row that template or tokenizer refuse is a BadRow.
 
         Raises ValueError for what the model lacks altogether: a chat template for conversations, an end of text.
         """
-        results: list[Encoded | BadRow | None] = [None] * len(samples)
+        results: list[Encoded | OverLong | BadRow | None] = [None] * len(samples)
         chats: list[tuple[int, _Rendered]] = []
         plains: list[tuple[int, tuple[str, str]]] = []
         for index, sample in enumerate(samples):
             if self.plain_template is None or not sample.messages:
-                plains.append((index, self._plain(sample)))
+                halves = self._plain(sample)
+                results[index] = self._over("".join(halves))
+                if results[index] is None:
+                    plains.append((index, halves))
                 continue
             rendered = self._render(sample)
-            if isinstance(rendered, BadRow):
+            if isinstance(rendered, BadRow | OverLong):
                 results[index] = rendered
             else:
                 chats.append((index, rendered))
@@ -135,7 +143,10 @@ class Encoder:
             ) from None
         return ChatTemplate(self.tokenizer, source, self.day)
 
-    def _render(self, sample: Sample) -> _Rendered | BadRow:
+    def _over(self, text: str) -> OverLong | None:
+        return None if self.max_length is None else self.bound.over(text, self.max_length)
+
+    def _render(self, sample: Sample) -> _Rendered | OverLong | BadRow:
         """The whole conversation as text and its turns' characters, or why there is none."""
         template = self.tools_template if sample.tools else self.plain_template
         assert template is not None
@@ -150,6 +161,8 @@ class Encoder:
             talk = Conversation(template, sample.messages, sample.tools)
         except CannotRenderError as error:
             return _bad(sample, "fit the model's chat template", f"its refusal: {error}", "drop the row")
+        if over := self._over(talk.full):
+            return over
         turn = 0
         try:
             asked = talk.before(turns[-1]) if turns and sample.entry is not None else None
@@ -224,12 +237,15 @@ class Encoder:
 
     def _tokenize(self, texts: list[str], *, special: bool) -> list[Pair | str]:
         """Per text its tokens (L,) and their characters (L, 2), or why the tokenizer cannot read it."""
-        try:
-            return list(self._backend(texts, special=special))
-        except MemoryError:
-            raise
-        except Exception:  # tokenizers raises no narrower class; which text it is, it does not say
-            return [self._tokenize_one(text, special=special) for text in texts]
+        found: list[Pair | str] = []
+        for part in portions(texts):
+            try:
+                found += self._backend(part, special=special)
+            except MemoryError:
+                raise
+            except Exception:  # tokenizers raises no narrower class; which text it is, it does not say
+                found += [self._tokenize_one(text, special=special) for text in part]
+        return found
 
     def _tokenize_one(self, text: str, *, special: bool) -> Pair | str:
         try:

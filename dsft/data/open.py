@@ -9,6 +9,8 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dsft_launchers.files import readable_by_all
+
 from dsft.data.audit import Audit, Counts
 from dsft.data.cache import (
     INPUTS,
@@ -20,6 +22,7 @@ from dsft.data.cache import (
     tokenizer_identity,
 )
 from dsft.data.encoding import Encoded, Encoder
+from dsft.data.length import OverLong
 from dsft.data.skipped import with_way_out, write_skipped
 from dsft.data.source import BadRow, Sample, Source, held_out
 from dsft.data.store import SetWriter, runs
@@ -89,7 +92,7 @@ def open_data(
     or leaves nothing to learn from.
     """
     source.check()
-    encoder = Encoder(tokenizer, date.fromisoformat(day) if day else None)
+    encoder = Encoder(tokenizer, date.fromisoformat(day) if day else None, max_length)
     told = encoder.day.isoformat() if encoder.reads_date else None
     inputs = digest_of(
         {
@@ -149,16 +152,28 @@ def _build(folder: Path, source: Source, encoder: Encoder, *, max_length: int, s
     }
     (folder / "audit.json").write_text(json.dumps(extra), encoding="utf-8")
     write_skipped([*train.skipped, *held.skipped], folder)
+    if not all(map(readable_by_all, _files_of(source))):
+        folder.chmod(0o700)
+
+
+def _files_of(source: Any) -> Iterator[Path]:
+    """The files and folders of this machine that a source reads, a mixture's sources' too."""
+    for path in (getattr(source, name, None) for name in ("path", "eval_path")):
+        if path and (file := Path(path).expanduser()).exists():
+            yield file
+    for part in getattr(source, "sources", {}).values():
+        yield from _files_of(part)
 
 
 def _encoded(
     rows: Iterator[Sample | BadRow], encoder: Encoder, source: Source
-) -> Iterator[tuple[Sample | BadRow, Encoded | BadRow]]:
+) -> Iterator[tuple[Sample | BadRow, Encoded | OverLong | BadRow]]:
     """Each row with its tokens, or with why it has none. Raises ValueError for the first bad row not to be skipped."""
     written = Written(encoder.tokenizer)
     while chunk := list(islice(rows, _CHUNK)):
         encoded = iter(encoder.encode([row for row in chunk if isinstance(row, Sample)]))
         for row in chunk:
+            found: Encoded | OverLong | BadRow
             found = row if isinstance(row, BadRow) else with_way_out(source, next(encoded))
             if isinstance(found, BadRow) and not source.skips(found):
                 raise ValueError(found.reason)

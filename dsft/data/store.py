@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from dsft.data.audit import Counts
 from dsft.data.encoding import Encoded
+from dsft.data.length import OverLong
 from dsft.data.skipped import Skipped
 from dsft.data.source import BadRow, Sample
 
@@ -42,7 +43,7 @@ class SetWriter:
         """True once limit rows are kept."""
         return self.limit is not None and len(self.kept) >= self.limit
 
-    def add(self, sample: Sample | BadRow, encoded: Encoded | BadRow) -> None:
+    def add(self, sample: Sample | BadRow, encoded: Encoded | OverLong | BadRow) -> None:
         """Keep the row, or count why not; a full writer leaves it out and does not count it."""
         if self.full:
             return
@@ -52,6 +53,10 @@ class SetWriter:
         if isinstance(encoded, BadRow) or isinstance(sample, BadRow):
             bad = encoded if isinstance(encoded, BadRow) else sample
             self._drop("bad", bad, bad.reason if isinstance(bad, BadRow) else "")
+        elif isinstance(encoded, OverLong):
+            self.shortest = min(self.shortest or encoded.tokens, encoded.tokens)
+            why = f"{encoded.characters:,} characters are {encoded.tokens} tokens or more"
+            self._drop("over_long", sample, f"{why}, more than train.max_length={self.max_length}")
         else:
             self._add(sample, encoded)
 

@@ -62,7 +62,7 @@ class Native(Method):
             before = read(folder)
         except ForeignNameError as error:
             raise ValueError(f"method.init_from: {error}") from None
-        except (ValueError, TypeError, ImportError, AttributeError, KeyError) as error:
+        except (ValueError, RecursionError, TypeError, ImportError, AttributeError, KeyError) as error:
             raise ValueError(f"method.init_from must hold a method of ours, got {folder / CONFIG}: {error}") from None
         if type(before) is not type(self):
             raise ValueError(

@@ -73,6 +73,6 @@ class Folder:
         try:
             config: dict[str, Any] = json.loads(file.read_text())
             config.keys()
-        except (ValueError, AttributeError):
+        except (ValueError, RecursionError, AttributeError):
             raise ValueError(f"method.init_from must hold whole files, got {file} damaged; copy it again") from None
         return config

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dsft.methods.patterns import check_pattern
 from dsft.methods.peft_bridge import ADAPTER, Bridged, inject
 from dsft.methods.peft_targets import chosen_linears, nearest, shortest
 from dsft.protocols import Anatomy
@@ -166,7 +167,5 @@ class LoraPlus(Lora):
 
 def _ends_with(pattern: str, name: str) -> bool:
     """PEFT's rule (get_pattern_key): pattern is a whole name, or one that follows a dot at the end of it."""
-    try:
-        return re.match(rf"(.*\.)?({pattern})$", name) is not None
-    except re.error as error:
-        raise ValueError(f"method.options: {pattern} is no regular expression ({error})") from error
+    check_pattern("method.options", pattern)
+    return re.match(rf"(.*\.)?({pattern})$", name) is not None

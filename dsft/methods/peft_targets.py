@@ -6,6 +6,7 @@ from difflib import get_close_matches
 
 from torch import nn
 
+from dsft.methods.patterns import check_pattern
 from dsft.protocols import ROLES, Anatomy
 
 
@@ -24,10 +25,10 @@ def chosen_linears(wanted: str | tuple[str, ...], anatomy: Anatomy, key: str = "
     modules = {*anatomy.linears, anatomy.head}
     chosen: set[str] = set()
     for word in words:
-        found = _matching(word, modules, anatomy)
+        found = _matching(word, modules, anatomy, key)
         if not found:
             leaves = sorted({name.rpartition(".")[2] for name in modules})
-            choice = [each for each in ("all-linear", *ROLES, *leaves) if _matching(each, modules, anatomy)]
+            choice = [each for each in ("all-linear", *ROLES, *leaves) if _matching(each, modules, anatomy, key)]
             raise ValueError(f"{key}: {word} matches no linear{nearest(word, choice)}; there are: {', '.join(choice)}")
         chosen |= found
     if not chosen:
@@ -54,7 +55,7 @@ def nearest(word: str, choice: Iterable[str]) -> str:
     return f", nearest: {', '.join(found)}" if found else ""
 
 
-def _matching(word: str, modules: set[str], anatomy: Anatomy) -> set[str]:
+def _matching(word: str, modules: set[str], anatomy: Anatomy, key: str) -> set[str]:
     if word == "all-linear":
         return set(anatomy.linears)
     if word in ROLES:
@@ -62,7 +63,5 @@ def _matching(word: str, modules: set[str], anatomy: Anatomy) -> set[str]:
     exact = {name for name in modules if name == word or name.endswith(f".{word}")}
     if exact:
         return exact
-    try:
-        return {name for name in modules if re.fullmatch(word, name)}
-    except re.error as error:
-        raise ValueError(f"method.target_modules: {word} is no regular expression ({error})") from error
+    check_pattern(key, word)
+    return {name for name in modules if re.fullmatch(word, name)}

@@ -41,7 +41,7 @@ class ModelFiles:
             tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
                 place, revision=self.revision, trust_remote_code=self.trust_remote_code
             )
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, RecursionError, KeyError) as error:
             kind, reason = ValueError, " ".join(str(error).split())[:160]
             way_out = "put the base model's tokenizer.json and tokenizer_config.json beside its config.json"
             if self.folder is None and unplugged():
@@ -153,7 +153,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     try:
         config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         config["model_type"]
-    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
+    except (ValueError, RecursionError, KeyError, TypeError) as error:  # JSON's and UTF-8's are ValueErrors
         raise ValueError(f"model.path: {file} is not a model's configuration ({error!r}); copy it again") from None
     return config
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from dsft_launchers.shown import in_a_line
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
@@ -40,7 +41,8 @@ def materialize(
     """
     if values.unexpected and world.rank == 0:
         count, first = len(values.unexpected), values.unexpected[0]
-        sys.stderr.write(f"warning: model.path holds {count} tensor(s) that the model does not use, first {first}\n")
+        said = f"warning: model.path holds {count} tensor(s) that the model does not use, first {first}"
+        sys.stderr.write(f"{in_a_line(said)}\n")
     with returned_at_once():
         owner = model
         for path, module in list(model.named_modules()):

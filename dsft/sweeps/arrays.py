@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dsft_launchers import cluster, submit
+from dsft_launchers.shown import shown
 
 from dsft import snapshot
 from dsft.compose import Composed
@@ -65,7 +66,7 @@ def arrays(sweep: Path, points: Mapping[int, Ready], code: Snapshot | None, size
 def show(sweep: Path, points: Mapping[int, Ready]) -> None:
     """Print the batch scripts and submit nothing."""
     for each in arrays(sweep, points, snapshot.of(sweep), DRY_SIZE):
-        print(submit.script(each.asked, each.command, sweep / "slurm"))
+        print(shown(submit.script(each.asked, each.command, sweep / "slurm")))
 
 
 def submit_points(sweep: Path, points: Mapping[int, Ready], alive: Sequence[str]) -> Iterator[tuple[int, str | None]]:

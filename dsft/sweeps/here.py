@@ -2,7 +2,6 @@
 
 import os
 import subprocess
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import NamedTuple
 from dsft_launchers import verdict
 from dsft_launchers.codes import CRASHED, DONE, STOPPED, USER_ERROR
 from dsft_launchers.join import count_devices
+from dsft_launchers.shown import in_a_line, say
 from dsft_launchers.stop import stop_signals
 
 from dsft.entry import BEGUN
@@ -59,7 +59,7 @@ def run_here(
                 index = waiting.pop(0)
                 slot = min(set(range(at_once)) - {each.slot for each in running.values()})
                 log = sweep / "logs" / f"{index}.log" if at_once > 1 else None
-                print(f"point {index} of {sweep} begins{f', its log: {log}' if log else ''}", flush=True)
+                print(in_a_line(f"point {index} of {sweep} begins{f', its log: {log}' if log else ''}"), flush=True)
                 words = [*points[index], *([TRUST] if trust else [])]
                 running[index] = Point(_start(words, share[slot] if share else None, log), slot, log)
             time.sleep(POLL_S)
@@ -92,7 +92,7 @@ def _start(words: Sequence[str], share: str | None, log: Path | None) -> "subpro
     env = {**os.environ, BEGUN: "1", **({"CUDA_VISIBLE_DEVICES": share} if share else {})}
     if log is None:
         return subprocess.Popen(command, env=env, start_new_session=True)
-    log.parent.mkdir(exist_ok=True)
+    log.parent.mkdir(mode=0o700, exist_ok=True)  # the points' own folders may be for their owner alone
     with log.open("ab") as out:
         return subprocess.Popen(command, env=env, start_new_session=True, stdout=out, stderr=subprocess.STDOUT)
 
@@ -106,6 +106,6 @@ def _ended(index: int, point: Point, *, stopped: bool) -> int:
     if point.log is not None and code not in (DONE, STOPPED):
         text = point.log.read_text(errors="replace") if point.log.is_file() else f"its log, {point.log}, is gone"
         lines = verdict.error_lines(text)
-        shown = lines[-1:] if code == USER_ERROR else lines
-        print("".join(f"dsft: point {index}: {line}\n" for line in shown), end="", file=sys.stderr, flush=True)
+        for line in lines[-1:] if code == USER_ERROR else lines:
+            say(f"dsft: point {index}: {line}")
     return code

@@ -10,6 +10,8 @@ from pathlib import Path
 from dsft_launchers.files import replace_text
 from filelock import FileLock, Timeout
 
+from dsft.likeness import holds_setup
+
 NAME, LOCK = "sweep.json", ".lock"
 
 
@@ -38,8 +40,9 @@ class Ledger:
             self.points[index] = entry
 
     def write(self, sweep: Path) -> None:
-        """Replace SWEEP/sweep.json at once."""
-        replace_text(sweep / NAME, json.dumps(asdict(self), indent=1) + "\n")
+        """Replace SWEEP/sweep.json at once; one that holds lines of launcher.setup is for its user alone."""
+        private = any(holds_setup(word) for entry in self.points for word in entry.words)
+        replace_text(sweep / NAME, json.dumps(asdict(self), indent=1) + "\n", 0o600 if private else 0o666)
 
     def changed(self, index: int) -> list[str]:
         """The words of a point that not all points share."""
@@ -62,7 +65,7 @@ def read(sweep: Path) -> Ledger | None:
         book = Ledger(**{**tree, "points": [Entry(**entry) for entry in tree["points"]]})
         if wrong := _wrong(book):
             raise ValueError(wrong)
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, RecursionError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged ({error}); remove it and type the sweep again, it goes on") from error
     return book
 

@@ -1,7 +1,6 @@
 """The points of a sweep, from what was typed to their exit codes: checked first, then run here or as SLURM arrays."""
 
 import shlex
-import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
@@ -12,6 +11,7 @@ from typing import Any
 from dsft_launchers import cluster, submit
 from dsft_launchers.codes import DONE, STOPPED, USER_ERROR
 from dsft_launchers.follow import POLL_S, follow_points
+from dsft_launchers.shown import in_a_line, say, shown
 
 from dsft import dispatch, folder, owners
 from dsft.compose import Composed, build, compose
@@ -62,7 +62,7 @@ class Checked:
 
     def refuse(self, index: int, why: str) -> None:
         """Leave a point out, and say why in one line."""
-        print(f"dsft: point {index}: {' '.join(why.split())}", file=sys.stderr, flush=True)
+        say(f"dsft: point {index}: {' '.join(why.split())}")
         self.refused[index] = why
 
 
@@ -98,7 +98,7 @@ def bring(sweep: Path, book: Ledger, words: Mapping[int, list[str]], typed: Type
             followed = _follow(sweep, [point for point in look(sweep, book) if point.index in checked.ready])
             codes, left = codes | followed.codes, followed.left if left is None else left
         elif checked.ready:
-            print(f"the points' jobs go on; see them: python -m dsft.sweep status {sweep}", flush=True)
+            print(in_a_line(f"the points' jobs go on; see them: python -m dsft.sweep status {sweep}"), flush=True)
             codes = {index: USER_ERROR if index in checked.refused else codes.get(index, DONE) for index in words}
             return Ended(codes, left)
         points = look(sweep, book) if (sweep / ledger.NAME).is_file() else []
@@ -106,9 +106,9 @@ def bring(sweep: Path, book: Ledger, words: Mapping[int, list[str]], typed: Type
         raise ValueError(f"SLURM does not answer: {error}; python -m dsft.sweep resume {sweep} goes on") from error
     if points:
         by, said = metric_of(book, points)
-        print(f"{said}\n{as_text(book, points, by)}", flush=True)
+        print(shown(f"{said}\n{as_text(book, points, by)}"), flush=True)
     if left == STOPPED:
-        print(f"stopped; this goes on: python -m dsft.sweep resume {shlex.quote(str(sweep))}", flush=True)
+        print(in_a_line(f"stopped; this goes on: python -m dsft.sweep resume {shlex.quote(str(sweep))}"), flush=True)
     found = {point.index: codes.get(point.index, point.code) for point in points if point.index in words}
     return Ended(found or codes, left)
 
@@ -276,5 +276,5 @@ def _follow(sweep: Path, points: Sequence[Standing]) -> Ended:
     try:
         return Ended(follow_points({point.index: (point.job, point.run_dir) for point in points if point.job}))
     except KeyboardInterrupt:
-        print(f"dsft: the jobs go on by themselves; python -m dsft.sweep cancel {sweep} ends them", file=sys.stderr)
+        say(f"dsft: the jobs go on by themselves; python -m dsft.sweep cancel {sweep} ends them")
         return Ended({}, DONE)

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TextIO
 
+from dsft_launchers.shown import in_a_line
+
 from dsft.sweeps.ledger import Ledger
 from dsft.sweeps.standing import WRONG, Standing
 from dsft.telemetry.record import METRICS, read_lines
@@ -63,13 +65,14 @@ def as_text(book: Ledger, points: Sequence[Standing], by: str) -> str:
     changed = _changed(book, points)
     keys = sorted({key for words in changed.values() for key in words})
     others = sorted({key for _, values in rows for key in values if key.startswith("eval/") and key != by})
-    lines = [["point", "state", "step", by, *keys, *others, "why"]]
+    lines = [[in_a_line(head) for head in ("point", "state", "step", by, *keys, *others, "why")]]
     for point, values in rows:
         value = f"{values[by]:.4f}" if by in values else "-"
         set_to = [changed[point.index].get(key, "-") for key in keys]
         measured = [f"{values[key]:.4g}" if key in values else "-" for key in others]
         why = point.why if point.state in WRONG else ""
-        lines.append([str(point.index), point.shown, str(point.step), value, *set_to, *measured, why])
+        cells = [str(point.index), point.shown, str(point.step), value, *set_to, *measured, why]
+        lines.append([in_a_line(cell) for cell in cells])
     if not any(line[-1] for line in lines[1:]):
         lines[0][-1] = ""
     widths = [max(map(len, column)) for column in list(zip(*lines, strict=True))[:-1]]
@@ -94,14 +97,29 @@ def _changed(book: Ledger, points: Sequence[Standing]) -> dict[int, dict[str, st
 
 
 def write_csv(book: Ledger, points: Sequence[Standing], by: str, out: TextIO) -> None:
-    """The same with a column for each key that differs and for each metric; numbers in full."""
+    """The same with a column for each key that differs and for each metric; numbers in full.
+
+    Text that a spreadsheet would take for a formula has a ' before it, as it has there.
+    """
     rows = ranked(points, by)
     changed = _changed(book, points)
     keys = sorted({key for words in changed.values() for key in words})
     metrics = sorted({key for _, values in rows for key in values} - {"step"})
     writer = csv.writer(out)
-    writer.writerow(["point", "state", "step", *keys, *metrics, "reason", "run_dir"])
+    writer.writerow(map(_no_formula, ["point", "state", "step", *keys, *metrics, "reason", "run_dir"]))
     for point, values in rows:
         words = [changed[point.index].get(key, "") for key in keys]
         measured = [values.get(key, "") for key in metrics]
-        writer.writerow([point.index, point.state, point.step, *words, *measured, point.why, point.run_dir])
+        cells = [point.index, point.state, point.step, *words, *measured, point.why, str(point.run_dir)]
+        writer.writerow(map(_no_formula, cells))
+
+
+def _no_formula(cell: object) -> object:
+    """The cell, with a ' before text that begins as a formula does and is no number."""
+    if not isinstance(cell, str) or not cell.startswith(("=", "+", "-", "@", "\t", "\r")):
+        return cell
+    try:
+        float(cell)
+    except ValueError:
+        return f"'{cell}"
+    return cell

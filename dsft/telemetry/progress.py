@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from datetime import timedelta
 from typing import TextIO
 
+from dsft_launchers.shown import shown
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 from rich.text import Text
@@ -53,8 +54,8 @@ class ProgressLine:
             self.say(text)
 
     def say(self, text: str) -> None:
-        """One line that stays, above the moving one: an evaluation, a save, a resume."""
-        self.console.print(Text(text))
+        """What stays above the moving line: an evaluation, a save, a resume; a table has several lines."""
+        self.console.print(Text(shown(text)))
         self.console.file.flush()
 
     def close(self) -> None:

@@ -64,7 +64,7 @@ def read_status(run_dir: Path) -> Status | None:
         known = {field.name: values[field.name] for field in fields(Status) if field.name != "saved"}
         saved = values.get("saved")  # a status of an earlier version has none
         return Status(**known, saved=None if saved is None else Saved(**saved))
-    except (ValueError, KeyError, TypeError, AssertionError) as error:
+    except (ValueError, RecursionError, KeyError, TypeError, AssertionError) as error:
         raise RuntimeError(f"{path} is damaged ({error}); remove it and start the run again, it resumes") from error
 
 
@@ -166,7 +166,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 def _parsed(path: Path, line: str) -> dict[str, Any]:
     try:
         values: dict[str, Any] = json.loads(line)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise RuntimeError(f"{path} holds a damaged line ({line[:40]!r}); remove that line") from error
     return values
 

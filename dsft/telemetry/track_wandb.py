@@ -85,7 +85,8 @@ class WandbTracker:
                 dir=run_dir,
                 config=dict(config),
                 save_code=False,
-                settings=wandb.Settings(silent=True, console="off"),
+                # the metadata are the command line, paths and the host; git's address may hold a password
+                settings=wandb.Settings(silent=True, console="off", x_disable_meta=True, disable_git=True),
             )
         return str(self._run.id)
 

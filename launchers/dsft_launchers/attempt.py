@@ -13,6 +13,7 @@ from typing import NamedTuple
 from dsft_launchers import cause, cluster, verdict
 from dsft_launchers.cause import Cause
 from dsft_launchers.place import MEETING, private_folder
+from dsft_launchers.shown import in_a_line, shown
 
 SUPERVISED = "DSFT_SUPERVISED"
 """Tells a rank that its leaving on request is no failure: srun would end the others for it."""
@@ -133,7 +134,7 @@ def _run(command: Sequence[str], env: Mapping[str, str]) -> str:
         assert step.stderr is not None
         for line in step.stderr:
             said.append(line)
-            print(line, end="", flush=True)
+            print(shown(line), end="", flush=True)
     tell(f"srun ended with {step.returncode} after {time.monotonic() - begun:.1f} s")
     return "".join(said)
 
@@ -146,7 +147,8 @@ def failed_on(said: str, texts: Sequence[str], *, alone: bool) -> str | None:
     """
     places = {rank: node for node, ranks, _ in ENDED.findall(said) for rank in cluster.numbers(ranks)}
     raised = [rank for rank, text in enumerate(texts) if verdict.raised(text)]
-    if raised and alone and not any(DEVICE.search(texts[rank]) for rank in raised):
+    words = [verdict.last_word(texts[rank]) for rank in raised]
+    if raised and alone and not any(word is not None and DEVICE.search(word.said) for word in words):
         return None
     left = [failure.rank for failure in _failures(said, texts)]
     died = _crashed(said, texts) or [failure.rank for failure in _unheard(said, texts)]
@@ -185,4 +187,4 @@ def _rank_env(devices: int) -> dict[str, str]:
 
 def tell(text: str) -> None:
     """Add a line to the job's log."""
-    print(f"dsft: {time.strftime('%FT%T')} {text}", flush=True)
+    print(in_a_line(f"dsft: {time.strftime('%FT%T')} {text}"), flush=True)

@@ -99,7 +99,8 @@ def _gave_up(scene: _Scene) -> Cause | None:
     for rank in scene.order:
         if scene.words[rank] is not None:
             continue
-        lines = [line for line in scene.texts[rank].splitlines() if verdict.OVERTAKEN in line]
+        said = scene.texts[rank].split("\n")
+        lines = [line for line in said if line.startswith("dsft: ") and verdict.OVERTAKEN in line]
         if rank in left and (last := verdict.error_line(scene.texts[rank])).startswith("dsft: "):
             lines.append(last)
         if lines:

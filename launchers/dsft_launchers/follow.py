@@ -1,7 +1,6 @@
 """Submitted jobs, followed from the login node: their states and reasons, and progress read from the run folders."""
 
 import json
-import sys
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -10,6 +9,7 @@ from typing import Any
 
 from dsft_launchers import cluster
 from dsft_launchers.codes import CRASHED, DONE, HOPELESS, STOPPED, USER_ERROR
+from dsft_launchers.shown import in_a_line, say
 
 POLL_S = 2.0
 POINTS_PER_S = 50.0
@@ -123,13 +123,13 @@ def _code(job: cluster.Job | None, status: Mapping[str, Any], who: str) -> int:
     if status.get("state") == "done":
         return DONE
     if reason := status.get("reason"):
-        print(f"dsft: {who}{reason}", file=sys.stderr)
+        say(f"dsft: {who}{reason}")
     if job is not None and job.state == "FAILED" and job.code in OWN:
         return job.code
     if status.get("state") == "stopped" or (job is not None and job.state == "CANCELLED"):
         return STOPPED
     said = job.state if job else "nothing"
-    print(f"dsft: {who}SLURM says {said} of the job; its log is in RUN/slurm or SWEEP/slurm", file=sys.stderr)
+    say(f"dsft: {who}SLURM says {said} of the job; its log is in RUN/slurm or SWEEP/slurm")
     return CRASHED
 
 
@@ -141,5 +141,5 @@ def _status(run_dir: Path) -> dict[str, Any]:
 
 def _say(line: str, before: str) -> str:
     if line != before:
-        print(f"{time.strftime('%T')} {line}", flush=True)
+        print(in_a_line(f"{time.strftime('%T')} {line}"), flush=True)
     return line

@@ -17,6 +17,7 @@ from dsft_launchers import cause, orphans, verdict
 from dsft_launchers.codes import CRASHED, DONE, STOPPED, USER_ERROR
 from dsft_launchers.place import private_folder
 from dsft_launchers.processes import Rank, defaults, pass_through, rank_env, start
+from dsft_launchers.shown import say, shown
 from dsft_launchers.stop import FORWARDED, Stop, stop_signals
 
 POLL_S = 0.05
@@ -213,5 +214,8 @@ def _show(found: cause.Cause, ranks: list[Rank]) -> None:
 
 
 def _tell(text: str) -> None:
-    sys.stderr.write(text)
-    sys.stderr.flush()
+    first, _, others = text.removesuffix("\n").partition("\n")
+    say(first)
+    if others:
+        sys.stderr.write(shown(f"{others}\n"))
+        sys.stderr.flush()

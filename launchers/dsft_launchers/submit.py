@@ -18,12 +18,18 @@ LOCAL_FILE_SYSTEMS = ("tmpfs", "ramfs", "overlayfs", "devtmpfs")
 """What lies in one machine's memory or image: other nodes see another one."""
 KEPT_S = 30
 """Least time between the start of a job and the notice of its end, which SLURM may give up to a minute early."""
+CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
+"""What could end a line of a batch script, or hide it."""
+OPTION = re.compile(r"[a-z][a-z0-9-]*")
+"""The name of an option of sbatch."""
 IMPOSSIBLE = "Requested node configuration is not available"
 SHADOWS = {
     "partition": "PARTITION", "account": "ACCOUNT", "qos": "QOS", "time": "TIMELIMIT", "constraint": "CONSTRAINT",
     "exclude": "EXCLUDE", "reservation": "RESERVATION", "memory": "MEM_PER_NODE", "gpus": "GPUS_PER_NODE",
 }  # fmt: skip
 """Key of a request -> SBATCH_... variable, which would win over what the script says."""
+WISHES = ("partition", "account", "qos", "time", "memory", "cpus", "constraint", "exclude", "reservation")
+"""Keys of launcher=slurm that go to sbatch by names of their own."""
 OURS = ("ARRAY_INX", "SIGNAL", "NO_REQUEUE", "OPEN_MODE", "OUTPUT", "NO_KILL")
 """SBATCH_... variables that would take from a job what its supervisor or its sweep relies on."""
 
@@ -131,8 +137,42 @@ def _file_system(path: Path) -> str:
     return done.stdout.strip()
 
 
+def refuse_controls(asked: Mapping[str, object]) -> None:
+    """Raise ValueError for a value, or an option of launcher.extra, that would be more than itself in a batch script.
+
+    asked: key -> value, lists and mappings too. submitit quotes values for one line, and options not at all.
+    """
+    for key, value in asked.items():
+        if isinstance(value, Mapping):
+            odd = [str(option) for option in value if not OPTION.fullmatch(str(option))]
+            if odd:
+                raise ValueError(
+                    f"{key} must name options of sbatch, as in {key}.mail-type=END, got {odd[0]!a}; write small "
+                    "letters, digits and - alone"
+                )
+            refuse_controls({f"{key}.{option}": each for option, each in value.items()})
+            continue
+        for each in value if isinstance(value, list | tuple) else [value]:
+            if CONTROL.search(str(each)):
+                way = (
+                    "each line is an item of its own"
+                    if isinstance(value, list | tuple)
+                    else "in YAML > ends it so, >- does not"
+                )
+                raise ValueError(
+                    f"{key} must be without line breaks and other control characters, got {str(each)!a}; {way}"
+                )
+
+
 def script(request: Request, command: Sequence[str], folder: Path) -> str:
-    """The batch script: command runs once, on the first node, as the batch step itself. Needs no SLURM."""
+    """The batch script: command runs once, on the first node, as the batch step itself. Needs no SLURM.
+
+    Raises ValueError for what would be more than itself in it.
+    """
+    refuse_controls({
+        "run_dir": folder, "the folder in which you type it": os.getcwd(), "launcher.prefix": command,
+        **{f"launcher.{key}": getattr(request, key) for key in (*WISHES, "extra", "setup")},
+    })  # fmt: skip
     return str(_executor(request, folder)._make_submission_file_text(_line(command), ""))
 
 
@@ -143,6 +183,7 @@ def submit(request: Request, command: Sequence[str], folder: Path) -> str:
     """
     from submitit.core.utils import FailedJobError, FailedSubmissionError
 
+    script(request, command, folder)
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     for name in (*OURS, *(name for key, name in SHADOWS.items() if getattr(request, key))):
@@ -165,8 +206,7 @@ def _plain(said: str) -> str:
 
 def _wishes(request: Request) -> str:
     """The end of a sentence: what was asked of SLURM by name, which may be what it does not like."""
-    keys = ("partition", "account", "qos", "time", "memory", "cpus", "constraint", "exclude", "reservation")
-    asked = [f"launcher.{key}={value}" for key in keys if (value := getattr(request, key)) is not None]
+    asked = [f"launcher.{key}={value}" for key in WISHES if (value := getattr(request, key)) is not None]
     asked += [f"launcher.extra.{key}={value}" for key, value in request.extra.items()]
     return f"; asked for {', '.join(asked)}" if asked else ""
 
@@ -183,6 +223,11 @@ def _executor(request: Request, folder: Path) -> Any:
         @classmethod
         def affinity(cls) -> int:
             return 2  # a script can be written where no srun is
+
+        def _make_submission_file_text(self, command: str, uid: str) -> str:
+            for empty in self.folder.glob(f".submission_file_{uid}.sh"):
+                empty.chmod(0o700)  # launcher.setup may hold what is nobody else's
+            return str(super()._make_submission_file_text(command, uid))
 
     executor = Writer(folder=folder)
     asked = {

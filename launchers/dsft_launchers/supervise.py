@@ -19,7 +19,7 @@ from typing import Any
 from dsft_launchers import cluster, copied, join
 from dsft_launchers.attempt import attempt, tell
 from dsft_launchers.codes import CRASHED, DONE, HOPELESS, STOPPED, USER_ERROR
-from dsft_launchers.files import replace_text
+from dsft_launchers.files import replace_text, write_for_nobody_else
 
 ROOT = Path(__file__).parents[2]
 """Where this process imports its code from."""
@@ -52,6 +52,7 @@ class Tally:
 
 def main() -> int:
     """Supervise the run that the command line names."""
+    write_for_nobody_else()
     run_dir, prefix = _run_dir(sys.argv[1]), sys.argv[6:]
     nodes, devices, notice_s, elastic = map(int, sys.argv[2:6])
     python = [*prefix, "python"] if prefix else [sys.executable]  # a container has its own

@@ -37,7 +37,7 @@ CANNOT_BEGIN = "dsft: cannot begin: "
 REFUSED = "dsft: cannot go on: "
 """How the only word of a rank begins whose run cannot go on without a decision of its user."""
 OVERTAKEN = "was taken over by "
-"""What a rank says that lost its run folder to another start."""
+"""What a line of ours holds, of a rank that lost its run folder to another start."""
 
 
 WORDS = (CRASH, LOST_PEER, HANGS, WAITED, CANNOT_BEGIN, REFUSED)
@@ -68,14 +68,14 @@ def last_word(text: str) -> LastWord | None:
     A rank that gave up, and then sees its peers leave as well, has not lost them: the others wait for the same one.
     """
     found, before = None, 0
-    for line in text.splitlines(keepends=True):
+    for line in text.split("\n"):
         word = next((each for each in WORDS if line.startswith(each)), None)
         gave_up = found is not None and found.word in (WAITED, HANGS)
         if line.startswith(WENT_ON) and gave_up:
             found = None
         elif word is not None and not (word == LOST_PEER and gave_up):
             found = LastWord(word, line.removeprefix(word).strip(), text[:before])
-        before += len(line)
+        before += len(line) + 1
     return found
 
 

@@ -26,8 +26,8 @@ FLOORS = (
     LEAVES,
     ("engine",),
     ("rules", "idle", "options", "proven", "wording", "entry"),
-    ("paths",),
-    ("spelling", "building", "flags"),
+    ("paths", "privacy"),
+    ("spelling", "building", "flags", "yaml_files"),
     ("compose",),
     (
         "folder",
@@ -53,7 +53,7 @@ Verbs may use each other (run plans before it runs); leaves may not.
 
 IMPORTERS = {
     "hydra": ("dsft/compose.py", "launchers/hydra_plugins/"),
-    "omegaconf": ("dsft/compose.py", "launchers/hydra_plugins/"),
+    "omegaconf": ("dsft/compose.py", "dsft/yaml_files.py", "launchers/hydra_plugins/"),
     "bitsandbytes": ("dsft/quantizers/", "dsft/engine/optimizers.py"),
     "deepspeed": ("dsft/strategies/zero",),
     "wandb": ("dsft/telemetry/",),

@@ -3,6 +3,7 @@
 import csv
 import os
 import signal
+import stat
 import subprocess
 import sys
 from functools import partial
@@ -41,6 +42,8 @@ def test_a_point_that_is_refused_and_one_that_fails_leave_the_others_alone(rows:
     assert states(sweep) == ["done", "FAILED", "REFUSED", "REFUSED"]
     assert [line.split()[0] for line in done.stdout.splitlines()[-4:]] == ["0", "1", "2", "3"]
     assert (sweep / "logs" / "0.log").is_file()
+    modes = [stat.S_IMODE((sweep / name).stat().st_mode) for name in ("logs", "multirun.yaml")]
+    assert modes == [0o700, 0o600], "output of points, and launcher.setup, are for their owner alone"
     assert csv_words(sweep) == ["0: 4 0.01", "1: 4 1e+30", "2: 0 0.01", "3: 0 1e+30"]
     again = verb("resume", sweep, "optim.lr=0.01", "method.rank=4")
     assert again.returncode == 2, again.stdout + again.stderr

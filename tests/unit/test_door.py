@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dsft.door import at_the_door, check_place, shown
+from dsft.door import at_the_door, brief, check_place
 
 CHECK = "import sys; from pathlib import Path; from dsft.door import check_place; check_place(Path(sys.argv[1]))"
 POWERLESS = ["setpriv", "--bounding-set=-all", "--inh-caps=-all"] if os.geteuid() == 0 else []
@@ -111,8 +111,8 @@ def test_a_working_folder_that_was_removed_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_long_path_is_shortened_in_the_middle() -> None:
-    assert shown("a/b") == "a/b"
-    assert shown("a" * 5000 + "end").endswith("end (5,003 characters)")
+    assert brief("a/b") == "a/b"
+    assert brief("a" * 5000 + "end").endswith("end (5,003 characters)")
 
 
 def test_what_fails_later_is_refused_alike(tmp_path: Path) -> None:

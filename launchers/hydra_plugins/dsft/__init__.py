@@ -101,6 +101,8 @@ class DsftLauncher(Launcher):
         from dsft.sweeps.table import last_values
 
         assert self.sweep is not None
+        if (self.sweep / MULTIRUN).is_file():
+            (self.sweep / MULTIRUN).chmod(0o600)  # it holds launcher.setup, from wherever it came
         points = [list(overrides) for overrides in job_overrides]
         codes, left = run_points(points, self.sweep, first=initial_job_idx, book=self.book, trust=self.trust)
         self.codes.extend(codes.values())
