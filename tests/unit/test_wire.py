@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from dsft.checkpoint.manifest import Damage, Identity, Written
+from dsft.checkpoint.index import Held
+from dsft.checkpoint.manifest import Damage, Written
 from dsft.checkpoint.saver import Outcome
 from dsft.checkpoint.trials import Settled
 from dsft.comm import wire
@@ -60,6 +61,7 @@ def test_what_is_no_message_is_refused(content: bytes) -> None:
 
 
 def test_no_constructor_is_called() -> None:
-    made = wire.understood(b'{"data": [["dsft.checkpoint.manifest", "Identity"], '
-                           b'{"run": "r", "config": "c", "base": "b", "data": "d"}]}')  # fmt: skip
-    assert made == Identity("r", "c", "b", "d")
+    with pytest.raises(ValueError, match="do not cover"):
+        Held("float32", (3,), ())
+    said = b'{"data": [["dsft.checkpoint.index", "Held"], {"dtype": "float32", "size": {"tuple": [3]}, "pieces": []}]}'
+    assert wire.understood(said).size == (3,)
