@@ -63,7 +63,7 @@ def _only(run_dir: Path, step: int) -> Path:
 
 @pytest.mark.parametrize("content", [
     3, {}, [], Payload("x"), pickled._Note, torch.Size([1]), set(), torch.float32, print, {"state_dict_metadata": {}},
-], ids=str)  # fmt: skip
+], ids=lambda content: type(content).__name__)  # fmt: skip
 def test_a_pickle_that_is_no_index_is_named(content: object, session: Session, run_dir: Path) -> None:
     as_before(run_dir / "checkpoints" / NEWEST, content)
     step, told = resumed(session, run_dir)
