@@ -48,7 +48,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     keys = yaml.safe_load((Path(__file__).parents[2] / "conf/model/tiny.yaml").read_text())
     del keys["_target_"]
     folder = tmp_path_factory.mktemp("model") / "tiny"
-    shutil.copytree(str(Tiny(**keys).resolve().folder), folder)
+    shutil.copytree(str(Tiny(**keys).resolve().folder), folder, ignore=shutil.ignore_patterns("sealed.json"))
     return folder
 
 
