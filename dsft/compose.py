@@ -248,6 +248,7 @@ def hand_to_hydra(argv: Sequence[str], *, trust: bool = False) -> int:
     os.environ["HYDRA_FULL_ERROR"] = "1"
     guard_environment()
     words = without_config_dir(argv)
+    sweeps = bool({"-m", "--multirun"} & set(words))
     typed = _check_typed([word for word in words if "=" in word and not word.startswith("-")])
     if "run_dir" in typed:
         check_run_dir(typed["run_dir"])
@@ -255,7 +256,7 @@ def hand_to_hydra(argv: Sequence[str], *, trust: bool = False) -> int:
         words = [place if word.startswith("run_dir=~") or re.match("run_dir=['\"]~", word) else word for word in words]
     if any(word.startswith("hydra/launcher=") and word != "hydra/launcher=dsft" for word in words):
         _never(None)
-    sys.argv, DsftLauncher.trust = ["dsft", *words], trust
+    sys.argv = ["dsft", *words, *(["hydra.launcher.trust=true"] if trust and sweeps else [])]
     os.environ.setdefault("HYDRA_MAIN_MODULE", "dsft.run")
     try:
         main = hydra.main(config_path=str(OWN_CONF), config_name="config", version_base="1.3")(_never)
@@ -263,6 +264,8 @@ def hand_to_hydra(argv: Sequence[str], *, trust: bool = False) -> int:
     except (HydraException, OmegaConfBaseException) as error:
         raise _in_a_line(error, own_keys) from error
     finally:
+        from hydra_plugins.dsft import DsftLauncher  # not before Hydra, which loads its plugins anew
+
         DsftLauncher.unwrite()
     return max(DsftLauncher.codes, default=0)
 

@@ -2,12 +2,10 @@
 
 import contextlib
 import hashlib
-import importlib.metadata
 import json
 import os
 import platform
 import re
-import subprocess
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -15,7 +13,7 @@ from typing import Any
 
 from dsft_launchers.files import replace_text
 
-from dsft import __version__, earlier, published
+from dsft import __version__, earlier, installed, published
 from dsft.checkpoint import manifest
 from dsft.checkpoint.manifest import Identity
 from dsft.checkpoint.store import Store
@@ -28,8 +26,6 @@ from dsft.likeness import FREE, WAY_ANEW, differences, is_free, leaves, refuse_o
 from dsft.paths import expand
 from dsft.privacy import private_input
 from dsft.wording import suggest
-
-PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "deepspeed", "hydra-core", "numpy")
 
 
 def check(run_dir: Path, resolved: Mapping[str, Any]) -> None:
@@ -199,11 +195,11 @@ def _write(run_dir: Path, composed: Composed, plan: Mapping[str, Any], digests: 
     content = {
         "run": old.get("run", uuid.uuid4().hex),
         "dsft": __version__,
-        "commit": _commit(),
+        "commit": installed.commit(),
         "python": platform.python_version(),
         "host": platform.node(),
         "started": composed.start.kind,
-        "packages": versions(),
+        "packages": installed.versions(),
         "choices": [vars(choice) for choice in composed.choices],
         "job": {key: value for key, value in os.environ.items() if key in ("SLURM_JOB_ID", "SLURM_ARRAY_TASK_ID")},
         **kept,
@@ -278,25 +274,3 @@ def state(run_dir: Path) -> dict[str, Any]:
     if content and not {"state", "step"} <= content.keys():
         raise ValueError(f"{path} is damaged; remove it, the run goes on without")
     return content
-
-
-def versions() -> dict[str, str]:
-    """Versions of PACKAGES, "absent" where one is not installed, and of packages that add options."""
-    points = importlib.metadata.entry_points(group="dsft.configs")
-    found = {point.dist.name: point.dist.version for point in points if point.dist is not None}
-    for name in PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = "absent"
-    return found
-
-
-def _commit() -> str | None:
-    """The commit of the checkout that dsft runs from, with + if it has changes; None in an installed wheel."""
-    here = Path(__file__).parent
-    if not (here.parent / ".git").exists():
-        return None
-    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=False)
-    dirty = subprocess.run(["git", "status", "--porcelain"], cwd=here, capture_output=True, text=True, check=False)
-    return head.stdout.strip() + ("+" if dirty.stdout.strip() else "") or None

@@ -17,7 +17,7 @@ from dsft_launchers.codes import CRASHED, DONE, STOPPED, USER_ERROR
 from dsft_launchers.join import resolve
 from dsft_launchers.shown import say
 
-from dsft import folder, published
+from dsft import folder, installed, published
 from dsft.basis import Basis
 from dsft.compose import load_yaml, read
 from dsft.ending import Attempt, crashed, note
@@ -102,7 +102,7 @@ def work(run_dir: Path, attempt: Attempt) -> int:
 
     with Patience(margin_s, limits_of(run_dir, world.device.type), leaves=leaves) as patience:
         with patience.phase("greeting", LIMIT_S):  # which has a limit of its own
-            hello = greet(world, folder.versions(), socket.gethostname())
+            hello = greet(world, installed.versions(), socket.gethostname())
         with patience.phase("data", _data_s(run_dir)):
             files, data = find(run, world, hello, day=folder.provenance(run_dir).get("template_date"))
         with patience.phase("base digest", files.nbytes / BYTES_PER_S):

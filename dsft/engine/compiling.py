@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dsft.cache.root import own_root
+from dsft.cache.root import make, own_root
 from dsft.config import Train
 from dsft.models.attention import NAME, ragged_attention
 from dsft.protocols import Anatomy, PackedLinear
@@ -40,6 +40,7 @@ class Compiler:
         from transformers import AttentionInterface
 
         if os.environ.get(CACHE) in (None, default_cache_dir()):  # importing torch's compiler may have set it to that
+            make(own_root())
             os.environ[CACHE] = str(own_root() / "compiled")  # programs: never shared
         torch._dynamo.reset()  # programs of a run before in this process
         AttentionInterface.register(NAME, torch.compiler.disable(_attention))

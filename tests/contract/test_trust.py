@@ -170,6 +170,11 @@ def test_a_run_goes_on_in_a_folder_of_all_with_trust_alone(
         capsys, "dsft: run_dir must be a folder that no other user writes, got ", "which may be written by anybody"
     )
     assert list(Path("run").iterdir()) == []
+    assert run.main(["-m", "--trust", "optim.lr=1e-3,2e-3", *words]) == 2
+    assert "dsft: point 1: data.path must be a file that exists" in capsys.readouterr().err
+    assert not Path("run").exists()
+    Path("run").mkdir()
+    Path("run").chmod(0o777)
     assert run.main(["--trust", *words]) == 2
     assert "data.path" in capsys.readouterr().err, "the next thing that is wrong"
     Path("run").chmod(0o775)

@@ -18,7 +18,7 @@ VERBS = (
 )  # fmt: skip
 
 FLOORS = (
-    ("config", "imports", "offline", "synonyms", "cache", "first", "owners", "searched", "locate"),
+    ("config", "imports", "offline", "synonyms", "cache", "first", "installed", "owners", "searched", "locate"),
     ("comm",),
     ("course",),
     ("protocols",),

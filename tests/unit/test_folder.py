@@ -40,7 +40,7 @@ def checkpoint(run_dir: Path, step: int) -> Path:
     place = run_dir / "checkpoints" / manifest.folder_name(step)
     place.mkdir(parents=True)
     who = Identity("run", "config", "f" * 64, "d" * 64, "b" * 64)
-    manifest.write(place, Manifest(step=step, identity=who, world_size=1, lease=1, progress={}, files={}))
+    manifest.write(place, Manifest(step=step, identity=who, world_size=1, lease=1, progress={}, files={}, index={}))
     return place
 
 

@@ -87,7 +87,7 @@ def test_without_provenance_the_checkpoint_tells_by_what_its_data_are_known(
     place = run_dir / "checkpoints" / manifest.folder_name(3)
     place.mkdir(parents=True)
     who = Identity("run", "config", "f" * 64, DIGESTS[kind], "b" * 64)
-    manifest.write(place, Manifest(step=3, identity=who, world_size=1, lease=1, progress={}, files={}))
+    manifest.write(place, Manifest(step=3, identity=who, world_size=1, lease=1, progress={}, files={}, index={}))
     folder.check_digests(run_dir, DIGESTS, composed.resolved)
     folder.create(run_dir, composed, PLAN, DIGESTS)
     assert folder.identity(run_dir, composed.resolved).data == DIGESTS[kind]

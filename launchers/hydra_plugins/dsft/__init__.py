@@ -65,16 +65,16 @@ class DsftLauncher(Launcher):
     """Starts each point of a sweep as a run of its own in SWEEP/<index>, here or in SLURM job arrays.
 
     metric: the value that a sweeper gets of a point, and that the table is sorted by. codes: exit codes of all points
-    so far in this process; Hydra gives no value of a sweep back to its caller. trust: the command line has --trust.
+    so far in this process; Hydra gives no value of a sweep back to its caller.
+    trust: the command line has --trust.
     """
 
     codes: ClassVar[list[int]] = []
-    trust: ClassVar[bool] = False
     sweep: ClassVar[Path | None] = None
     before: ClassVar[str | None] = None
 
-    def __init__(self, metric: str) -> None:
-        self.metric = metric
+    def __init__(self, metric: str, trust: bool) -> None:
+        self.metric, self.trust = metric, trust
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         """Keep what launch needs, and what Hydra's sweeper will write over."""
@@ -135,7 +135,7 @@ MULTIRUN = "multirun.yaml"
 
 
 def _launcher_node() -> dict[str, Any]:
-    return {"_target_": "hydra_plugins.dsft.DsftLauncher", "metric": "loss"}
+    return {"_target_": "hydra_plugins.dsft.DsftLauncher", "metric": "loss", "trust": False}
 
 
 ConfigStore.instance().store(group="hydra/launcher", name="dsft", node=_launcher_node(), provider="dsft")
