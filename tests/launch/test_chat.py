@@ -5,7 +5,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -151,14 +150,11 @@ def test_a_prompt_beyond_the_models_reach_is_refused_before_anyone_answers(runs:
     ],
     ids=lambda value: value[:30] if isinstance(value, str) else "",
 )
-def test_bad_input_is_one_line_and_soon(runs: dict[str, Path], tmp_path: Path, words: list[object], line: str) -> None:
+def test_bad_input_is_one_line(runs: dict[str, Path], tmp_path: Path, words: list[object], line: str) -> None:
     shutil.copytree(runs["houlsby"] / "adapter", tmp_path / "whole")
     given = [word(tmp_path / "bad") if callable(word) else runs.get(str(word), word) for word in words]
-    began = time.monotonic()
     done = warm.run("dsft.chat", *map(str, given))
-    took = time.monotonic() - began
     assert done.returncode == 2
     assert line in done.stderr
     assert done.stderr.count("\n") == 1
     assert done.stdout == ""
-    assert took < 1.5 * 3  # measured at 0.5 s; a machine that does other things too may need three times the limit

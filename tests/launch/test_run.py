@@ -84,14 +84,11 @@ def test_a_killed_rank_ends_the_run_with_76_and_is_named(tmp_path: Path) -> None
     try:
         ranks = _ranks_at_work(run, run_dir)
         os.kill(ranks[1], signal.SIGKILL)
-        killed = time.monotonic()
         _, errors = run.communicate(timeout=60)
-        seconds = time.monotonic() - killed
     finally:
         run.kill()
     assert run.returncode == 76, errors
     assert "rank 1" in errors
-    assert seconds < 15
     assert not any(_alive(pid) for pid in ranks)
     assert json.loads((run_dir / "status.json").read_text())["state"] == "failed"
 
