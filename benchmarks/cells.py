@@ -175,7 +175,7 @@ def cell(spec: Spec, tree: dict[str, Any], world: World, job: Job) -> dict[str, 
     for rate in spec.rates:
         tree["optim"]["lr"] = rate
         try:
-            found = measure(build(tree), world, job, spec.fault)
+            found = measure(build(tree), world, job, spec.fault, spec.steps)
         except ValueError as error:
             said = refusal(spec.words)
             if said is None or said["refused"] != str(error):

@@ -32,8 +32,8 @@ from benchmarks.verdicts import difference, verdict
 from dsft.compose import compose
 from dsft.engine.assemble import skeleton
 
-STEPS = 4
-"""Of a cell here; in the whole matrix ten."""
+STEPS = 10
+"""Of a cell, as in the whole matrix."""
 CORNER = ("tiny full full", "tiny qlora none")
 PLANTED = ("local-counts", "lost-gradients")
 

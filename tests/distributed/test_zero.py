@@ -19,10 +19,8 @@ from dsft.models.anatomy import dissect
 from dsft.protocols import PackedLinear
 from dsft.strategies.zero import Zero
 
-STEPS = 6
-MODULE = "tests.distributed.test_zero"
-"""This one, as it is started on each rank."""
-RANKS = 2
+STEPS, RANKS = 6, 2
+MODULE = "tests.distributed.test_zero"  # this one, as it is started on each rank
 OPTIMIZERS = {
     "sgd": functools.partial(torch.optim.SGD, momentum=0.9),
     "adamw": functools.partial(torch.optim.AdamW, weight_decay=0.01),
