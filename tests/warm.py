@@ -27,8 +27,9 @@ from tests import copies
 STARTED = ("dsft.", "benchmarks.", "tests.distributed.")
 """Beginnings of modules that are started so."""
 AT_IMPORT = (
-    "PYTHONPATH", "PYTHONIOENCODING", "PYTHONUTF8", "LC_ALL", "HF_HOME", "HF_HUB_CACHE", "HF_HUB_OFFLINE",
-    "OMP_NUM_THREADS",
+    "PYTHONPATH", "PYTHONIOENCODING", "PYTHONUTF8", "LC_ALL", "OMP_NUM_THREADS", "HF_HOME", "HF_HUB_CACHE",
+    "HF_HUB_OFFLINE", "HF_ENDPOINT", "HF_HUB_ETAG_TIMEOUT", "HF_HUB_DOWNLOAD_TIMEOUT", "HF_TOKEN",
+    "HF_DATASETS_OFFLINE", "HF_DATASETS_CACHE", "HF_HUB_DISABLE_PROGRESS_BARS", "TRANSFORMERS_OFFLINE",
 )  # fmt: skip
 """Variables that count when modules are imported, or when an interpreter begins: for each of their values another
 process is copied.

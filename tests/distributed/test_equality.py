@@ -32,8 +32,6 @@ from benchmarks.verdicts import difference, verdict
 from dsft.compose import compose
 from dsft.engine.assemble import skeleton
 
-STEPS = 4
-"""Of a cell here; in the whole matrix ten."""
 CORNER = ("tiny full full", "tiny qlora none")
 PLANTED = ("local-counts", "lost-gradients")
 
@@ -67,8 +65,8 @@ def _run(pairs: Sequence[tuple[Column, str]], rows: Path, shared: Path, planted:
     with FileLock(shared / "equality.lock"):
         journal = Journal(shared / "equality.jsonl", "")
         singles = {"adamw": SINGLE, "sgd": SINGLE_SGD}
-        alone = run_alone(list(dict.fromkeys((singles[c.optim], row) for c, row in pairs)), rows, journal, steps=STEPS)
-        todo = specs(pairs, rows, alone, steps=STEPS)
+        alone = run_alone(list(dict.fromkeys((singles[c.optim], row) for c, row in pairs)), rows, journal)
+        todo = specs(pairs, rows, alone)
         return by_column(run(crew(size), with_faults(todo, planted) if planted else todo, journal)), alone
 
 

@@ -17,6 +17,7 @@ from dsft.data.open import Dataset
 from dsft.engine.assemble import Session
 from dsft.engine.result import write_result
 from tests.contract.sessions import composed_of, session_of, train
+from tests.warm import fresh
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
@@ -120,7 +121,7 @@ if "dsft.verify" in sys.orig_argv and len(os.listdir({place!r})) < {times}:
 
 
 @pytest.fixture
-def killing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], Path]:
+def killing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int, int], Path]]:
     """Have a signal sent to the next readers, so many times; the folder in which each leaves a file."""
 
     def plant(times: int, signal: int) -> Path:
@@ -131,7 +132,8 @@ def killing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[int, i
         monkeypatch.setenv("PYTHONPATH", f"{hook}:{os.environ.get('PYTHONPATH', '')}".rstrip(":"))
         return readers
 
-    return plant
+    with fresh():  # the hook is read when an interpreter begins
+        yield plant
 
 
 def test_a_reader_that_was_killed_is_started_once_more(trained, killing, tmp_path: Path) -> None:
