@@ -8,6 +8,7 @@ import ctypes
 import faulthandler
 import gc
 import importlib
+import json
 import os
 import pickle
 import runpy
@@ -18,10 +19,16 @@ import time
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-PRELOADED = (
-    "torch", "transformers", "peft", "hydra", "omegaconf", "dsft.job", "dsft.run", "dsft.plan", "dsft.chat",
-    "dsft.export", "dsft.engine.assemble", "dsft.engine.loop", "dsft.data.open", "dsft.data.local", "dsft.verify",
+from benchmarks import plants
+
+_TORCH = ("torch", "hydra", "omegaconf")
+_LIBRARIES = (*_TORCH, "transformers", "peft")
+_DSFT = (
+    "dsft.job", "dsft.run", "dsft.plan", "dsft.chat", "dsft.export", "dsft.engine.assemble", "dsft.engine.loop",
+    "dsft.data.open", "dsft.data.local", "dsft.verify",
 )  # fmt: skip
+PRELOADED = {"torch": _TORCH, "libraries": _LIBRARIES, "dsft": (*_LIBRARIES, *_DSFT)}
+"""What the process has imported, by the name of how much it is."""
 CUT = 2**20
 """Bytes of a message at most: arguments and environment of one start."""
 SUBREAPER, PARENT_DIES = 36, 1
@@ -130,27 +137,33 @@ def _live(ours: socket.socket) -> tuple[Start, socket.socket]:
     return asked[1], near
 
 
-def _import() -> None:
-    """Import as a start does: bitsandbytes without its compiler, no remarks."""
+def _import(names: Sequence[str]) -> None:
+    """Import as a start does: bitsandbytes without its compiler, no remarks. Where dsft is none of the names, it is not
+    there afterwards: what its own import sets is set in the copy.
+    """
     from dsft.imports import keep_remarks, uncompiled
 
     keep_remarks()
     with uncompiled():
-        for name in PRELOADED:
+        for name in names:
             importlib.import_module(name)
+    if not any(name.startswith("dsft.") for name in names):
+        for name in [name for name in sys.modules if name.partition(".")[0] == "dsft"]:
+            del sys.modules[name]
     gc.freeze()  # so that a collection in a copy does not write to all its pages
 
 
 def main() -> None:
-    """copies.py FD: the socket of the process that asks."""
+    """copies.py FD KEY: the socket of the process that asks, and the JSON of a warm.Key."""
     from tests import warm  # which asks, in a copy as well
 
     _installed[:] = sys.path[1:]
-    key = tuple(map(os.environ.get, warm.AT_IMPORT))
-    ours = socket.socket(fileno=int(sys.argv[1]))
-    _import()
+    ours, key = socket.socket(fileno=int(sys.argv[1])), tuple(json.loads(sys.argv[2]))
+    _import(PRELOADED[key[0]])
     start, near = _live(ours)
     warm.inherit(key, near)
+    if plants.PLANTS in os.environ:
+        plants.arm()
     sys.modules.pop(start.module, None)  # it runs once more, as __main__
     runpy.run_module(start.module, run_name="__main__", alter_sys=True)
 

@@ -4,11 +4,13 @@ A start spends most of its CPU time on importing torch and transformers, in the 
 that reads the result back. Here one process imports them once, and a copy of it (fork) becomes what is started: a child
 of the process that starts it, with its own arguments, environment, folder and streams, which ends as an interpreter
 ends. Whatever starts `python -m dsft.X` gets one, ranks by their launcher too; tests that are about the start itself
-use fresh interpreters (`fresh`).
+use fresh interpreters (`fresh`). A start with planted faults is copied from a process that has the libraries alone, as
+plants are put where a module of dsft is imported; one whose Hugging Face variables are new from one that has torch.
 """
 
 import atexit
 import inspect
+import json
 import os
 import pickle
 import socket
@@ -24,23 +26,27 @@ from typing import Any
 from benchmarks.plants import PLANTS
 from tests import copies
 
-STARTED = ("dsft.", "benchmarks.", "tests.distributed.")
+STARTED = ("dsft.", "benchmarks.", "tests.distributed.", "tests.launch.")
 """Beginnings of modules that are started so."""
+AT_BEGIN = ("PYTHONPATH", "PYTHONIOENCODING", "PYTHONUTF8", "LC_ALL", "OMP_NUM_THREADS")
+"""Variables that count when an interpreter begins, or when torch is imported."""
 AT_IMPORT = (
-    "PYTHONPATH", "PYTHONIOENCODING", "PYTHONUTF8", "LC_ALL", "OMP_NUM_THREADS", "HF_HOME", "HF_HUB_CACHE",
-    "HF_HUB_OFFLINE", "HF_ENDPOINT", "HF_HUB_ETAG_TIMEOUT", "HF_HUB_DOWNLOAD_TIMEOUT", "HF_TOKEN",
-    "HF_DATASETS_OFFLINE", "HF_DATASETS_CACHE", "HF_HUB_DISABLE_PROGRESS_BARS", "TRANSFORMERS_OFFLINE",
+    *AT_BEGIN, "HF_HOME", "HF_HUB_CACHE", "HF_HUB_OFFLINE", "HF_ENDPOINT", "HF_HUB_ETAG_TIMEOUT",
+    "HF_HUB_DOWNLOAD_TIMEOUT", "HF_TOKEN", "HF_DATASETS_OFFLINE", "HF_DATASETS_CACHE", "HF_HUB_DISABLE_PROGRESS_BARS",
+    "TRANSFORMERS_OFFLINE",
 )  # fmt: skip
-"""Variables that count when modules are imported, or when an interpreter begins: for each of their values another
-process is copied.
+"""Variables that count when the libraries are imported: for each of their values another process is copied."""
+Key = tuple[str | None, ...]
+"""Of a process that is copied: what it has imported (of copies.PRELOADED), its command's beginning, and its values of
+the variables that count for that.
 """
 _fork_exec: Callable[..., None] = subprocess.Popen._execute_child  # type: ignore[attr-defined]
 _arguments = inspect.signature(_fork_exec)
-_key: tuple[str | None, ...] | None = None
-"""In a process that is such a copy: values of AT_IMPORT at its import. None: any, each gets a process of its own."""
-_sources: "dict[tuple[str | None, ...], _Source]" = {}
-_asked: Counter[tuple[str | None, ...]] = Counter()
-"""How often a start under these values was asked for before it had a source."""
+_key: Key | None = None
+"""In a process that is such a copy: of what it was copied from. None: what it starts has a source by its own key."""
+_sources: "dict[Key, _Source]" = {}
+_asked: Counter[Key] = Counter()
+"""How often a start was asked for before it had a source with all imports."""
 _asking = threading.Lock()
 _fresh = False
 
@@ -66,8 +72,13 @@ def fresh() -> Iterator[None]:
         _fresh = before
 
 
-def inherit(key: tuple[str | None, ...], ours: socket.socket) -> None:
-    """In a copy: what it starts under these values of AT_IMPORT is copied from the process at the other end of ours."""
+def key_of(imported: str, prefix: Sequence[str], env: Mapping[str, str]) -> Key:
+    """The key of a process that has imported this, was started by prefix, and under env."""
+    return (imported, *prefix, *map(env.get, AT_BEGIN if imported == "torch" else AT_IMPORT))
+
+
+def inherit(key: Key, ours: socket.socket) -> None:
+    """In a copy: what it starts and has this key is copied from the process at the other end of ours."""
     global _key
     _key = key
     _sources.clear()
@@ -88,20 +99,29 @@ def _execute_child(process: "subprocess.Popen[Any]", *given: Any, **named: Any) 
         _fork_exec(process, *given, **named)
         return
     prefix, start = found
-    key = (*prefix, *map(start.env.get, AT_IMPORT))
-    if key not in _sources and _key is None and _asked[key] < (1 if _sources else 0):
-        _asked[key] += 1  # a second start of the kind may never come, and a source imports more than most starts need
-        _fork_exec(process, *given, **named)
-        return
+    key = _key or _chosen(prefix, start.env)
     streams = [asked["p2cread"], asked["c2pwrite"], asked["errwrite"]]
     with _asking:
         if key not in _sources or not _sources[key].lives():
-            _sources[key] = _Source.imported(prefix, start.env)
+            _sources[key] = _Source.imported(key, prefix, start.env)
         pid = _sources[key].start(start, [number if fd == -1 else fd for number, fd in enumerate(streams)])
     process.pid = pid
     process._child_created = True  # type: ignore[attr-defined]
     pipes = ("p2cread", "p2cwrite", "c2pread", "c2pwrite", "errread", "errwrite")
     process._close_pipe_fds(*(asked[name] for name in pipes))  # type: ignore[attr-defined]
+
+
+def _chosen(prefix: Sequence[str], env: Mapping[str, str]) -> Key:
+    """The key of the process that is copied for a start under env: of one that has imported as much as it may."""
+    if any(env.get(name) != os.environ.get(name) for name in AT_IMPORT if name not in AT_BEGIN):
+        return key_of("torch", prefix, env)  # they belong to a test, and some are set before the libraries are imported
+    if PLANTS in env:
+        return key_of("libraries", prefix, env)
+    whole = key_of("dsft", prefix, env)
+    if whole in _sources or not _sources or _asked[whole] > 0:
+        return whole
+    _asked[whole] += 1  # a second start of the kind may never come, and a source imports more than most starts need
+    return key_of("torch", prefix, env)
 
 
 def _understood(asked: Mapping[str, Any]) -> tuple[tuple[str, ...], copies.Start] | None:
@@ -116,12 +136,10 @@ def _understood(asked: Mapping[str, Any]) -> tuple[tuple[str, ...], copies.Start
     safe = words[at + 1 : at + 2] == ["-P"]
     del words[at + 1 : at + 1 + safe]
     known = words[at + 1 : at + 2] == ["-m"] and words[at + 2].startswith(STARTED)
-    if not known or (at > 0 and words[0] != "setpriv"):
-        return None
     env = dict(os.environ if asked["env"] is None else asked["env"])
-    if PLANTS in env:
-        return None  # a fault is planted while a module is imported, before another has taken a function from it
-    if _key is not None and (at > 0 or tuple(map(env.get, AT_IMPORT)) != _key):
+    if not known or (at > 0 and words[0] != "setpriv") or env.get("PYTHONSAFEPATH"):
+        return None
+    if _key is not None and (key_of(str(_key[0]), words[:at], env) != _key or (PLANTS in env and _key[0] == "dsft")):
         return None  # this process has one source only: itself, as it was when it began
     try:
         pickle.dumps(asked["preexec_fn"])
@@ -142,11 +160,11 @@ class _Source:
         self.process = process
 
     @classmethod
-    def imported(cls, prefix: Sequence[str], env: Mapping[str, str]) -> "_Source":
-        """A new one, that imports under env. prefix: of its command."""
+    def imported(cls, key: Key, prefix: Sequence[str], env: Mapping[str, str]) -> "_Source":
+        """A new one, that imports under env what its key says. prefix: of its command."""
         ours, theirs = copies.pair()
-        command = [*prefix, sys.executable, "-m", "tests.copies", str(theirs.fileno())]
-        others = {name: value for name, value in os.environ.items() if name not in AT_IMPORT}
+        command = [*prefix, sys.executable, "-m", "tests.copies", str(theirs.fileno()), json.dumps(key)]
+        others = {name: value for name, value in os.environ.items() if name not in (*AT_IMPORT, PLANTS)}
         process = subprocess.Popen(
             command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
             env=others | {name: env[name] for name in AT_IMPORT if name in env},

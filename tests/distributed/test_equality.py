@@ -41,12 +41,12 @@ def _columns(size: int) -> list[Column]:
 
 
 def _cover() -> list[tuple[Column, str]]:
-    """Each method once on its own base, every second one on a packed one too, each time under the next strategy; so
-    every strategy meets recomputation and none, nf4 and int8.
+    """Each method once on its own base, every fourth one on a packed one too, each time under the next strategy; so
+    every strategy meets recomputation and none, and a packed base.
     """
     columns = [column for column in _columns(2) if column.optim == "adamw"]
     own, packed = ([name for name in METHODS if ("+" in name) is packing] for packing in (False, True))
-    turns = [name for index, name in enumerate(packed) if index % 8 in (0, 3)]  # nf4 and int8 in turn
+    turns = [name for index, name in enumerate(packed) if index % 16 in (0, 7)]  # nf4 and int8 in turn
     names = [f"tiny {name} {list(VARIANTS)[index % 2]}" for index, name in enumerate(own)]
     names += [f"tiny {name} {'none' if name.endswith('nf4') else 'full'}" for name in turns]
     return [(columns[index % len(columns)], name) for index, name in enumerate(names)]

@@ -9,32 +9,15 @@ from pathlib import Path
 import pytest
 
 from dsft.models.tiny import Tiny
-from tests import warm
 from tests.launch.hub import served
 from tests.launch.processes import steps
-
-SUBMISSION = """
-import sys
-from dsft.compose import compose
-from dsft.preflight import preflight
-from dsft.run import main
-from dsft.wording import refuse
-
-try:
-    preflight(compose(sys.argv[1:]))
-except ValueError as error:
-    refuse(error)
-sys.exit(main(sys.argv[1:]))
-"""
-"""What a submission checks, and then the script, which is printed."""
 
 NOWHERE = "http://127.0.0.1:9"
 
 
 def python(module: str, *words: str, **env: str) -> "subprocess.CompletedProcess[str]":
     command = [sys.executable, "-m", module, *words]
-    with warm.fresh():  # what they set for huggingface_hub counts when it is imported
-        return subprocess.run(command, env={**os.environ, **env}, capture_output=True, text=True, check=False)
+    return subprocess.run(command, env={**os.environ, **env}, capture_output=True, text=True, check=False)
 
 
 @pytest.fixture
@@ -136,9 +119,7 @@ def test_what_is_not_staged_is_refused_before_there_is_a_job(
     typed = words["model" if missing == "weights" else missing]
     more = ("launcher=slurm", "launcher.dry_run=true", "tracker=[]", f"run_dir={tmp_path / 'run'}")
     with served({}) as (address, asked):
-        env = {**os.environ, **caches, "HF_ENDPOINT": address}
-        command = [sys.executable, "-c", SUBMISSION, *typed, *more]
-        done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+        done = python("tests.launch.submission", *typed, *more, **{**caches, "HF_ENDPOINT": address})
         assert asked == []
     refused, unchecked = done.stderr.splitlines()
     assert "stage it first, where there is a network: python -m dsft.stage with the same overrides" in refused
