@@ -109,7 +109,7 @@ def _go_on(sweep: Path, book: Ledger, points: Sequence[Standing], args: argparse
     allowed = _enter(sweep, book, args)
     folder.check_place(sweep)
     words = {point.index: book.points[point.index].words for point in chosen}
-    codes, left = bring(sweep, book, words, Typed(args.overrides, args.trust, allowed))
+    codes, left = bring(sweep, book, words, Typed(args.overrides, args.trust, allowed, sweep / ledger.NAME))
     return max([left or DONE, *codes.values(), *(point.code for point in points if point.index not in codes)])
 
 

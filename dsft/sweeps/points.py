@@ -31,12 +31,14 @@ class Typed:
     """What a command line says beside the points' words.
 
     more: overrides behind those of each point, for this time; trust: other users may write the sweep's folder; allowed:
-    whose classes the words, and the YAMLs that they choose, may name.
+    whose classes the words, and the YAMLs that they choose, may name; words: where those of the points were read, None:
+    they were typed now.
     """
 
     more: Sequence[str] = ()
     trust: bool = False
     allowed: Allowed = TYPED
+    words: Path | None = None
 
 
 AS_TYPED = Typed()
@@ -170,11 +172,11 @@ def _composed(sweep: Path, index: int, words: Sequence[str], typed: Typed) -> Co
 def _refuse_code(composed: Composed, typed: Typed) -> None:
     """Refuse a model whose own code would run because the sweep's folder says so. Raises ValueError."""
     key = "model.trust_remote_code"
-    if typed.trust or typed.allowed.anything or key in map(_key, typed.more):
+    if typed.trust or typed.words is None or key in map(_key, typed.more):
         return
     if composed.resolved["model"].get("trust_remote_code", False) is not False:
         raise ValueError(
-            f"{key} must be typed for each start of a sweep that goes on, got it from {typed.allowed.file}; add "
+            f"{key} must be typed for each start of a sweep that goes on, got it from {typed.words}; add "
             f"{key}=true if you trust that code"
         )
 

@@ -16,6 +16,7 @@ from dsft.locate import PLUGINS
 from dsft.models.source import Pretrained
 from dsft.sweeps.ledger import Entry, Ledger
 from dsft.sweeps.points import Typed, check
+from tests import warm
 from tests.contract.sessions import left_by
 
 NOBODY = 65534
@@ -26,26 +27,40 @@ IMPORTS = "from transformers import LlamaConfig, LlamaForCausalLM\nfrom pathlib 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run on a base whose folder brings code, which the run has not asked for."""
+    """A finished run."""
     root = tmp_path_factory.mktemp("made")
     shutil.copytree(str(compose(["model=tiny"]).run.model.resolve().folder), root / "base")
     left_by(root / "run", "bitfit", "model=custom", f"model.path={root / 'base'}")
     (root / "run" / "status.json").write_text('{"state": "done", "step": 2}')
-    ran = f"Path({str(root / 'ran')!r}).touch()\n"
-    (root / "base" / "odd.py").write_text(IMPORTS + ran + CONFIG + MODEL)
     return root
 
 
 @pytest.fixture
 def place(made: Path) -> Iterator[Path]:
     """The same, as it was."""
-    kept = {path: path.read_bytes() for path in (made / "run" / "config.yaml", made / "base" / "config.json")}
     yield made
-    for path, content in kept.items():
-        path.write_bytes(content)
     for path in (made, made / "run", made / "run" / "adapter"):
         path.chmod(0o755)
-    (made / "ran").unlink(missing_ok=True)
+
+
+@pytest.fixture(scope="module")
+def odd(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run on a base whose own code was trusted; the code leaves a file where it runs."""
+    root = tmp_path_factory.mktemp("odd")
+    shutil.copytree(str(compose(["model=tiny"]).run.model.resolve().folder), root / "base")
+    ran = f"Path({str(root / 'ran')!r}).touch()\n"
+    (root / "base" / "odd.py").write_text(IMPORTS + ran + CONFIG + MODEL)
+    shape = json.loads((root / "base" / "config.json").read_text())
+    mapped = {"AutoConfig": "odd.Config", "AutoModelForCausalLM": "odd.Model"}
+    (root / "base" / "config.json").write_text(json.dumps({**shape, "model_type": "odd", "auto_map": mapped}))
+    words = ["model=custom", f"model.path={root / 'base'}", "method=bitfit", "data=reasoning_gym", "data.size=32"]
+    more = ["train.steps=2", "launcher=local", "tracker=[]", f"run_dir={root / 'run'}"]
+    refused = warm.run("dsft.run", *words, *more)
+    assert (refused.returncode, (root / "ran").exists()) == (2, False)
+    done = warm.run("dsft.run", *words, "model.trust_remote_code=true", *more)
+    assert done.returncode == 0, done.stderr
+    (root / "ran").unlink()
+    return root
 
 
 def _one_line(capsys: pytest.CaptureFixture[str], *said: str) -> None:
@@ -54,20 +69,10 @@ def _one_line(capsys: pytest.CaptureFixture[str], *said: str) -> None:
     assert all(each in err for each in said), err
 
 
-def _asks_for_code(place: Path) -> Path:
-    config = place / "run" / "config.yaml"
-    config.write_text(config.read_text().replace("trust_remote_code: false", "trust_remote_code: true"))
-    shape = json.loads((place / "base" / "config.json").read_text())
-    mapped = {"AutoConfig": "odd.Config", "AutoModelForCausalLM": "odd.Model"}
-    (place / "base" / "config.json").write_text(json.dumps({**shape, "model_type": "odd", "auto_map": mapped}))
-    return place / "run"
-
-
 def test_the_code_of_a_model_runs_where_the_reader_says_so(
-    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    odd: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    expected = adapters.load(place / "run").compare("hi", max_new_tokens=3)
-    folder = _asks_for_code(place)
+    folder = odd / "run"
     said = (f"dsft: {folder / 'config.yaml'} of ", "asks for the model's own code", "add --trust-remote-code")
     assert chat.main([str(folder), "--prompt", "hi"]) == 2
     _one_line(capsys, *said)
@@ -75,9 +80,11 @@ def test_the_code_of_a_model_runs_where_the_reader_says_so(
     _one_line(capsys, *said)
     with pytest.raises(ValueError, match="asks for the model's own code"):
         adapters.load(folder)
-    assert not (place / "ran").exists()
-    assert adapters.load(folder, trust_remote_code=True).compare("hi", max_new_tokens=3) == expected
-    assert (place / "ran").exists()
+    assert not (odd / "ran").exists()
+    events = map(json.loads, (folder / "events.jsonl").read_text().splitlines())
+    assert "verified" in [event["event"] for event in events], "the reader of the result was told to trust the code"
+    assert set(adapters.load(folder, trust_remote_code=True).compare("hi", max_new_tokens=3)) == {"base", "run"}
+    assert (odd / "ran").exists()
 
 
 @pytest.mark.parametrize("revision", ["null", "main", "v1", "0123abc", "0" * 41])
@@ -112,13 +119,14 @@ def test_code_is_fetched_where_it_is_trusted(trust: bool, monkeypatch: pytest.Mo
     assert asked["revision"] == "a" * 40
 
 
-def test_trusted_code_is_the_folders_own(place: Path) -> None:
-    _asks_for_code(place)
-    shape = json.loads((place / "base" / "config.json").read_text())
+def test_trusted_code_is_the_folders_own(odd: Path, tmp_path: Path) -> None:
+    shutil.copytree(odd / "base", tmp_path / "base")
+    shape = json.loads((tmp_path / "base" / "config.json").read_text())
     shape["auto_map"]["AutoConfig"] = "else/where--odd.Config"
-    (place / "base" / "config.json").write_text(json.dumps(shape))
+    (tmp_path / "base" / "config.json").write_text(json.dumps(shape))
+    model = compose(["model=custom", f"model.path={tmp_path / 'base'}", "model.trust_remote_code=true"]).run.model
     with pytest.raises(ValueError, match="whose auto_map names another repository"):
-        adapters.load(place / "run", trust_remote_code=True)
+        model.resolve()
 
 
 def _of_another(path: Path) -> None:
@@ -203,6 +211,8 @@ def _sweep(folder: Path, *words: str, **more: Any) -> Path:
         (["method=mine"], {"cwd": "elsewhere"}, "got evil.Evil named in"),
         (["method=mine"], {"config_dir": "elsewhere/conf"}, "got evil.Evil named in"),
         (["model=custom", "model.path=.", "model.trust_remote_code=true"], {"cwd": "elsewhere"},
+         "model.trust_remote_code must be typed for each start of a sweep"),
+        (["model=custom", "model.path=.", "model.trust_remote_code=true"], {},
          "model.trust_remote_code must be typed for each start of a sweep"),
     ],
 )  # fmt: skip
