@@ -119,7 +119,8 @@ def _name_by_digest(run_dir: Path, out: Path) -> None:
     base = str(json.loads((run_dir / "plan.json").read_text(encoding="utf-8")).get("model"))
     if not os.path.isdir(base):
         return
-    name, changed = called(base, str(provenance(run_dir).get("base_digest"))), False
+    known = provenance(run_dir)
+    name, changed = called(base, known.get("base_digest", known.get("base_fingerprint", ""))), False
     for path in (*out.glob("*.json"), *out.glob("*.md")):
         text = path.read_text(encoding="utf-8")
         old, new = (json.dumps(each)[1:-1] if path.suffix == ".json" else each for each in (base, name))

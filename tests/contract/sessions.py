@@ -4,6 +4,9 @@ DSFT_CONFIG_DIR, which --config-dir sets for a run, names a folder whose methods
 """
 
 import os
+from copy import deepcopy
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -11,12 +14,13 @@ import torch
 from dsft import folder
 from dsft.basis import digests_of
 from dsft.comm.world import World
-from dsft.compose import OWN_CONF, Composed, compose
+from dsft.compose import OWN_CONF, Composed, build, compose
 from dsft.data.open import Dataset, open_data
 from dsft.engine.assemble import Session, assemble
 from dsft.engine.loop import step_batches
 from dsft.engine.result import write_result
 from dsft.engine.step import train_step
+from dsft.locate import TYPED
 
 FOLDERS = [Path(folder) for folder in (os.environ.get("DSFT_CONFIG_DIR"), OWN_CONF) if folder]
 """The first that has an option gives it."""
@@ -31,6 +35,12 @@ def text_of(method: str) -> str:
 
 def composed_of(method: str, *words: str) -> Composed:
     """Three steps of four generated examples in fp32."""
+    found = _composed(os.environ.get("DSFT_CONFIG_DIR"), method, *words)
+    return replace(found, run=build(deepcopy(found.resolved), TYPED))
+
+
+@cache
+def _composed(folder: str | None, method: str, *words: str) -> Composed:
     return compose([
         "model=tiny", "data=reasoning_gym", "data.size=32", "data.eval_size=0", "train.precision=fp32", "train.steps=3",
         "train.global_batch_size=4", "launcher=local", "strategy=single", "optim.lr=1e-3", "optim.schedule=constant",

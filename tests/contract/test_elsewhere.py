@@ -150,6 +150,6 @@ def test_what_is_here_is_checked_before_a_script_is_printed(
 
 def test_a_sweeps_scripts_need_no_more_than_a_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["model=custom", "model.path=some/model", "launcher=slurm", DRY]
-    checked = points.check(tmp_path, {0: [*words, "method.rank=4"], 1: [*words, "method.rank=8"], 2: ["method=x"]}, [])
+    checked = points.check(tmp_path, {0: [*words, "method.rank=4"], 1: [*words, "method.rank=8"], 2: ["method=x"]})
     assert (set(checked.ready), set(checked.refused)) == ({0, 1}, {2})
     assert capsys.readouterr().err.count("not checked") == 1

@@ -47,7 +47,7 @@ def test_the_run_folder_is_as_documented(tmp_path: Path) -> None:
     status = json.loads((run_dir / "status.json").read_text())
     assert (status["state"], status["step"], status["attempts"]) == ("done", 3, 1)
     kinds = [line["event"] for line in lines(run_dir / "events.jsonl")]
-    assert kinds == ["start", "assembled", "save", "save", "verified", "done"]
+    assert kinds == ["start", "assembled", "save", "save", "base_digest", "verified", "done"]
     assert status["checkpoint"] == "step-00000003"
     assert (run_dir / "checkpoints" / "step-00000003" / "manifest.json").is_file()
     assert json.loads((run_dir / "adapter" / "verified.json").read_text())["same"] is True

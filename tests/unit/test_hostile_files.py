@@ -99,7 +99,8 @@ def test_the_path_of_a_local_base_does_not_travel(
     save_file({"a": torch.zeros(2)}, adapter / "adapter_model.safetensors")
     published.describe(adapter)
     (run_dir / "plan.json").write_text(json.dumps({"model": str(base)}))
-    (run_dir / "provenance.json").write_text(json.dumps({"base_digest": "0123456789abcdef" * 4}))
+    known = {"base_fingerprint": "f" * 64, "base_digest": "0123456789abcdef" * 4}
+    (run_dir / "provenance.json").write_text(json.dumps(known))
     export._copy(adapter, out)
     export._name_by_digest(run_dir, out)
     name = 'my "base@0123456789abcdef'

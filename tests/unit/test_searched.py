@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import pytest
 from dsft import searched, snapshot
 from dsft.locate import GROUP, PLUGINS, Allowed, ForeignNameError, locate, providers
 from dsft.sweeps.here import run_here
+from tests.warm import fresh
 
 RAN = "import pathlib; pathlib.Path(__file__).with_name('ran').touch()\n"
 MINE = """
@@ -24,13 +26,14 @@ class Mine:
 
 
 @pytest.fixture
-def hostile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def hostile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A working folder with files that are called like libraries, installed, of Python, and absent."""
     for name in ("rich", "logging", "colorsys", "yaml", "flash_attn", "apex", "sitecustomize"):
         (tmp_path / f"{name}.py").write_text(RAN)
     (tmp_path / "evil.pth").write_text(f"import pathlib; pathlib.Path({str(tmp_path / 'ran')!r}).touch()\n")
     monkeypatch.chdir(tmp_path)
-    return tmp_path
+    with fresh():  # what is searched is settled when an interpreter begins
+        yield tmp_path
 
 
 def test_a_point_of_a_sweep_takes_no_file_of_its_folder_for_a_library(hostile: Path) -> None:
@@ -45,7 +48,7 @@ def test_a_verb_that_reads_searches_the_folder_not_at_all(
 ) -> None:
     """Nor where an entry of PYTHONPATH is empty, as behind `export PYTHONPATH=$PYTHONPATH:/a`."""
     (hostile / "sitecustomize.py").unlink()  # the interpreter takes it before there is any program
-    monkeypatch.setenv("PYTHONPATH", more + os.environ["PYTHONPATH"])
+    monkeypatch.setenv("PYTHONPATH", more + os.environ.get("PYTHONPATH", ""))
     (hostile / "nice-adapter").mkdir()
     (hostile / "nice-adapter" / "dsft_adapter.json").write_text('{"method": {"_target_": "flash_attn.X"}}')
     command = [sys.executable, "-m", "dsft.chat", "nice-adapter", "--prompt", "hi"]
@@ -74,7 +77,8 @@ def test_ones_own_option_and_module_are_asked_for_where_they_are_typed(hostile: 
 @pytest.mark.parametrize("given", [None, "", ":", "/a", ":/a", "/a:", "/a::/b", ":::"])
 @pytest.mark.parametrize("code", [None, Path("/runs/it's/code/1")])
 def test_a_job_has_no_empty_entry_on_its_path(given: str | None, code: Path | None) -> None:
-    lines = [*snapshot.environment(code), 'printf %s "$PYTHONPATH"']
+    copy = code and snapshot.Snapshot(code, "0" * 64)
+    lines = [*snapshot.environment(copy), 'printf %s "$PYTHONPATH"']
     env = {"PATH": os.environ["PATH"], **({} if given is None else {"PYTHONPATH": given})}
     done = subprocess.run(["bash", "-euc", "\n".join(lines)], env=env, capture_output=True, text=True, check=True)
     own = [str(code), str(code / "launchers")] if code else []
