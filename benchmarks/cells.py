@@ -30,7 +30,8 @@ from dsft.engine.assemble import Session, assemble
 from dsft.engine.loop import step_batches
 from dsft.engine.step import train_step
 
-STEPS, PLANTED = 10, 2
+PLANTED = 2
+"""Steps of a cell with a fault."""
 MOVES = 0.01
 """Of the loss, in those steps: one that moves less proves nothing."""
 COUNTED = 3
@@ -92,13 +93,13 @@ def write_rows(path: Path, batches: int) -> None:
                 out.write(json.dumps(row) + "\n")
 
 
-def measure(run: Run, world: World, job: Job, fault: str | None = None) -> Measured:
-    """So many optimizer steps of one configuration. Collective."""
+def measure(run: Run, world: World, job: Job, fault: str | None = None, steps: int = Spec.steps) -> Measured:
+    """So many optimizer steps of one configuration, fewer with a fault or on a fake group. Collective."""
     started, before = time.monotonic(), time.process_time()
     files = run.model.resolve()
     data = open_data(run.data, files.tokenizer(), max_length=run.train.max_length, seed=0)
     session = _plant(assemble(run, files, world), fault)
-    steps = PLANTED if fault else COUNTED if job.fake else STEPS
+    steps = PLANTED if fault else COUNTED if job.fake else steps
     micro = [step_batches(session, data, step)[1] for step in range(1, steps + 1)]
     labels = [max(1.0, float(sum(run.objective.count(batch).sum() for batch in batches))) for batches in micro]
     labels, sizes = zip(*world.gather((labels, [len(b.lengths) for batches in micro for b in batches])), strict=True)
@@ -175,7 +176,7 @@ def cell(spec: Spec, tree: dict[str, Any], world: World, job: Job) -> dict[str, 
     for rate in spec.rates:
         tree["optim"]["lr"] = rate
         try:
-            found = measure(build(tree), world, job, spec.fault)
+            found = measure(build(tree), world, job, spec.fault, spec.steps)
         except ValueError as error:
             said = refusal(spec.words)
             if said is None or said["refused"] != str(error):

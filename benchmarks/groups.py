@@ -32,12 +32,13 @@ COSTS = {1: 0.7, 2: 1.0, 3: 1.6, 4: 2.2}
 @dataclass(frozen=True)
 class Spec:
     """One cell. words: what is composed, without its rate; rates: of optim.lr, the first that moves the loss is taken;
-    fault: planted in it, if any.
+    fault: planted in it, if any; steps: optimizer steps of one without a fault.
     """
 
     words: tuple[str, ...]
     rates: tuple[float, ...]
     fault: str | None = None
+    steps: int = 10
 
 
 @dataclass(frozen=True)

@@ -129,7 +129,9 @@ def _wanted(model: str, method: str, variant: str) -> bool:
     return not packing or variant == {"nf4": "none", "int8": "full"}[packing]
 
 
-def specs(pairs: Sequence[tuple[Column, str]], data: Path, alone: Alone | None = None) -> dict[str, Spec]:
+def specs(
+    pairs: Sequence[tuple[Column, str]], data: Path, alone: Alone | None = None, *, steps: int = Spec.steps
+) -> dict[str, Spec]:
     """Name of a cell, COLUMN|ROW -> what is run.
 
     A process alone looks for the rate that moves its loss, unless alone has it already; the others take that.
@@ -138,7 +140,9 @@ def specs(pairs: Sequence[tuple[Column, str]], data: Path, alone: Alone | None =
     for column, row in pairs:
         taken = (alone or {}).get(column.optim, {}).get(row, {}).get("rate")
         ladder = tuple(RATES[column.optim] * times for times in (LADDER if column.size == 1 else LADDER[:1]))
-        found[f"{column.name}|{row}"] = Spec(words(column, row, data), ladder if taken is None else (taken,))
+        found[f"{column.name}|{row}"] = Spec(
+            words(column, row, data), ladder if taken is None else (taken,), steps=steps
+        )
     return found
 
 
@@ -181,9 +185,11 @@ def by_column(cells: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     return found
 
 
-def run_alone(pairs: Sequence[tuple[Column, str]], data: Path, journal: Journal, *, later: float = 0.0) -> Alone:
+def run_alone(
+    pairs: Sequence[tuple[Column, str]], data: Path, journal: Journal, *, later: float = 0.0, steps: int = Spec.steps
+) -> Alone:
     """Optimizer -> row -> what one process measured, for cells of SINGLE and SINGLE_SGD."""
-    found = by_column(run(crew(1), specs(pairs, data), journal, later=later))
+    found = by_column(run(crew(1), specs(pairs, data, steps=steps), journal, later=later))
     return {column.optim: found[column.name] for column in dict(pairs)}
 
 

@@ -32,6 +32,8 @@ from benchmarks.verdicts import difference, verdict
 from dsft.compose import compose
 from dsft.engine.assemble import skeleton
 
+STEPS = 5
+"""Of a cell, half of the whole matrix's: each loss moves enough in them, if need be at a higher rate."""
 CORNER = ("tiny full full", "tiny qlora none")
 PLANTED = ("local-counts", "lost-gradients")
 
@@ -65,8 +67,8 @@ def _run(pairs: Sequence[tuple[Column, str]], rows: Path, shared: Path, planted:
     with FileLock(shared / "equality.lock"):
         journal = Journal(shared / "equality.jsonl", "")
         singles = {"adamw": SINGLE, "sgd": SINGLE_SGD}
-        alone = run_alone(list(dict.fromkeys((singles[c.optim], row) for c, row in pairs)), rows, journal)
-        todo = specs(pairs, rows, alone)
+        alone = run_alone(list(dict.fromkeys((singles[c.optim], row) for c, row in pairs)), rows, journal, steps=STEPS)
+        todo = specs(pairs, rows, alone, steps=STEPS)
         return by_column(run(crew(size), with_faults(todo, planted) if planted else todo, journal)), alone
 
 

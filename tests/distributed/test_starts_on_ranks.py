@@ -35,7 +35,7 @@ def test_a_run_from_an_adapter_equals_one_process_under_every_strategy(rows: Pat
     found = {f"tiny {method} none": method for method in STARTS}
 
     def ran(pairs: list[tuple[Column, str]], alone: Any = None) -> dict[str, dict[str, Any]]:
-        todo = specs(pairs, rows, alone)
+        todo = specs(pairs, rows, alone, steps=5)
         for name, spec in todo.items():
             method = found[name.partition("|")[2]]
             own = (*STARTS[method], f"method.init_from={tmp_path / method}")
