@@ -220,7 +220,7 @@ def _require_submitted(run_dir: Path) -> None:
 
     The job has looked as well, and does before each start: on its own node.
     """
-    if SUPERVISED not in os.environ or os.environ["LOCAL_RANK"] != "0":
+    if SUPERVISED not in os.environ or os.environ.get("LOCAL_RANK", "0") != "0":
         return
     if wrong := copied.imports_another(run_dir, Path(__file__).parents[1]):
         raise verdict.CannotBeginError(wrong)

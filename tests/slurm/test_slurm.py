@@ -194,10 +194,15 @@ def test_a_job_takes_what_was_staged_in_another(rows: Path, tmp_path: Path, monk
     )
     assert staged.returncode == 0, staged.stderr
     assert "tokens       new: " in staged.stdout
-    there = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*")}
+    there = _held(tmp_path / "cache")
     done = dsft(*typed)
     assert done.returncode == 0, done.stderr
-    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*")} == there
+    assert _held(tmp_path / "cache") == there
+
+
+def _held(cache: Path) -> dict[Path, int]:
+    """What lies there and when it was written, but for digests: of a file written a moment before none is noted."""
+    return {path: path.stat().st_mtime_ns for path in cache.rglob("*") if "digests" not in path.parts}
 
 
 @pytest.mark.parametrize("which", [0, 1])
