@@ -165,14 +165,15 @@ def _without(node: str, tally: Tally) -> str | None:
 
 def _guarded(run_dir: Path) -> None:
     """Keep a guard on another node as long as there is one; it outlives this process."""
-    mine = os.environ["SLURMD_NODENAME"]
+    mine, logs = os.environ["SLURMD_NODENAME"], run_dir / "logs"
+    logs.mkdir(exist_ok=True)  # before the ranks have made it, as no guard can be started without it
     while True:
         now = _now()
         others = [node for node in join.expand_hosts(now.nodes) if node != mine] if now else []
         if others:
             command = [
                 "srun", "--overlap", "--no-kill", "--mem=0", "--nodes=1", "--ntasks=1", f"--nodelist={others[-1]}",
-                "--open-mode=append", f"--output={run_dir / 'logs' / 'guard-%N.log'}",
+                "--open-mode=append", f"--output={logs / 'guard-%N.log'}",
                 sys.executable, "-m", "dsft_launchers.guard", _job(), mine,
             ]  # fmt: skip
             subprocess.run(command, check=False)
@@ -291,8 +292,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _amend(run_dir: Path, **values: str) -> None:
-    path = run_dir / "status.json"
-    replace_text(path, json.dumps({**_read(path), **values}) + "\n")
+    replace_text(run_dir / "status.json", json.dumps({**_read(run_dir / "status.json"), **values}) + "\n")
 
 
 if __name__ == "__main__":
