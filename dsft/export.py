@@ -21,7 +21,7 @@ from dsft.learned import FLAG, Learned, learned
 from dsft.methods import native
 from dsft.methods.patterns import check_config
 from dsft.origin import called
-from dsft.published import describe, names
+from dsft.published import describe, names, require
 from dsft.wording import refuse
 
 
@@ -71,6 +71,7 @@ def export(
     _check_out(out)
     lose_lines()
     run = learned(run_dir, trust_remote_code=trust_remote_code)
+    require(run_dir / "adapter", "RUN")
     if what == "adapter" or run.method.whole:
         _copy(run_dir / "adapter", out)
         if not base_path:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dsft.folder import base_then_and_now, provenance
+from dsft.published import require
 from dsft.results import NATIVE, PEFT, TENSORS
 
 NAMED = {NATIVE: "base_model", PEFT: "base_model_name_or_path"}
@@ -42,6 +43,7 @@ def check(init_from: str | None, digests: Mapping[str, str], base: str) -> str |
     if described is None:  # of a format that a package has brought with its method
         return None
     said = _check_base(described, known(init_from), digests, base)
+    require(folder, "method.init_from", weights_alone=folder.name != "adapter")
     _check_finite(folder / TENSORS)
     return said
 

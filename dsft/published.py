@@ -25,6 +25,8 @@ RESULT, FOUND, PROBE = "adapter", "verified.json", "probe.safetensors"
 WRITTEN = (".safetensors", ".json", ".md", ".jinja", ".txt", ".model")
 """Ends of the names of files of a result, where there is no list of them."""
 
+WEIGHTS = (".safetensors",)
+
 NOT_ASKED = "checkpoint.verify_result=false"
 
 
@@ -113,6 +115,18 @@ def check(run_dir: Path, *, contents: bool = True) -> None:
         f"run_dir {run_dir} is done and must hold its whole result, got {RESULT}/{wrong[0]} {wrong[1]}; put it back, "
         f"or {way}"
     )
+
+
+def require(folder: Path, what: str, *, weights_alone: bool = False) -> None:
+    """Refuse a result whose weights or descriptions (JSON) are not those that were published. Reads them all.
+
+    Other files may have been edited since, such as its README. what: how the user calls it; weights_alone: so may the
+    descriptions, as of a copy whose base lies elsewhere. Raises ValueError.
+    """
+    ends = WEIGHTS if weights_alone else (*WEIGHTS, ".json")
+    for name, wrong in damages(folder, contents=True):
+        if name.endswith(ends):
+            raise ValueError(f"{what} must hold its whole result, got {folder / name} {wrong}; put it back")
 
 
 def _is_listed(run_dir: Path) -> bool:

@@ -15,7 +15,7 @@ from dsft.folder import base_then_and_now, provenance, state
 from dsft.locate import Allowed
 from dsft.models.files import check_folder
 from dsft.models.source import local_folder
-from dsft.published import damages
+from dsft.published import require
 
 BASE = "base"
 """Name of the base without a result on it."""
@@ -210,9 +210,7 @@ def _check_tensors(result: Result) -> None:
 
     for file in sorted(result.folder.glob("*.safetensors")):
         shapes(file, "RUN")
-    for name, what in damages(result.folder, contents=False) if result.run_dir else ():
-        if name.endswith(".safetensors"):  # another file may have been edited since, such as its README
-            raise ValueError(f"RUN must hold its whole result, got {result.folder / name} {what}; put it back")
+    require(result.folder, "RUN", weights_alone=result.run_dir is None)
 
 
 def _told(result: Result) -> str:

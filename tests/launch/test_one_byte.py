@@ -45,9 +45,9 @@ def _start(base: Path, *words: str) -> Any:
     return warm.run("dsft.run", *RUN, "model=tiny", f"model.path={base}", *words)
 
 
-def _flip(base: Path) -> None:
-    with (base / "model.safetensors").open("r+b") as stream:
-        stream.seek(50 * 2**20 + 3)
+def _flip(file: Path, at: int = 50 * 2**20 + 3) -> None:
+    with file.open("r+b") as stream:
+        stream.seek(at)
         byte = stream.read(1)[0]
         stream.seek(-1, os.SEEK_CUR)
         stream.write(bytes([byte ^ 1]))
@@ -66,7 +66,7 @@ def test_a_run_and_its_checkpoints_hold_the_digest_that_was_read_beside_its_step
 
 def test_one_changed_byte_is_seen_by_each_verb(base: Path, run_dir: Path, tmp_path: Path) -> None:
     was = json.loads((run_dir / "provenance.json").read_text())["base_digest"][:12]
-    _flip(base)
+    _flip(base / "model.safetensors")
     try:
         refused = {
             "resume": _start(base, f"run_dir={run_dir}", "launcher.devices=2", "train.steps=3"),
@@ -75,7 +75,7 @@ def test_one_changed_byte_is_seen_by_each_verb(base: Path, run_dir: Path, tmp_pa
             "export": warm.run("dsft.export", run_dir, "--to", "merged", tmp_path / "out"),
         }
     finally:
-        _flip(base)
+        _flip(base / "model.safetensors")
     for verb, done in refused.items():
         assert (done.returncode, done.stdout) == (2, ""), (verb, done)
         assert done.stderr.startswith("dsft: "), verb
@@ -84,3 +84,24 @@ def test_one_changed_byte_is_seen_by_each_verb(base: Path, run_dir: Path, tmp_pa
     assert list(tmp_path.iterdir()) == []
     again = warm.run("dsft.export", run_dir, "--to", "merged", tmp_path / "out")
     assert again.returncode == 0, again.stderr
+
+
+def test_one_changed_byte_of_a_result_is_seen_by_each_verb_that_reads_it(
+    base: Path, run_dir: Path, tmp_path: Path
+) -> None:
+    weights = run_dir / "adapter" / "adapter_model.safetensors"
+    _flip(weights, weights.stat().st_size - 5)
+    try:
+        refused = {
+            "init_from": _start(base, f"run_dir={tmp_path / 'run'}", f"method.init_from={run_dir}"),
+            "chat": warm.run("dsft.chat", run_dir, "--prompt", "hi"),
+            "merged": warm.run("dsft.export", run_dir, "--to", "merged", tmp_path / "out"),
+            "adapter": warm.run("dsft.export", run_dir, "--to", "adapter", tmp_path / "out"),
+        }
+    finally:
+        _flip(weights, weights.stat().st_size - 5)
+    for verb, done in refused.items():
+        assert (done.returncode, done.stdout) == (2, ""), (verb, done)
+        assert done.stderr.startswith("dsft: "), verb
+        assert done.stderr.endswith(f"must hold its whole result, got {weights} changed; put it back\n"), done.stderr
+    assert list(tmp_path.iterdir()) == []
