@@ -24,6 +24,7 @@ from dsft import basis
 from dsft.comm.world import World
 from dsft.data.dialogue import ends_of, prompt_of
 from dsft.engine.assemble import DTYPES
+from dsft.folder import provenance
 from dsft.learned import Learned, learned
 from dsft.methods import native
 from dsft.methods.stored import shapes
@@ -87,10 +88,12 @@ class Adapters:
         else:
             model, quantization, self.precision, seed = run.model, run.quantization, run.train.precision, run.train.seed
         with no_progress_bars():
+            run_dirs = [result.run_dir for result in results if result.run_dir is not None]
+            for run_dir in run_dirs:
+                basis.require_code(model, provenance(run_dir))
             files = model.resolve()
-            for result in results:
-                if result.run_dir is not None:
-                    basis.require(result.run_dir, files)
+            for run_dir in run_dirs:
+                basis.require(run_dir, files)
             self.tokenizer: Any = files.tokenizer()
             self.base = _base(files, quantization, DTYPES[self.precision], seed, self.device)
             self._settings = _settings(files.folder, self.base, self.tokenizer)

@@ -9,11 +9,13 @@ import sys
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dsft_launchers.verdict import RefusedError
 
 from dsft.folder import base_then_and_now, provenance
+from dsft.models.files import code_digest
+from dsft.owners import owner_of
 
 if TYPE_CHECKING:
     from dsft.comm.world import World
@@ -32,12 +34,41 @@ def digests_of(files: "ModelFiles", *runs: Mapping[str, str]) -> dict[str, str]:
     fingerprint, all bytes are read now.
     """
     found = {"base_fingerprint": files.fingerprint()}
+    if files.trust_remote_code and files.folder is not None:
+        found["base_code"] = code_digest(files.folder)
     wanted = any("base_digest" in run and run["base_fingerprint"] == found["base_fingerprint"] for run in runs)
     if wanted and files.unread > TOLD_BYTES:
         size = f"{files.unread / 2**30:.0f} GiB"
         print(f"dsft: reads {size} of {files.name_or_path} for its digest, which is then remembered", file=sys.stderr)
     whole = files.digest() if wanted else files.digest_at_once()
     return found if whole is None else {**found, "base_digest": whole}
+
+
+def require_code(model: Any, known: Mapping[str, Any]) -> None:
+    """Refuse a model whose own code is not that of the run. Called before any of it runs, and before model.resolve.
+
+    model: of Run; known: provenance of the run's folder. Raises ValueError.
+    """
+    was = known.get("base_code")
+    folder = model.own_code() if was is not None and hasattr(model, "own_code") else None
+    if was is not None and folder is not None and (now := code_digest(folder)) != was:
+        raise ValueError(
+            f"model.path must hold the code with which the run was started, got *.py of {owner_of(folder)} in {folder} "
+            f"that were {was[:12]} and are {now[:12]} by their content; put them back, or begin a new run with code "
+            "that you trust"
+        )
+
+
+def require_code_on_ranks(model: Any, known: Mapping[str, Any], world: "World") -> None:
+    """The same on all ranks, of which some may see other files. Collective. Raises RefusedError on every rank."""
+    wrong = None
+    try:
+        require_code(model, known)
+    except (OSError, ValueError) as error:
+        wrong = str(error)
+    for rank, said in enumerate(world.gather(wrong)):
+        if said is not None:
+            raise RefusedError(f"rank {rank}: {said}")
 
 
 def require(run_dir: Path, files: "ModelFiles") -> None:

@@ -78,6 +78,7 @@ def export(
             _name_by_digest(run_dir, out)
         mode_as_usual(out)
         return
+    basis.require_code(run.model, provenance(run_dir))
     basis.require(run_dir, run.model.resolve())
     from dsft.engine.result import write_beside
     from dsft.models.progress import no_progress_bars

@@ -5,7 +5,7 @@ import math
 import os
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -18,15 +18,13 @@ from dsft_launchers.join import resolve
 from dsft_launchers.shown import say
 
 from dsft import folder, installed, published
-from dsft.basis import Basis
+from dsft.basis import Basis, require_code_on_ranks
 from dsft.compose import load_yaml, read
 from dsft.ending import Attempt, crashed, note
 from dsft.entry import collect_again, enter, lose_lines
 from dsft.searched import own_folder_last
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from dsft.checkpoint.lease import Lease
     from dsft.comm.world import World
     from dsft.config import Run
@@ -104,7 +102,7 @@ def work(run_dir: Path, attempt: Attempt) -> int:
         with patience.phase("greeting", LIMIT_S):  # which has a limit of its own
             hello = greet(world, installed.versions(), socket.gethostname())
         with patience.phase("data", _data_s(run_dir)):
-            files, data = find(run, world, hello, day=folder.provenance(run_dir).get("template_date"))
+            files, data = find(run, world, hello, known=folder.provenance(run_dir))
         with patience.phase("base digest", files.nbytes / BYTES_PER_S):
             base = Basis(files, run_dir, world)
         total = total_steps(run.train, len(data.train))
@@ -234,15 +232,19 @@ def _asked(run_dir: Path) -> "Run":
         raise verdict.CannotBeginError(str(error)) from error
 
 
-def find(run: "Run", world: "World", hello: "Mapping[str, Any]", *, day: str | None) -> "tuple[ModelFiles, Dataset]":
+def find(
+    run: "Run", world: "World", hello: Mapping[str, Any], *, known: Mapping[str, Any]
+) -> "tuple[ModelFiles, Dataset]":
     """The base model and the data, which are the same on all ranks, else CannotBeginError. Collective.
 
-    day: the date that the chat template was told at the run's first start, None if it asks for none.
+    known: provenance of the run: the digest of the model's own code, which may not have changed, and the date that the
+    chat template was told at the run's first start.
     """
     from dsft.comm.hello import require_same
     from dsft.data.open import open_data
 
-    files = run.model.resolve()
+    require_code_on_ranks(run.model, known, world)
+    files, day = run.model.resolve(), known.get("template_date")
     seen = None if world.local_rank == 0 else world.barrier  # one rank of each node compares all tokens
     data = open_data(
         run.data, files.tokenizer(), max_length=run.train.max_length, seed=run.train.seed, day=day, after=seen

@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import sys
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -43,6 +44,8 @@ class Allowed:
             return None
         if self.pythonpath and on_pythonpath(package):
             return None
+        if package in sys.stdlib_module_names:
+            return f"{self._told()} is of Python's own library, of which a folder may name nothing; take the name out"
         return (
             f"{self._told()} is of no package that a folder may name; install the package that has it with an entry "
             f"point in {GROUP} or, if you trust its code, set {PLUGINS}={package}"

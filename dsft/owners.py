@@ -56,6 +56,19 @@ def check(folder: Path, what: str, *, trust: bool, depth: int = 2, note: bool = 
             told = True
 
 
+def doubts(folder: Path) -> Iterator[tuple[Path, str]]:
+    """Yield each folder and file below folder whose content may be another's, and why."""
+    for place, folders, files in os.walk(folder):
+        for name in (*folders, *files):
+            path = Path(place) / name
+            try:
+                why = doubt(path)
+            except OSError:  # a dead link, or not to be seen: nothing is read of it
+                continue
+            if why is not None:
+                yield path, why
+
+
 def _below(folder: Path, depth: int) -> Iterator[Path]:
     """Yield folder and what is in it, as deep as that; links are not followed further."""
     if not os.path.lexists(folder):

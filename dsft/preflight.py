@@ -37,8 +37,11 @@ def preflight(composed: Composed) -> dict[str, Any] | None:
     for tracker in run.tracker.values():
         tracker.check()
     run.data.check()
+    provenance = {} if anew else folder.provenance(run_dir)
+    if "model" not in run.resume.allow:
+        basis.require_code(run.model, provenance)
     files = run.model.resolve()
-    day = None if anew else folder.provenance(run_dir).get("template_date")
+    day = provenance.get("template_date")
     data = _open(run, files, files.tokenizer(), day)
     before = {} if anew else folder.known(run_dir)
     starting = not folder.goes_on(run_dir) or anew

@@ -8,7 +8,10 @@ from typing import Any
 
 from dsft_launchers.files import readable_by_all
 
-SECRET = re.compile(r"KEY(?!BOARD|WORD)|TOKEN(?!IZ)|SECRET|PASSWORD|PASSWD", re.IGNORECASE)
+SECRET = re.compile(
+    r"KEY(?!BOARD|WORD)|TOKEN(?!IZ)|SECRET|PASSWORD|PASSWD|PASSPHRASE|CREDENTIAL|(?:^|_)(?:PASS|PAT|AUTH|CREDS?)(?:_|$)",
+    re.IGNORECASE,
+)
 """Names of variables whose values are nobody else's."""
 
 FILES = ("path", "eval_path", "init_from")
@@ -25,7 +28,7 @@ def not_secret(name: str) -> str:
         raise SecretError(
             f"must hold no secret, got ${{oc.env:{name}}}, whose value would stand in the run folder; leave it in the "
             "environment, where libraries read it, or give a variable that is no secret a name without KEY, TOKEN, "
-            "SECRET and PASSWORD"
+            "SECRET, PASS, PASSWORD, PAT, AUTH and CREDENTIAL"
         )
     return name
 

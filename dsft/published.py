@@ -118,12 +118,12 @@ def check(run_dir: Path, *, contents: bool = True) -> None:
 
 
 def require(folder: Path, what: str, *, weights_alone: bool = False) -> None:
-    """Refuse a result whose weights or descriptions (JSON) are not those that were published. Reads them all.
+    """Refuse a result whose weights, descriptions (JSON) or code are not those that were published. Reads them all.
 
     Other files may have been edited since, such as its README. what: how the user calls it; weights_alone: so may the
     descriptions, as of a copy whose base lies elsewhere. Raises ValueError.
     """
-    ends = WEIGHTS if weights_alone else (*WEIGHTS, ".json")
+    ends = WEIGHTS if weights_alone else (*WEIGHTS, ".json", ".py")
     for name, wrong in damages(folder, contents=True):
         if name.endswith(ends):
             raise ValueError(f"{what} must hold its whole result, got {folder / name} {wrong}; put it back")

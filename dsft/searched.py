@@ -8,8 +8,11 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.machinery import PathFinder
+from importlib import machinery
+from importlib.machinery import FileFinder, ModuleSpec, PathFinder
 from pathlib import Path
+from types import ModuleType
+from typing import ClassVar
 
 from dsft import owners
 
@@ -27,6 +30,40 @@ class OwnFolder(str):
     """The entry of sys.path that is the user's folder and nothing that is installed."""
 
     __slots__ = ()
+
+
+class OwnFinder(FileFinder):
+    """Finds modules in the user's own folder; one that another user may have written raises ImportError."""
+
+    reached: ClassVar[set[str]] = set()
+    """The user's folder, and the folders of packages that were found in it."""
+
+    def find_spec(self, fullname: str, target: ModuleType | None = None) -> ModuleSpec | None:
+        """Find a module as Python does, and look at whose its files are before any of it is read."""
+        spec = super().find_spec(fullname, target)
+        if spec is None:
+            return None
+        folders = list(spec.submodule_search_locations or [])
+        kept = [spec.cached, os.path.dirname(spec.cached)] if spec.cached else []
+        for place in [spec.origin, *folders, *kept]:
+            if place and os.path.exists(place) and (why := owners.doubt(Path(place))) is not None:
+                raise ImportError(f"{place} {why}; see what is in it, and make it yours alone (chown, chmod o-w)")
+        for folder in folders:
+            self.reached.add(folder)
+            sys.path_importer_cache.pop(folder, None)
+        return spec
+
+    @classmethod
+    def of(cls, entry: str) -> "OwnFinder":
+        """Return the finder of an entry of sys.path. Raises ImportError, as hooks do, if it is not the user's."""
+        if entry not in cls.reached:
+            raise ImportError(entry)
+        return cls(
+            entry,
+            (machinery.ExtensionFileLoader, machinery.EXTENSION_SUFFIXES),
+            (machinery.SourceFileLoader, machinery.SOURCE_SUFFIXES),
+            (machinery.SourcelessFileLoader, machinery.BYTECODE_SUFFIXES),
+        )
 
 
 def python(module: str) -> list[str]:
@@ -54,7 +91,16 @@ def take(folder: str) -> None:
     os.environ[TYPED_IN] = folder
     sys.path[:] = [entry for entry in sys.path if not isinstance(entry, OwnFolder)]
     if folder and folder not in sys.path:
-        sys.path.append(OwnFolder(folder))
+        sys.path.append(_searched(folder))
+
+
+def _searched(folder: str) -> OwnFolder:
+    """Return the entry of sys.path for the user's folder, whose modules are found by OwnFinder from now on."""
+    OwnFinder.reached.add(folder)
+    if OwnFinder.of not in sys.path_hooks:
+        sys.path_hooks.insert(0, OwnFinder.of)
+    sys.path_importer_cache.pop(folder, None)
+    return OwnFolder(folder)
 
 
 def own_folder() -> str:
@@ -103,7 +149,7 @@ def installed_only() -> Iterator[None]:
 def own_folder_too() -> Iterator[None]:
     """Within it modules of this process' folder are found behind all others, if it is the user's own."""
     folder = own_folder()
-    added = [OwnFolder(folder)] if folder and folder not in sys.path else []
+    added = [_searched(folder)] if folder and folder not in sys.path else []
     sys.path.extend(added)
     try:
         yield

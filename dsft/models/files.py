@@ -34,14 +34,16 @@ class ModelFiles:
 
     def tokenizer(self) -> "PreTrainedTokenizerBase":
         """The model's tokenizer. Raises ValueError if the folder (or the hub) has none."""
-        from transformers import AutoTokenizer
+        from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
         place = self.name_or_path if self.folder is None else str(self.folder)
         try:
-            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            tokenizer = AutoTokenizer.from_pretrained(
                 place, revision=self.revision, trust_remote_code=self.trust_remote_code
             )
-        except (OSError, ValueError, RecursionError, KeyError) as error:
+            if not isinstance(tokenizer, PreTrainedTokenizerBase):
+                raise ValueError(f"{type(tokenizer).__name__} is no tokenizer of transformers")
+        except Exception as error:  # transformers', those of tokenizers in Rust, and of a model's own code
             kind, reason = ValueError, " ".join(str(error).split())[:160]
             way_out = "put the base model's tokenizer.json and tokenizer_config.json beside its config.json"
             if self.folder is None and unplugged():
@@ -86,7 +88,7 @@ class ModelFiles:
         if self.folder is None:
             return {}
         weights = [*weight_files(self.folder), self.folder / INDEX] if self.init == "pretrained" else []
-        paths = [path for path in [*weights, *self.folder.rglob("*.py")] if path.is_file()]
+        paths = [path for path in [*weights, *_code(self.folder)] if path.is_file()]
         return {os.path.relpath(path, self.folder): path for path in sorted(paths)}
 
     def fingerprint(self) -> str:
@@ -110,6 +112,16 @@ class ModelFiles:
         else:
             shape = self.config.to_dict()
         return json.dumps({key: shape[key] for key in sorted(shape) if not _is_incidental(key)}, sort_keys=True)
+
+
+def code_digest(folder: Path) -> str:
+    """SHA-256 of every *.py in a model's folder, with its name: 64 hexadecimal digits. Raises OSError."""
+    parts = [[os.path.relpath(path, folder), sha256(path)] for path in _code(folder)]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def _code(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*.py") if path.is_file())
 
 
 def check_folder(folder: Path, *, weights: bool) -> None:

@@ -66,13 +66,8 @@ class Pretrained:
         Raises ValueError if it cannot be found or read.
         """
         self.check(planning=planning)
-        shape_only = planning or self.init == "random"
-        folder = local_folder(self.path)
-        if folder is None and not (shape_only and self.path == self.config_of):
-            folder = _download(self.path, self.revision, weights=not shape_only, code=self.trust_remote_code)
-            name = self.path
-        else:
-            name = self.path if folder is None else str(folder)
+        folder = self._folder(planning)
+        name = self.path if folder is None or local_folder(self.path) is None else str(folder)
         config = _published(self.config) if folder is None else read_shape(folder, self.trust_remote_code)
         return ModelFiles(
             config=config,
@@ -82,6 +77,23 @@ class Pretrained:
             revision=self.revision,
             trust_remote_code=self.trust_remote_code,
         )
+
+    def own_code(self) -> Path | None:
+        """Find the folder whose *.py run with the model, as resolve does; None where none is trusted. Runs nothing.
+
+        Raises ValueError as resolve does.
+        """
+        if not self.trust_remote_code:
+            return None
+        self.check()
+        return self._folder(planning=False)
+
+    def _folder(self, planning: bool) -> Path | None:
+        shape_only = planning or self.init == "random"
+        folder = local_folder(self.path)
+        if folder is None and not (shape_only and self.path == self.config_of):
+            return _download(self.path, self.revision, weights=not shape_only, code=self.trust_remote_code)
+        return folder
 
 
 def require_init(init: str) -> None:

@@ -101,11 +101,20 @@ def test_a_file_is_read_by_all_if_its_folders_let_them(public: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["HF_TOKEN", "WANDB_API_KEY", "my_password", "AWS_SECRET_ACCESS_KEY", "db.passwd", "APIKEY2"]
-)
+    "name",
+    ["HF_TOKEN", "WANDB_API_KEY", "my_password", "AWS_SECRET_ACCESS_KEY", "db.passwd", "APIKEY2", "X_CREDENTIALS",
+     "GITHUB_PAT", "DB_PASS", "BASIC_AUTH", "passphrase", "AZURE_CREDS"],
+)  # fmt: skip
 def test_what_is_a_secret_by_its_name(name: str) -> None:
     with pytest.raises(SecretError, match=f"must hold no secret, got .*{name}"):
         not_secret(name)
+
+
+@pytest.mark.parametrize(
+    "name", ["PWD", "PATH", "COMPASS_DIR", "AUTHOR", "PATTERN", "KEYBOARD", "TOKENIZERS_PARALLELISM"]
+)
+def test_what_is_no_secret_by_its_name(name: str) -> None:
+    assert not_secret(name) == name
 
 
 @pytest.mark.parametrize("default", ["", ",none"])

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from dsft import searched, snapshot
-from dsft.locate import GROUP, PLUGINS, Allowed, ForeignNameError, locate, providers
+from dsft.compose import compose
+from dsft.locate import GROUP, PLUGINS, TYPED, Allowed, ForeignNameError, locate, providers
 from dsft.sweeps.here import run_here
 from tests.warm import fresh
 
@@ -66,12 +67,15 @@ def test_ones_own_option_and_module_are_asked_for_where_they_are_typed(hostile: 
     done = subprocess.run([sys.executable, "-m", "dsft.plan", *words], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (2, "dsft: mine was built\n")
     assert not (hostile / "ran").exists()
-    (hostile / "conf").chmod(0o777)
-    done = subprocess.run([sys.executable, "-m", "dsft.plan", *words], capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
-    assert f"dsft: ./conf must be your own, got {hostile / 'conf'}" in done.stderr
-    assert "may be written by anybody" in done.stderr
-    assert f"--config-dir {hostile / 'conf'}" in done.stderr
+    conf = hostile / "conf"
+    for place in (conf, conf / "tracker", conf / "tracker" / "mine.yaml"):
+        mode = place.stat().st_mode
+        place.chmod(0o777)
+        with pytest.raises(ValueError, match="conf must be your own") as refused:
+            compose([*words[:3], "method=lora", "data=reasoning_gym"])
+        for said in (f"got {conf}, and {place} may be written by anybody", f"--config-dir {conf}"):
+            assert said in str(refused.value)
+        place.chmod(mode)
 
 
 @pytest.mark.parametrize("given", [None, "", ":", "/a", ":/a", "/a:", "/a::/b", ":::"])
@@ -106,6 +110,32 @@ def test_a_folder_that_all_may_write_gives_no_modules(tmp_path: Path, monkeypatc
     monkeypatch.chdir(gone)
     shutil.rmtree(gone)
     assert searched.own_folder() == ""
+
+
+@pytest.mark.parametrize("place", ["own.py", "whole", "whole/part.py", "__pycache__"])
+def test_a_module_that_all_may_write_is_not_imported(
+    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "__pycache__").mkdir()
+    (tmp_path / "whole" / "__init__.py").touch()
+    for name in ("own.py", "whole/part.py"):
+        (tmp_path / name).write_text(RAN + MINE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    searched.take(searched.own_folder())
+    module = "own" if "whole" not in place else "whole.part"
+    (tmp_path / place).chmod(0o777)
+    try:
+        with pytest.raises(ImportError, match=f"{place}.* may be written by anybody"):
+            locate(f"{module}.Mine", TYPED)
+        assert not list(tmp_path.rglob("ran"))
+        (tmp_path / place).chmod(0o700)
+        locate(f"{module}.Mine", TYPED)
+        assert list(tmp_path.rglob("ran"))
+    finally:
+        for name in ("own", "whole.part", "whole"):
+            sys.modules.pop(name, None)
 
 
 def test_what_only_the_users_folder_claims_to_install_is_not_installed(

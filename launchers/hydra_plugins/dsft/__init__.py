@@ -51,12 +51,14 @@ def _providers(own: Path) -> list[tuple[str, str]]:
 
 def _check_own(conf: Path) -> None:
     """Refuse ./conf of another user, and one that came with a run or an adapter. Raises ValueError."""
+    from dsft import owners
     from dsft.searched import why_not
 
-    for folder in (conf, conf.parent):
-        if (why := why_not(folder)) is not None:
+    reasons = ((folder, why_not(folder)) for folder in (conf, conf.parent))
+    for place, why in (*reasons, *owners.doubts(conf)):
+        if why is not None:
             raise ValueError(
-                f"./conf must be your own, got {conf}, and {folder} {why}; start dsft in another folder or, if you "
+                f"./conf must be your own, got {conf}, and {place} {why}; start dsft in another folder or, if you "
                 f"trust it, name it: --config-dir {conf}"
             )
 

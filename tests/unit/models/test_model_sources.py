@@ -14,6 +14,7 @@ from dsft.models.build import build_meta
 from dsft.models.cache import written_once
 from dsft.models.files import ModelFiles
 from dsft.models.headers import read_headers
+from dsft.models.source import Pretrained
 from dsft.models.values import open_values
 
 PUBLISHED = {
@@ -208,6 +209,21 @@ def test_a_write_that_fails_leaves_nothing_behind(tmp_path: Path, monkeypatch: p
     with pytest.raises(OSError, match="disk full"):
         written_once("name", fail)
     assert [path.name for path in (tmp_path / "models").iterdir()] == [".name.lock"]
+
+
+def test_code_that_is_no_tokenizer_is_refused(source: Callable, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(source("tiny").resolve().folder, folder)
+    (folder / "tokenizer_config.json").write_text('{"auto_map": {"AutoTokenizer": ["own.Own", "own.Own"]}}')
+    (folder / "own.py").write_text(
+        "class Own:\n    @classmethod\n    def from_pretrained(cls, *a, **k):\n        return cls()\n"
+        "    @classmethod\n    def register_for_auto_class(cls):\n        pass\n"
+    )
+    model = Pretrained(
+        path=str(folder), init="pretrained", revision=None, trust_remote_code=True, config_of=None, config=None
+    )
+    with pytest.raises(ValueError, match=r"must have a tokenizer, got none .*Own"):
+        model.resolve().tokenizer()
 
 
 def test_the_byte_tokenizer_gives_any_text_back(source: Callable) -> None:
