@@ -35,6 +35,7 @@ class Train:
     log_samples: bool
     profile: int
     hang_after: float
+    deterministic: bool | Literal["auto"] = "auto"
 
     def __post_init__(self) -> None:
         """Refuse values that no run can have."""

@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from dsft_launchers.codes import USER_ERROR
+from dsft_launchers.codes import CRASHED, USER_ERROR
 from dsft_launchers.files import write_for_nobody_else
 from dsft_launchers.shown import say, shown
 
@@ -33,15 +33,27 @@ def enter(main: Callable[[], int]) -> NoReturn:
     _open_closed_streams()
     write_for_nobody_else()
     write_out_foreign_text()
-    code = _read_by_somebody(main)
+    code = _ended(main)
     gc.freeze()
-    if code and _in_a_group():
+    if code and _waits_at_its_end():
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError, ValueError):
                 stream.flush()
-        # An interpreter that ends while threads of gloo or NCCL wait for a peer is aborted, which hides the code.
+        # An interpreter that ends while threads of gloo or NCCL wait for a peer is aborted, and one that ends while
+        # kernels of a GPU wait or spin may never end: either hides the code.
         os._exit(code)
     sys.exit(code)
+
+
+def _ended(main: Callable[[], int]) -> int:
+    """Return main's code; CRASHED after an error that main lets through, where this process must not wait."""
+    try:
+        return _read_by_somebody(main)
+    except BaseException as error:
+        if not _waits_at_its_end() or isinstance(error, SystemExit):
+            raise
+        sys.excepthook(type(error), error, error.__traceback__)
+        return CRASHED
 
 
 def _open_closed_streams() -> None:
@@ -121,10 +133,11 @@ def _kept_apart(line: str) -> str:
     return f"| {line}" if line and (line.startswith(OURS) or OURS.startswith(line)) else line
 
 
-def _in_a_group() -> bool:
-    """Return True if this process is still in a process group of torch, which is not imported for it."""
-    group = sys.modules.get("torch.distributed")
-    return group is not None and group.is_available() and group.is_initialized()
+def _waits_at_its_end() -> bool:
+    """Return True if this process is in a process group of torch, or has used a GPU; torch is not imported for it."""
+    group, cuda = sys.modules.get("torch.distributed"), sys.modules.get("torch.cuda")
+    in_a_group = group is not None and group.is_available() and group.is_initialized()
+    return in_a_group or (cuda is not None and cuda.is_initialized())
 
 
 def collect_again() -> None:

@@ -128,6 +128,7 @@ def _train(
     *, total: int, stop: "StopFlag", patience: "Patience",
 ) -> "Progress":  # fmt: skip
     """Load, resume, train, and write the result where the run was not stopped before; where it is then. Collective."""
+    from dsft.engine import determinism
     from dsft.engine.assemble import assemble
     from dsft.engine.limits import BYTES_PER_S
     from dsft.engine.loop import fit
@@ -155,7 +156,8 @@ def _train(
     base.read(partial(_tell_base, run_dir, attempt) if lease is not None else None)
     attempt.training = True
     collect_again()
-    at = fit(session, data, recorder, stop, keeper, at, patience=patience)
+    with determinism.told(lambda name: recorder.event("not_deterministic", at.step, {"operator": name})):
+        at = fit(session, data, recorder, stop, keeper, at, patience=patience)
     attempt.training = False
     if at.state != ASKED:
         with patience.phase("base digest", base.files.nbytes / BYTES_PER_S):

@@ -219,4 +219,13 @@ def _beside(device: torch.device) -> contextlib.AbstractContextManager[Any]:
         return contextlib.nullcontext()
     stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
-    return torch.cuda.stream(stream)
+    return _on(stream)
+
+
+@contextlib.contextmanager
+def _on(stream: torch.cuda.Stream) -> Iterator[None]:
+    # The device is one per thread, and GPU 0 in a new one: going back to it, as torch does at the end of a stream's
+    # context, would leave a context of this process on it (half a GiB).
+    torch.cuda.set_device(stream.device)
+    with torch.cuda.stream(stream):
+        yield

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from dsft.comm.world import World
 from dsft.config import Run
 from dsft.engine.compiling import Compiler, compiler_for
+from dsft.engine.determinism import choose
 from dsft.engine.guided import Guided, guided
 from dsft.engine.optimizers import factory
 from dsft.engine.recompute import recompute
@@ -73,6 +74,7 @@ def skeleton(run: Run, files: ModelFiles) -> Skeleton:
 
 def assemble(run: Run, files: ModelFiles, world: World, total: int = 0) -> Session:
     """Build this process's part of a run of total steps. Collective: every rank of world calls it with the same run."""
+    choose(run.train.deterministic)
     bones = skeleton(run, files)
     model, anatomy, tokenizer = bones.model, bones.anatomy, files.tokenizer()
     run.method.tokenize(model, tokenizer)

@@ -106,16 +106,35 @@ class Update:
         gradient that will be in its place.
         """
         same_parameters(shapes, {name: param.shape for name, param in self.named.items()})
-        made: dict[str, Tensor] = {}
+        made, paged = dict[str, Tensor](), self._paged()
         for key, (size, dtype) in shapes.items():
             kind, _, name = key.partition("/")
             param = self.named[name].detach() if name else None
-            if kind == PARAM and param is not None:
+            if key in paged and (paged[key].shape, paged[key].dtype) == (size, dtype):
+                made[key] = paged[key]
+            elif kind == PARAM and param is not None:
                 made[key] = torch.empty_like(param, device=None if hasattr(param, "full_tensor") else "cpu")
             elif param is not None and param.shape == size:
                 made[key] = torch.empty_like(param, dtype=dtype)
             else:
                 made[key] = torch.empty(size, dtype=dtype, device=param.device if param is not None else None)
+        return made
+
+    def _paged(self) -> dict[str, Tensor]:
+        """New tensors of bitsandbytes' paged optimizers, KEY/NAME: memory that the driver moves to the host and back.
+
+        No other tensor will do in their place, so the optimizer is asked for those of a first step.
+        """
+        made: dict[str, Tensor] = {}
+        if not getattr(self.optimizer, "is_paged", False):
+            return made
+        names = {param: name for name, param in self.named.items()}
+        for position, group in enumerate(self.optimizer.param_groups):
+            for index, param in enumerate(group["params"]):
+                self.optimizer.init_state(group, param, position, index)  # type: ignore[attr-defined]
+                for kind, value in self.optimizer.state.pop(param).items():
+                    if getattr(value, "is_paged", False):
+                        made[f"{kind}/{names[param]}"] = value
         return made
 
     def restore(self, state: Mapping[str, Tensor]) -> None:

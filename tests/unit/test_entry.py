@@ -90,3 +90,29 @@ def test_verify_answers_who_asks_what_it_is(
     monkeypatch.setattr(sys, "argv", ["dsft.verify", "--help"])
     assert verify.main() == 0
     assert capsys.readouterr().out.startswith("python -m dsft.verify RUN RESULT")
+
+
+WAITS = """
+import atexit, sys, time, types
+from dsft.entry import enter
+
+sys.modules["torch.cuda"] = types.SimpleNamespace(is_initialized=lambda: "cuda" in sys.argv)
+atexit.register(print, "the interpreter ended", flush=True)
+
+def main():
+    if "raises" in sys.argv:
+        raise KeyError("of a bug")
+    return 76
+
+enter(main)
+"""
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "ends"),
+    [(["cuda"], 76, False), (["cuda", "raises"], 76, False), ([], 76, True), (["raises"], 1, True)],
+)
+def test_a_process_with_a_gpu_keeps_its_code_and_waits_for_no_kernel(words: list[str], code: int, ends: bool) -> None:
+    done = subprocess.run([sys.executable, "-c", WAITS, *words], capture_output=True, text=True, check=False)
+    assert (done.returncode, "the interpreter ended" in done.stdout) == (code, ends), done.stderr
+    assert ("KeyError: 'of a bug'" in done.stderr) == ("raises" in words)

@@ -1,6 +1,7 @@
 """A background save holds what the state was when it began."""
 
 import shutil
+import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dsft.checkpoint import files, manifest
+from dsft.checkpoint import files, manifest, saver
 from dsft.checkpoint.lease import LeaseLostError, acquire
 from dsft.checkpoint.manifest import Identity, folder_name
 from dsft.checkpoint.reading import Reading, index_of
@@ -133,3 +134,35 @@ def test_a_state_that_moves_once_settled_is_saved_as_it_was(tmp_path: Path) -> N
         content = manifest.read(folder)
         Reading(saved, index_of(folder, content)).fill(folder, content)
         assert all(bool((tensor == step).all()) for tensor in saved.values())
+
+
+def test_a_thread_that_copies_from_a_gpu_takes_that_gpu_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    device, calls = torch.device("cuda", 3), list[tuple[str, str]]()
+
+    class Stream:
+        def __init__(self, of: torch.device) -> None:
+            self.device = of
+
+        def wait_stream(self, other: object) -> None:
+            assert other == device
+
+        def __enter__(self) -> None:
+            calls.append((threading.current_thread().name, "stream"))
+
+        def __exit__(self, *error: object) -> None:
+            pass
+
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda of: of)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda of: calls.append((threading.current_thread().name, str(of))))
+    beside = saver._beside(device)
+
+    def work() -> None:
+        with beside:
+            pass
+
+    thread = threading.Thread(target=work, name="save-1")
+    thread.start()
+    thread.join()
+    assert calls == [("save-1", "cuda:3"), ("save-1", "stream")]

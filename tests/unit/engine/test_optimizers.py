@@ -8,6 +8,7 @@ import torch
 from dsft.compose import compose
 from dsft.config import Optim
 from dsft.engine.optimizers import factory, rate
+from dsft.strategies.update import Update
 
 
 @pytest.fixture(scope="module")
@@ -48,3 +49,41 @@ def test_each_optimizer_descends(optim: Optim, name: str) -> None:
         made.step()
         made.zero_grad()
     assert float((weight.detach() ** 2).sum()) < before
+
+
+def test_a_paged_optimizer_that_goes_on_has_paged_memory(optim: Optim, monkeypatch: pytest.MonkeyPatch) -> None:
+    from bitsandbytes.optim import optimizer as bnb
+
+    def managed(self: object, param: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        buffer = torch.zeros_like(param, dtype=dtype)
+        buffer.is_paged = True  # type: ignore[attr-defined]
+        return buffer
+
+    monkeypatch.setattr(bnb.Optimizer8bit, "get_state_buffer", managed)
+    monkeypatch.setattr(bnb.F, "prefetch_tensor", lambda value: None)
+    gradients = torch.randn(3, 64, 64, generator=torch.Generator().manual_seed(0))
+
+    def fresh() -> tuple[torch.nn.Parameter, Update]:
+        weight = torch.nn.Parameter(torch.full((64, 64), 2.0))
+        group = {"params": [weight], "param_names": ["w"], "lr": 0.05}
+        return weight, Update([group], factory(replace(optim, name="paged_adamw8bit", lr=0.05)))
+
+    def move(weight: torch.nn.Parameter, update: Update, index: int) -> None:
+        weight.grad = gradients[index].clone()
+        update.step(1e9, 1.0)
+
+    unbroken, broken = fresh(), fresh()
+    for index in range(2):
+        move(*unbroken, index)
+        move(*broken, index)
+    saved = {key: value.clone() for key, value in broken[1].state().items()}
+    weight, update = fresh()
+    template = update.template({key: (value.shape, value.dtype) for key, value in saved.items()})
+    assert not update.optimizer.state, "nothing is taken over before it is known to be whole"
+    for key, value in template.items():
+        value.copy_(saved[key])
+    update.restore(template)
+    assert all(update.optimizer.state[weight][name].is_paged for name in ("state1", "state2"))
+    move(*unbroken, 2)
+    move(weight, update, 2)
+    assert torch.equal(weight, unbroken[0])
