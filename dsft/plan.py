@@ -133,7 +133,8 @@ def _available(composed: Composed, *, accelerator: bool) -> int | None:
     """Bytes that this machine has for one rank, of its accelerator or of the host; None for a job's nodes."""
     if not composed.start.place.here:
         return None
-    from dsft.telemetry.meter import device_memory_bytes, host_memory_bytes
+    from dsft.telemetry.cards import device_memory_bytes
+    from dsft.telemetry.meter import host_memory_bytes
 
     if accelerator:
         return device_memory_bytes()

@@ -18,6 +18,9 @@ from dsft.telemetry.meter import resident_bytes
 CONTEXT = 2**29
 """What a CUDA context and its libraries take of a GPU, about."""
 
+NCCL = 2**30
+"""What NCCL's buffers take of each GPU of a run of several ranks, about: more with more peers. Not measured yet."""
+
 EVER = 10**6
 """Steps of a run whose number is not known yet."""
 
@@ -35,7 +38,7 @@ class Budget:
     weights: what is frozen, as it is stored; values, gradients, moments: of what learns (gradients: those beside
     activations); gathered: what sharding makes whole at a time; activations: of one micro-batch, None where they cannot
     be counted; working: the most that one block, the head or the update takes for itself; slack: what a CPU's heap
-    wastes; process: what is there before.
+    wastes; process: what is there before, and for the links between ranks.
     """
 
     weights: int
@@ -100,7 +103,7 @@ def _estimate(run: Run, bones: Skeleton, saved: Saved | None, ranks: int, *, acc
         activations=activations,
         working=max(working, update - (activations or 0)),
         slack=0 if accelerator or saved is None else min(SLACK, sum(saved.blocks)),
-        process=CONTEXT if accelerator else resident_bytes(),
+        process=CONTEXT + NCCL * (ranks > 1) if accelerator else resident_bytes(),
     )
 
 

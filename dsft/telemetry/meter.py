@@ -1,6 +1,5 @@
 """How fast and how large: seconds and tokens per second of a step, peak memory of this process, memory there is."""
 
-import subprocess
 import time
 from pathlib import Path
 
@@ -64,13 +63,3 @@ def host_memory_bytes() -> int | None:
             text = (folder / name).read_text().strip() if (folder / name).is_file() else ""
             limits += [int(text)] if text.isdigit() else []
     return min(limits, default=None)
-
-
-def device_memory_bytes() -> int | None:
-    """The smallest accelerator's; None where nvidia-smi does not tell. It starts no context, as asking torch could."""
-    ask = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
-    try:
-        said = subprocess.run(ask, capture_output=True, text=True, check=False, timeout=30).stdout
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return min((int(line) * 2**20 for line in said.split() if line.isdigit()), default=None)

@@ -13,7 +13,7 @@ from dsft.compose import compose
 from dsft.data.batch import build_batch
 from dsft.data.open import open_data
 from dsft.engine.assemble import assemble, autocast, skeleton
-from dsft.engine.budget import Budget, estimate
+from dsft.engine.budget import NCCL, Budget, estimate
 from dsft.engine.optimizers import factory, state_bytes
 from dsft.engine.saved import count_saved
 from dsft.plan import as_text, make_plan
@@ -29,6 +29,13 @@ def run_of(*words: str) -> Any:
 def budget_of(*words: str, ranks: int = 1) -> Budget:
     run = run_of(*words).run
     return estimate(run, skeleton(run, run.model.resolve(planning=True)), ranks, accelerator=False)
+
+
+def test_several_gpus_share_buffers_of_nccl() -> None:
+    run = run_of("method=bitfit").run
+    bones = skeleton(run, run.model.resolve(planning=True))
+    alone, two = (estimate(run, bones, ranks, accelerator=True).process for ranks in (1, 2))
+    assert two - alone == NCCL
 
 
 @pytest.fixture
