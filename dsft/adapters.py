@@ -26,6 +26,8 @@ from dsft.data.dialogue import ends_of, prompt_of
 from dsft.engine.assemble import DTYPES
 from dsft.folder import provenance
 from dsft.learned import Learned, learned
+from dsft.loaded import load as load_whole
+from dsft.loaded import put
 from dsft.methods import native
 from dsft.methods.stored import shapes
 from dsft.models.anatomy import dissect
@@ -39,8 +41,6 @@ from dsft.protocols import Method
 from dsft.quantizers.none import Unquantized
 from dsft.results import BASE, TENSORS, Result, find
 from dsft.rules import computes_bf16
-from dsft.verify import load as load_whole
-from dsft.verify import put
 from dsft.wording import suggest
 
 

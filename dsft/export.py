@@ -18,6 +18,7 @@ from dsft.entry import collect_again, enter, lose_lines
 from dsft.folder import provenance, state
 from dsft.imports import uncompiled
 from dsft.learned import FLAG, Learned, learned
+from dsft.loaded import unpacked_base
 from dsft.methods import native
 from dsft.methods.patterns import check_config
 from dsft.origin import called
@@ -205,41 +206,6 @@ def merged_and_beside(run: Learned | Run, adapter: Path) -> tuple[Any, dict[str,
         param.data, more = run.method.finished(whole, anatomy, name, param.data, dtype)
         beside |= more
     return whole.to(dtype), beside
-
-
-def unpacked_base(run: Learned | Run) -> Any:
-    """The base in the dtype of train.precision, each weight that training had packed as unpacking gives it."""
-    from transformers import AutoModelForCausalLM
-
-    from dsft.engine.assemble import DTYPES
-
-    files = run.model.resolve()
-    base: Any = AutoModelForCausalLM.from_pretrained(
-        files.folder,
-        dtype=DTYPES[run.train.precision],
-        trust_remote_code=files.trust_remote_code,
-        use_safetensors=True,
-        attn_implementation="sdpa",
-    )
-    _unpack(run, base)
-    return base
-
-
-def _unpack(run: Learned | Run, base: Any) -> None:
-    """Replace each weight that training had packed by what unpacking it gives."""
-    import torch
-
-    from dsft.models.anatomy import dissect
-    from dsft.protocols import PackedLinear
-
-    plain = {name: module for name, module in base.named_modules() if isinstance(module, torch.nn.Linear)}
-    run.quantization.convert(base, dissect(base))
-    for name, module in list(base.named_modules()):
-        if isinstance(module, PackedLinear):
-            linear = plain[name]
-            linear.weight.data = module.unpack().to(linear.weight.dtype)
-            parent, _, leaf = name.rpartition(".")
-            setattr(base.get_submodule(parent), leaf, linear)
 
 
 if __name__ == "__main__":

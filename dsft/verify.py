@@ -10,7 +10,6 @@ import os
 import signal
 import subprocess
 import sys
-import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -21,19 +20,23 @@ from dsft_launchers.place import MEETING
 
 from dsft.config import Run
 from dsft.learned import FLAG, Learned, learned
-from dsft.protocols import Method
+from dsft.loaded import load
 from dsft.published import FOUND, PROBE, note
 from dsft.searched import own_folder_last, python
 from dsft.wording import refuse
 
 if TYPE_CHECKING:
+    import torch
+
     from dsft.data.open import Dataset
     from dsft.engine.assemble import Session
     from dsft.engine.progress import Watch
 
 DIFFERENT = 3
 READS = 2
-"""Starts of the fresh process, if a signal kills it."""
+"""Starts of the fresh process on the CPU, if a signal kills it."""
+GROWTH, ROOM = 1.2, 2**31
+"""What it takes of a GPU: the base, of which one weight at a time is there twice, a context, and one forward pass."""
 START_S, BYTES_PER_S = 45.0, 20e6
 """What the fresh process may take: its imports on a busy machine, and the base, read and computed on a slow one."""
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -106,10 +109,12 @@ def prove(
             return
         write_probe(session, build_batch(data.train, [0]).tokens, result / PROBE, digest)
     words = [str(run_dir), str(result), *([FLAG] if session.files.trust_remote_code else [])]
-    for _ in range(READS):
+    ended, card = Ended(None), world.gather(_card(world.device, needed))[0]
+    for visible in [*filter(None, [card]), *[""] * READS]:
         with phase("verification", seconds):
-            ended = world.gather(_in_a_fresh_process(words, result, seconds) if world.rank == 0 else Ended(None))[0]
-        if ended.code is None or ended.code >= 0:
+            mine = _in_a_fresh_process(words, result, seconds, visible) if world.rank == 0 else Ended(None)
+            ended = world.gather(mine)[0]
+        if _settled(ended, visible):
             break
     if world.rank == 0:
         (result / PROBE).unlink(missing_ok=True)
@@ -118,13 +123,36 @@ def prove(
     watch.event("verified", 0, {})
 
 
-def _in_a_fresh_process(words: list[str], result: Path, seconds: float) -> Ended:
+def _card(device: "torch.device", needed: int) -> str:
+    """What CUDA_VISIBLE_DEVICES holds for the reader: this rank's GPU, if a base of so many bytes fits beside what is
+    there; "" if it is to compute on the CPU.
+    """
+    import torch
+
+    if device.type != "cuda":
+        return ""
+    torch.cuda.empty_cache()
+    if torch.cuda.mem_get_info(device)[0] < GROWTH * needed + ROOM:
+        return ""
+    visible = [entry for entry in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if entry]
+    return visible[device.index] if visible else str(device.index)
+
+
+def _settled(ended: Ended, visible: str) -> bool:
+    """Return True if the reader has found something out, or failed in a way in which the next one would fail too.
+
+    On a GPU, visible, it may have failed of that: of its memory, or as it is for one process alone.
+    """
+    return ended.code in (0, DIFFERENT) or (not visible and (ended.code is None or ended.code >= 0))
+
+
+def _in_a_fresh_process(words: list[str], result: Path, seconds: float, visible: str) -> Ended:
     """Start the reader and wait for its end; a signal to this process group does not reach it."""
     alone = {key: value for key, value in os.environ.items() if key not in RANK_VARIABLES}
     command = [*python("dsft.verify"), *words]
     try:
         done = subprocess.run(
-            command, env={**alone, "CUDA_VISIBLE_DEVICES": ""}, timeout=seconds, start_new_session=True,
+            command, env={**alone, "CUDA_VISIBLE_DEVICES": visible}, timeout=seconds, start_new_session=True,
             capture_output=True, text=True, errors="replace", check=False,
         )  # fmt: skip
     except subprocess.TimeoutExpired:
@@ -196,16 +224,17 @@ def compare(run: Learned | Run, result: Path) -> dict[str, Any]:
 
     from dsft.models.anatomy import dissect
 
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with safe_open(result / PROBE, "pt") as probe:
         expected = {name: probe.get_tensor(name) for name in probe.keys()}  # no dict
         digest = probe.metadata()["digest"]
     read_digest, tensors = _digest(result)
-    found: dict[str, Any] = {"digest": read_digest, "tensors": tensors, "expected_digest": digest}
+    found: dict[str, Any] = {"digest": read_digest, "tensors": tensors, "expected_digest": digest, "on": device.type}
     if read_digest != digest:
         return {**found, "same": False}
-    model = load(run, result)
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=run.train.precision == "bf16"):
-        logits = model(input_ids=expected["tokens"]).logits.float()
+    model = load(run, result, device).to(device)
+    with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=run.train.precision == "bf16"):
+        logits = model(input_ids=expected["tokens"].to(device)).logits.float().cpu()
     logits = logits[:, -expected["tokens"].shape[1] :]  # PEFT gives a soft prompt's own, too, before them
     off = float((logits - expected["logits"]).abs().max() / expected["logits"].abs().max())
     # a router whose two best experts are nearly equal may choose otherwise once bf16 has rounded: the tensors decide
@@ -230,43 +259,6 @@ def _digest(result: Path) -> tuple[str, int]:
 def _base(model: Any) -> Any:
     """The transformers model, without PEFT's wrapping."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
-def load(run: Learned | Run, result: Path) -> Any:
-    """The result on its base (as training saw it), by the loader of its format (PEFT, transformers, ours), on CPU."""
-    from transformers import AutoModelForCausalLM
-
-    from dsft.engine.assemble import DTYPES
-    from dsft.export import unpacked_base
-    from dsft.models.anatomy import dissect
-
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
-        if run.method.whole:
-            trusted = run.model.resolve().trust_remote_code
-            dtype = DTYPES[run.train.precision]
-            model: Any = AutoModelForCausalLM.from_pretrained(
-                result, dtype=dtype, trust_remote_code=trusted, use_safetensors=True
-            )
-            return run.method.restored(model, dissect(model), result).eval()
-        return put(unpacked_base(run), result, run.method).eval()
-
-
-def put(base: Any, result: Path, method: Method | None) -> Any:
-    """The adapter in result on base, which is changed, by the loader of its format: PEFT's or ours.
-
-    method: that trained it, None where nobody knows, which is then all that the format says.
-    """
-    from dsft.methods import native, peft_bridge
-    from dsft.methods.patterns import check_config
-    from dsft.models.anatomy import dissect
-
-    anatomy = dissect(base)
-    if native.holds(result):
-        return native.load(base, anatomy, result)
-    check_config(json.loads((result / "adapter_config.json").read_text(encoding="utf-8")), result)
-    model = peft_bridge.load(base, result)
-    return model if method is None else method.restored(model, anatomy, result)
 
 
 if __name__ == "__main__":

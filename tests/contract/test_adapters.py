@@ -16,9 +16,9 @@ from dsft.adapters import Adapters, by_base, load
 from dsft.checkpoint.digests import of_all, of_tensor
 from dsft.compose import read
 from dsft.data.dialogue import prompt_of
-from dsft.export import unpacked_base
+from dsft.loaded import load as alone
+from dsft.loaded import unpacked_base
 from dsft.results import find
-from dsft.verify import load as alone
 from tests.contract.sessions import METHODS, composed_of, left_by
 
 TOKENS = torch.arange(40)[None] + 60

@@ -14,7 +14,7 @@ from dsft.engine.loop import step_batches
 from dsft.engine.result import write_result
 from dsft.engine.step import train_step
 from dsft.export import merged
-from dsft.verify import load
+from dsft.loaded import load
 from tests.contract.sessions import METHODS, session_of
 
 ROUNDING = 1e-5

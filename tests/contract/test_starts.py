@@ -59,7 +59,7 @@ def _next_loss(session: Session, data: Any) -> float:
 def test_the_result_of_a_run_that_started_from_an_adapter_needs_that_adapter_no_more(
     method: str, tmp_path: Path
 ) -> None:
-    from dsft.verify import load
+    from dsft.loaded import load
 
     left_by(tmp_path / "first", method)
     session, _ = left_by(tmp_path / "second", method, f"method.init_from={tmp_path / 'first' / 'adapter'}")

@@ -41,6 +41,7 @@ FLOORS = (
         "recorder",
         "snapshot",
         "learned",
+        "loaded",
         "results",
     ),
     VERBS,

@@ -87,7 +87,7 @@ def test_it_equals_one_process_under_every_strategy(
 
 def test_it_exports_as_an_adapter_and_merged(run_dir: Path, installed: Path, tmp_path: Path) -> None:
     from dsft.compose import read
-    from dsft.verify import load
+    from dsft.loaded import load
 
     for what in ("adapter", "merged"):
         done = _said("dsft.export", run_dir, "--to", what, tmp_path / what)

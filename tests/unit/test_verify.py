@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from dsft import folder, published, verify
 from dsft.basis import digests_of
@@ -87,7 +88,7 @@ def _one_flipped_bit(place: Path) -> None:
 def test_what_is_the_model_that_was_trained_is_the_same(trained, tmp_path: Path) -> None:
     told = Told()
     found = proved(trained, tmp_path / "adapter.tmp-1", _nothing, told)
-    assert (found["same"], found["why"]) == (True, None)
+    assert (found["same"], found["why"], found["on"]) == (True, None, "cpu")
     assert found["files"].keys() >= {WEIGHTS, CONFIG}
     assert told.events == ["verified"]
     assert told.phases == [("verification", 45.0 + 4 * 525_184 / 20e6)] * 2
@@ -181,3 +182,42 @@ def test_known_beforehand_is_no_excuse_for_files_that_are_not_what_was_written(d
         proved((random, data, run_dir), tmp_path / "adapter.tmp-1", damage, told)
     assert "\n" not in str(refused.value)
     assert told.events == []
+
+
+def test_the_reader_takes_the_gpu_of_rank_0_where_the_base_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    needed, asked = 16 * 2**30, list[torch.device]()
+
+    def free(gib: int) -> None:
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda of: (asked.append(of), (gib * 2**30, 80 * 2**30))[1])
+
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    free(30)
+    assert verify._card(torch.device("cpu"), needed) == ""
+    assert asked == []
+    assert verify._card(torch.device("cuda", 2), needed) == "2"
+    assert asked == [torch.device("cuda", 2)]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,GPU-aaaa,MIG-b")
+    assert verify._card(torch.device("cuda", 1), needed) == "GPU-aaaa"
+    free(20)
+    assert verify._card(torch.device("cuda", 1), needed) == ""
+
+
+ONLY_ON_A_CPU = """
+import os, sys
+if "dsft.verify" in sys.orig_argv and os.environ["CUDA_VISIBLE_DEVICES"]:
+    os._exit(1)
+"""
+
+
+def test_a_reader_that_fails_on_a_gpu_is_followed_by_one_on_the_cpu(
+    trained: tuple[Session, Dataset, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text(ONLY_ON_A_CPU)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}".rstrip(":"))
+    monkeypatch.setattr(verify, "_card", lambda device, needed: "7")
+    told = Told()
+    with fresh():
+        assert proved(trained, tmp_path / "adapter.tmp-1", _nothing, told)["same"] is True
+    assert [name for name, _ in told.phases] == ["verification"] * 3
+    assert told.events == ["verified"]

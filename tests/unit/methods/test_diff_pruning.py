@@ -16,7 +16,8 @@ from dsft.engine.budget import estimate
 from dsft.engine.loop import step_batches
 from dsft.engine.result import write_result
 from dsft.engine.step import train_step
-from dsft.export import merged, unpacked_base
+from dsft.export import merged
+from dsft.loaded import unpacked_base
 from dsft.methods.hard_concrete import DIFF, FIXED, GATE, GROUP, fold
 from dsft.methods.native import load
 from dsft.methods.stored import NATIVE as CONFIG

@@ -23,9 +23,9 @@ from dsft.engine.loop import step_batches
 from dsft.engine.result import write_result
 from dsft.engine.step import train_step
 from dsft.export import merged
+from dsft.loaded import load as verify_load
 from dsft.methods.native import CONFIG, load, read
 from dsft.models.anatomy import dissect
-from dsft.verify import load as verify_load
 
 METHODS = ("bitfit", "ssf", "houlsby", "pfeiffer", "parallel_adapter", "compacter")
 TOKENS = torch.randint(0, 250, (1, 40), generator=torch.Generator().manual_seed(1))
