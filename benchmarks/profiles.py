@@ -32,7 +32,7 @@ def profiled(model: Any, anatomy: Any, step: Callable[[int], int], steps: int) -
 
     step(0)
     tokens = 0
-    with marked(model, anatomy), torch.profiler.profile() as profiler:
+    with marked(model, anatomy), torch.profiler.profile(acc_events=True) as profiler:
         for index in range(1, steps + 1):
             with torch.profiler.record_function(STEP):
                 tokens += step(index)

@@ -69,7 +69,7 @@ class Profile:
         self.at += 1
         if self.at in self.steps and self.profiler is None:
             self.running.enter_context(marked(self.session.model, self.session.anatomy))
-            self.profiler = self.running.enter_context(torch.profiler.profile())
+            self.profiler = self.running.enter_context(torch.profiler.profile(acc_events=True))
         self.watch.begin_step()
         if self.at in self.steps:
             self.span.enter_context(torch.profiler.record_function(STEP))

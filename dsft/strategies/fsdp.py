@@ -1,9 +1,10 @@
 """Fully sharded data parallel (torch's FSDP2), over one mesh axis or two (HSDP: replicate x shard)."""
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -84,14 +85,15 @@ class FSDP(OnTensors):
         blocks = [model.get_submodule(name) for name in anatomy.blocks]
         inside = {param for block in blocks for param in block.parameters()}
         rest = [param for param in model.parameters() if param not in inside]
-        for block in blocks:
-            policy = _policy(block.parameters(), precision)
-            fully_shard(
-                block, mesh=mesh, reshard_after_forward=self._reshards, mp_policy=policy, offload_policy=offload
-            )
-        # The rest ends the forward pass and begins backward: what is freed between is gathered again at once.
-        policy = _policy(rest, precision)
-        fully_shard(model, mesh=mesh, reshard_after_forward=False, mp_policy=policy, offload_policy=offload)
+        with bytes_that_do_not_learn():
+            for block in blocks:
+                policy = _policy(block.parameters(), precision)
+                fully_shard(
+                    block, mesh=mesh, reshard_after_forward=self._reshards, mp_policy=policy, offload_policy=offload
+                )
+            # The rest ends the forward pass and begins backward: what is freed between is gathered again at once.
+            policy = _policy(rest, precision)
+            fully_shard(model, mesh=mesh, reshard_after_forward=False, mp_policy=policy, offload_policy=offload)
         self.root, self.ranks = cast(FSDPModule, model), world.size
         return model
 
@@ -129,3 +131,34 @@ def _policy(params: Iterable[nn.Parameter], precision: str) -> MixedPrecisionPol
         return MixedPrecisionPolicy()
     floats = all(param.is_floating_point() for param in params)
     return MixedPrecisionPolicy(param_dtype=torch.bfloat16 if floats else None, reduce_dtype=torch.float32)
+
+
+class _Modules:
+    """torch.nn, whose Parameter does not ask a tensor that is no float to learn."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(nn, name)
+
+    @staticmethod
+    def Parameter(data: Tensor, requires_grad: bool = True) -> nn.Parameter:  # noqa: N802
+        return nn.Parameter(data, requires_grad and data.is_floating_point())
+
+
+@contextmanager
+def bytes_that_do_not_learn() -> Iterator[None]:
+    """Let fully_shard take parameters that are no floats, as packed ones, also by torch 2.11.
+
+    That one makes each shard a parameter that learns before it says that it does not, which torch refuses of integers;
+    2.13 says so at once. Nothing public leaves the first call out.
+    """
+    if torch.__version__ >= "2.13":
+        yield
+        return
+    from torch.distributed.fsdp._fully_shard import _fsdp_param
+
+    module: Any = _fsdp_param
+    module.nn = _Modules()
+    try:
+        yield
+    finally:
+        module.nn = nn

@@ -221,7 +221,7 @@ def _forwards(session: Session) -> list[tuple[object, object]]:
 
 
 def _attributed(session: Session, data: Dataset) -> list[tuple[Any, Part, bool]]:
-    with marked(session.model, session.anatomy), profile() as profiler, record_function(STEP):
+    with marked(session.model, session.anatomy), profile(acc_events=True) as profiler, record_function(STEP):
         with mark(Part.DATA):
             _, batches = step_batches(session, data, 1)
         train_step(session, batches, 1, 1.0)

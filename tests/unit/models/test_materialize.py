@@ -20,6 +20,7 @@ from dsft.models.lineage import Lineage
 from dsft.models.materialize import materialize
 from dsft.models.values import open_values
 from dsft.protocols import PackedLinear
+from dsft.strategies.fsdp import bytes_that_do_not_learn
 
 MEASURE = Path(__file__).with_name("measure_peak.py")
 
@@ -47,9 +48,10 @@ def share(rank: int, axes: tuple[int, ...], files: ModelFiles, folder: Path, cha
     lineage = Lineage(model) if any(isinstance(m, PackedLinear) for m in model.modules()) else lineage
     origins = lineage.origins(model)
     mesh = init_device_mesh("cpu", axes, mesh_dim_names=("replicate", "shard")[-len(axes) :])
-    for layer in model.model.layers:
-        fully_shard(layer, mesh=mesh)
-    fully_shard(model, mesh=mesh)
+    with bytes_that_do_not_learn():
+        for layer in model.model.layers:
+            fully_shard(layer, mesh=mesh)
+        fully_shard(model, mesh=mesh)
     values = open_values(files, torch.float32, 0)
     materialize(model, values, world, origins=origins, initial=counted, place=lambda module: None)
     assert (model.lm_head.weight is model.model.embed_tokens.weight) == files.config.tie_word_embeddings
