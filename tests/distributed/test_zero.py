@@ -189,7 +189,6 @@ def sharded(case: str, world: World) -> dict[str, Any]:
     model = strategy.shard(model, anatomy, world, precision)
     _fill(model, strategy.place, precision)
     if extra == "recompute":
-        # the name in transformers 5.23; before it, the deprecated one
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable({"use_reentrant": strategy.reentrant_recompute})
     first = dict(model.named_parameters())
