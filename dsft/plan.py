@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -49,6 +50,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ValueError(f"dsft.plan plans one run and takes no {_foreign(flags)}; see python -m dsft.plan --help")
         composed = compose(overrides, planning=True, gpus=gpu is not None)
         composed.run.model.check(planning=True)
+        if composed.start.place.here and composed.start.place.gpus:
+            from dsft.comm.sight import refuse_unusable
+
+            refuse_unusable(os.environ)
         plan = make_plan(composed, composed.run.model.resolve(planning=True), device_bytes=gpu)
     except ValueError as error:
         return refuse(error)
