@@ -1,0 +1,31 @@
+"""A machine with GPUs that torch cannot use, through the real command line: refused, and a run on its CPU if asked."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from dsft.comm.sight import without_cuda
+from tests.launch.refusals import good, is_refused, start
+
+pytestmark = pytest.mark.skipif(not without_cuda(), reason="this torch is a build for CUDA")
+
+
+def words(folder: Path, *more: str) -> list[str]:
+    return [
+        "model=tiny", "launcher=local", "tracker=[]", "train.steps=1", "checkpoint.every=0",
+        "checkpoint.verify_result=false", f"run_dir={folder / 'run'}", *good(folder), *more,
+    ]  # fmt: skip
+
+
+def test_a_run_is_refused_and_not_made_on_the_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    is_refused(start(*words(tmp_path)), "the 2 GPUs of CUDA_VISIBLE_DEVICES=0,1 must be usable by torch")
+    assert not (tmp_path / "run").exists()
+
+
+def test_who_asks_for_the_cpu_gets_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    done = start(*words(tmp_path, "launcher.gpus=none"))
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "done"
