@@ -101,7 +101,8 @@ def work(run_dir: Path, attempt: Attempt) -> int:
 
     with Patience(margin_s, limits_of(run_dir, world.device.type), leaves=leaves) as patience:
         with patience.phase("greeting", LIMIT_S):  # which has a limit of its own
-            require_room(world, folder.planned(run_dir), paged=run.optim.name.startswith("paged"))
+            paged = run.optim.name.startswith("paged")
+            require_room(world, folder.planned(run_dir), wanted=str(run.launcher.gpus), paged=paged)
             hello = greet(world, installed.versions(), socket.gethostname())
         with patience.phase("data", _data_s(run_dir)):
             files, data = find(run, world, hello, known=folder.provenance(run_dir))

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from dsft_launchers.join import ON_CPUS, VISIBLE
 from dsft_launchers.verdict import CannotBeginError
 
 from dsft.comm.world import World
@@ -26,17 +27,22 @@ class Room:
     total: int
 
 
-def require_room(world: World, plan: Mapping[str, Any], *, paged: bool) -> None:
+def require_room(world: World, plan: Mapping[str, Any], *, wanted: str, paged: bool) -> None:
     """Raise CannotBeginError on every rank if a GPU has not free what a rank keeps there by plan. Collective.
 
-    paged: the optimizer's moments may be in host memory.
+    wanted: launcher.gpus, which may ask for GPUs that no rank has; paged: the moments may be in host memory.
     """
+    host = socket.gethostname()
     if world.device.type != "cuda":
+        if wanted not in ("auto", ON_CPUS):
+            raise CannotBeginError(
+                f"launcher.gpus={wanted} asks for a GPU for each process, and rank {world.rank} on {host} sees none; "
+                f"look at {VISIBLE} and nvidia-smi there, or take launcher.gpus=none to train on the CPU"
+            )
         return
     free, total = torch.cuda.mem_get_info(world.device)
     name = f"GPU {world.device.index} ({torch.cuda.get_device_name(world.device)})"
-    rooms = world.gather(Room(world.rank, socket.gethostname(), name, free, total))
-    check_room(rooms, kept(plan["memory"], paged=paged))
+    check_room(world.gather(Room(world.rank, host, name, free, total)), kept(plan["memory"], paged=paged))
 
 
 def kept(memory: Mapping[str, int | None], *, paged: bool) -> int:

@@ -8,9 +8,9 @@ import torch
 from dsft_launchers.verdict import CannotBeginError
 
 from dsft.comm.devices import Seat, devices
-from dsft.comm.room import Room, check_room, kept
+from dsft.comm.room import Room, check_room, kept, require_room
 from dsft.comm.sight import unusable, without_cuda
-from dsft.comm.world import join
+from dsft.comm.world import World, join
 
 DRIVER = (
     "The NVIDIA driver on your system is too old (found version 12080). Please update your GPU driver by downloading "
@@ -109,3 +109,11 @@ def test_what_other_programs_leave_of_a_gpu_must_hold_what_the_run_keeps() -> No
     )
     with pytest.raises(CannotBeginError, match=r"got 11\.0 of 12\.0 GiB; take more or larger GPUs"):
         check_room([free, small], needed)
+
+
+def test_gpus_that_were_asked_for_are_not_replaced_by_the_cpu() -> None:
+    world = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
+    for wanted in ("auto", "none"):
+        require_room(world, {}, wanted=wanted, paged=False)
+    with pytest.raises(CannotBeginError, match=r"^launcher\.gpus=h100 asks for a GPU for each process, and rank 0 on "):
+        require_room(world, {}, wanted="h100", paged=False)
