@@ -33,6 +33,8 @@ WISHES = ("partition", "account", "qos", "time", "memory", "cpus", "constraint",
 """Keys of launcher=slurm that go to sbatch by names of their own."""
 OURS = ("ARRAY_INX", "SIGNAL", "NO_REQUEUE", "OPEN_MODE", "OUTPUT", "NO_KILL")
 """SBATCH_... variables that would take from a job what its supervisor or its sweep relies on."""
+ANOTHERS = "SLURM_GPUS_PER_TASK"
+"""What a job has for itself from which this one is submitted: the srun of this one would bind GPUs by it."""
 
 
 @dataclass(frozen=True)
@@ -195,6 +197,7 @@ def submit(request: Request, command: Sequence[str], folder: Path) -> str:
     folder.mkdir(parents=True, exist_ok=True)
     for name in (*OURS, *(name for key, name in SHADOWS.items() if getattr(request, key))):
         os.environ.pop(f"SBATCH_{name}", None)
+    os.environ.pop(ANOTHERS, None)
     try:
         with contextlib.redirect_stderr(io.StringIO()):  # submitit shows what it raises
             return str(_executor(request, folder)._submit_command(_line(command)).job_id)

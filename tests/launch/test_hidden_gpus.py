@@ -6,9 +6,22 @@ from pathlib import Path
 import pytest
 
 from dsft.comm.sight import without_cuda
+from tests import warm
 from tests.launch.refusals import good, is_refused, start
 
 pytestmark = pytest.mark.skipif(not without_cuda(), reason="this torch is a build for CUDA")
+
+
+@pytest.fixture(autouse=True)
+def asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where a stand-in for NVIDIA's program notes that it was called; two GPUs are visible."""
+    note, program = tmp_path / "asked", tmp_path / "bin" / "nvidia-smi"
+    program.parent.mkdir()
+    program.write_text(f"#!/bin/sh\necho called >> '{note}'\necho 81559\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(program.parent), prepend=":")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    return note
 
 
 def words(folder: Path, *more: str) -> list[str]:
@@ -18,14 +31,15 @@ def words(folder: Path, *more: str) -> list[str]:
     ]  # fmt: skip
 
 
-def test_a_run_is_refused_and_not_made_on_the_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+def test_a_run_is_refused_and_not_made_on_the_cpu(tmp_path: Path, asked: Path) -> None:
     is_refused(start(*words(tmp_path)), "the 2 GPUs of CUDA_VISIBLE_DEVICES=0,1 must be usable by torch")
+    is_refused(warm.run("dsft.plan", "model=tiny", "launcher=local"), "the 2 GPUs of CUDA_VISIBLE_DEVICES=0,1 must be")
     assert not (tmp_path / "run").exists()
+    assert not asked.exists()
 
 
-def test_who_asks_for_the_cpu_gets_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+def test_who_asks_for_the_cpu_gets_it(tmp_path: Path, asked: Path) -> None:
     done = start(*words(tmp_path, "launcher.gpus=none"))
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "done"
+    assert not asked.exists()

@@ -38,7 +38,10 @@ def bed(port: int) -> Iterator[Testbed]:
     ],
     ids=["all of the node", "bound", "in sbatch's words", "none"],
 )
-def test_each_rank_sees_what_was_asked_for(words: list[str], seen: list[str], tmp_path: Path) -> None:
+def test_each_rank_sees_what_was_asked_for(
+    words: list[str], seen: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_GPUS_PER_TASK", "1")  # as in a job that asked for it, from which this one is submitted
     composed = compose(["model=tiny", "launcher=slurm", "launcher.nodes=2", "launcher.devices=2", *words])
     request = dispatch.request(composed, None, tmp_path)
     submit.check(request, tmp_path)
