@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dsft_launchers.gpus import of_run
-from dsft_launchers.join import resolve
+from dsft_launchers.join import ON_CPUS, resolve
 
 from dsft import config, rules, spelling
 from dsft.building import build_dataclass, build_value
@@ -220,6 +220,8 @@ def _start(tree: Mapping[str, Any], *, planning: bool, on_gpus: bool) -> Started
     )
     partition = getattr(launcher, "partition", None)
     partition = None if partition is None else str(partition)
+    if on_gpus and launcher.gpus == ON_CPUS:
+        raise ValueError("launcher.gpus=none computes on CPUs, and --gpu plans for GPUs; leave one of them out")
     elsewhere = planning and launcher.name == "auto"
     gpus = of_run(str(launcher.gpus), found.kind, partition, launcher.devices, os.environ, elsewhere=elsewhere)
     devices = max(1, gpus) if launcher.devices == "auto" else launcher.devices

@@ -33,7 +33,11 @@ def seat(rank: int, local_rank: int, why_not: str | None = None) -> Seat:
     why_not: it can use none of those that are there.
     """
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    visible = tuple(str(torch.cuda.get_device_properties(index).uuid) for index in range(count))
+    visible: tuple[str, ...] = ()
+    try:
+        visible = tuple(str(torch.cuda.get_device_properties(index).uuid) for index in range(count))
+    except RuntimeError as error:  # one of them is broken
+        why_not = f"its {count} GPUs must answer, got: {_first_line(error)}; look at nvidia-smi there"
     return Seat(rank, local_rank, os.environ.get("NCCL_HOSTID") or socket.gethostname(), visible, why_not)
 
 
@@ -69,3 +73,30 @@ def devices(seats: Sequence[Seat]) -> list[torch.device]:
             )
         found.append(torch.device("cuda", mine.visible.index(gpu)))
     return found
+
+
+def take(device: torch.device) -> str | None:
+    """Make a device this process's own, with a context on it; what CUDA says where it gives none, else None."""
+    if device.type != "cuda":
+        return None
+    try:
+        torch.cuda.set_device(device)
+        torch.cuda.mem_get_info(device)  # set_device alone leaves the GPU that is current untouched
+    except RuntimeError as error:
+        return _first_line(error)
+    return None
+
+
+def _first_line(error: RuntimeError) -> str:
+    """What CUDA says, without torch's advice for debugging."""
+    return str(error).partition("\n")[0]
+
+
+def require_taken(seats: Sequence[Seat], taken: Sequence[torch.device], said: Sequence[str | None]) -> None:
+    """Raise CannotBeginError, one line, for the first rank that got no context. said: what CUDA told each, or None."""
+    for mine, device, why in zip(seats, taken, said, strict=True):
+        if why is not None:
+            raise CannotBeginError(
+                f"{mine} cannot use GPU {mine.visible[device.index]}: {why}; nvidia-smi on {mine.host} shows who has "
+                "it (all of its memory, or the GPU alone by its compute mode)"
+            )

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dsft.comm import wire
-from dsft.comm.devices import devices, seat
+from dsft.comm.devices import devices, require_taken, seat, take
 from dsft.comm.meeting import meet, within
 from dsft.comm.segments import prefer_expandable
 from dsft.comm.sight import unusable
@@ -119,10 +119,9 @@ def join(timeout_s: float = 1800.0) -> World:
     world = World(rank=rank, size=size, local_rank=local_rank, device=torch.device("cpu"))
     with within("joining"):  # gather goes over the hosts' memory: no rank has touched a GPU yet
         seats = world.gather(seat(rank, local_rank, why_not))
-    device = devices(seats)[rank]
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    return replace(world, device=device)
+        taken = devices(seats)
+        require_taken(seats, taken, world.gather(take(taken[rank])))
+    return replace(world, device=taken[rank])
 
 
 def group_of_one() -> bool:

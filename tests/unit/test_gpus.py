@@ -98,6 +98,7 @@ def test_a_batch_script_asks_for_one_gpu_for_each_process(
     ("words", "refusal"),
     [
         (["launcher.gpus=4"], "launcher.gpus must be auto, none, any, or a kind of GPU .* got 4; launcher.devices is"),
+        (["launcher.gpus=true"], "launcher.gpus must be"),
         (["launcher.gpus='h100:4'"], "launcher.gpus must be auto, none, any, or a kind of GPU .* got 'h100:4'"),
         (["launcher.gpus=h100", "+launcher.extra.gpus=4"], "launcher.extra.gpus asks for GPUs .* launcher.gpus=h100"),
         (["launcher.gpus=none", "launcher.bind_gpus=true"], "launcher.bind_gpus=true gives each process a GPU"),
@@ -107,6 +108,11 @@ def test_a_batch_script_asks_for_one_gpu_for_each_process(
 def test_what_contradicts_itself_is_refused(words: list[str], refusal: str) -> None:
     with pytest.raises(ValueError, match=refusal):
         compose(["model=tiny", "launcher=slurm", "launcher.dry_run=true", *words])
+
+
+def test_a_plan_for_gpus_is_none_on_cpus() -> None:
+    with pytest.raises(ValueError, match=r"^launcher\.gpus=none computes on CPUs, and --gpu plans for GPUs; leave one"):
+        compose(["model=tiny", "launcher.gpus=none"], planning=True, gpus=True)
 
 
 def test_what_asks_sbatch_for_gpus() -> None:
