@@ -37,7 +37,8 @@ def preflight(composed: Composed) -> dict[str, Any] | None:
     for tracker in run.tracker.values():
         tracker.check()
     run.data.check()
-    check_torch(composed)
+    if not done:
+        _check_torch(composed)
     provenance = {} if anew else folder.provenance(run_dir)
     if "model" not in run.resume.allow:
         basis.require_code(run.model, provenance)
@@ -71,18 +72,19 @@ def preflight(composed: Composed) -> dict[str, Any] | None:
     }
 
 
-def check_torch(composed: Composed) -> None:
+def _check_torch(composed: Composed) -> None:
     """Refuse a run on GPUs whose torch can use none: here, or on the nodes of a job, which have this Python."""
+    from dsft.plan import check_gpus_here
+
+    check_gpus_here(composed)
     start, launcher = composed.start, composed.run.launcher
-    if not start.place.gpus:
+    if start.kind != "slurm" or not start.place.gpus or not isinstance(launcher, Slurm) or launcher.prefix:
         return
     import torch
 
-    from dsft.comm.sight import refuse_unusable, without_cuda
+    from dsft.comm.sight import without_cuda
 
-    if start.place.here:
-        refuse_unusable(os.environ)
-    elif isinstance(launcher, Slurm) and start.kind == "slurm" and not launcher.prefix and without_cuda():
+    if without_cuda():
         raise ValueError(
             f"torch must be a build for CUDA on nodes with GPUs, got {torch.__version__}, which has none; install one "
             "into this environment, or take launcher.gpus=none to compute on CPUs"

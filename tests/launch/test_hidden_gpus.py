@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from dsft import plan
 from dsft.comm.sight import without_cuda
-from tests import warm
 from tests.launch.refusals import good, is_refused, start
 
 pytestmark = pytest.mark.skipif(not without_cuda(), reason="this torch is a build for CUDA")
@@ -31,9 +31,18 @@ def words(folder: Path, *more: str) -> list[str]:
     ]  # fmt: skip
 
 
+def test_a_shell_of_a_job_with_gpus_on_a_machine_without_is_told(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    monkeypatch.setenv("SLURM_GPUS_ON_NODE", "4")
+    assert plan.main(["model=tiny", "launcher=local"]) == 2
+    assert capsys.readouterr().err.startswith("dsft: the 4 GPUs of the SLURM job must be usable by torch")
+    assert plan.main(["model=tiny", "launcher=local", "launcher.gpus=none"]) == 0
+
+
 def test_a_run_is_refused_and_not_made_on_the_cpu(tmp_path: Path, asked: Path) -> None:
     is_refused(start(*words(tmp_path)), "the 2 GPUs of CUDA_VISIBLE_DEVICES=0,1 must be usable by torch")
-    is_refused(warm.run("dsft.plan", "model=tiny", "launcher=local"), "the 2 GPUs of CUDA_VISIBLE_DEVICES=0,1 must be")
     assert not (tmp_path / "run").exists()
     assert not asked.exists()
 
