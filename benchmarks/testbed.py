@@ -14,12 +14,13 @@ TESTBED = Path(__file__).parents[1] / "slurm" / "testbed"
 
 @dataclass(frozen=True)
 class Testbed:
-    """One that is up. folder: its settings, logs and state."""
+    """One that is up. folder: its settings, logs and state; gpus: that each node pretends to have."""
 
     __test__ = False
     folder: Path
     port: int
     accounting: bool
+    gpus: int = 0
 
     @property
     def conf(self) -> Path:
@@ -30,7 +31,7 @@ class Testbed:
         """What a command of slurm/testbed prints. Raises RuntimeError with its own words."""
         settings = {
             "SLURM_TESTBED_DIR": str(self.folder), "SLURM_TESTBED_PORT": str(self.port),
-            "SLURM_TESTBED_SACCT": str(int(self.accounting)),
+            "SLURM_TESTBED_SACCT": str(int(self.accounting)), "SLURM_TESTBED_GPUS": str(self.gpus),
         }  # fmt: skip
         done = subprocess.run(
             [str(TESTBED), *words], env=os.environ | settings, capture_output=True, text=True, check=False
@@ -47,9 +48,12 @@ class Testbed:
 
 
 @contextmanager
-def slurm_here(port: int, *, accounting: bool) -> Iterator[Testbed]:
-    """Four nodes, from this port on; gone at the end. accounting: with slurmdbd, which takes seconds more."""
-    bed = Testbed(Path(tempfile.mkdtemp(prefix="dsft-slurm-", dir="/tmp")), port, accounting)
+def slurm_here(port: int, *, accounting: bool, gpus: int = 0) -> Iterator[Testbed]:
+    """Four nodes, from this port on; gone at the end. accounting: with slurmdbd, which takes seconds more.
+
+    gpus: of each node; SLURM deals them out, and nothing computes on them.
+    """
+    bed = Testbed(Path(tempfile.mkdtemp(prefix="dsft-slurm-", dir="/tmp")), port, accounting, gpus)
     bed.folder.chmod(0o755)  # its data base has a user of its own
     try:
         bed("up")

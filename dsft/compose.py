@@ -9,8 +9,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from dsft_launchers.cluster import gpus_of
-from dsft_launchers.join import count_devices, resolve
+from dsft_launchers.gpus import of_run
+from dsft_launchers.join import ON_CPUS, resolve
 
 from dsft import config, rules, spelling
 from dsft.building import build_dataclass, build_value
@@ -218,7 +218,12 @@ def _start(tree: Mapping[str, Any], *, planning: bool, on_gpus: bool) -> Started
     found = resolve(
         launcher.name, os.environ, devices=launcher.devices, nodes=launcher.nodes, dry_run=dry_run, planning=planning
     )
-    gpus = gpus_of(getattr(launcher, "partition", None)) if found.kind == "slurm" else count_devices(os.environ)
+    partition = getattr(launcher, "partition", None)
+    partition = None if partition is None else str(partition)
+    if on_gpus and launcher.gpus == ON_CPUS:
+        raise ValueError("launcher.gpus=none computes on CPUs, and --gpu plans for GPUs; leave one of them out")
+    elsewhere = planning and launcher.name == "auto"
+    gpus = of_run(str(launcher.gpus), found.kind, partition, launcher.devices, os.environ, elsewhere=elsewhere)
     devices = max(1, gpus) if launcher.devices == "auto" else launcher.devices
     size = int(found.variables.get("WORLD_SIZE", devices * launcher.nodes))
     unnamed = planning and launcher.name == "auto" and not found.variables  # nobody said: on this machine

@@ -4,10 +4,13 @@ Groups whose option is a class (model, method, quantization, strategy, objective
 `_target_`; that dataclass is its own schema. The plain groups are here. Imports neither torch nor Hydra.
 """
 
+import re
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from dsft_launchers.cluster import minutes
+from dsft_launchers.gpus import asks_for_gpus
+from dsft_launchers.join import ON_CPUS
 from dsft_launchers.submit import refuse_controls
 
 
@@ -106,12 +109,16 @@ class Optim:
 
 @dataclass(frozen=True, kw_only=True)
 class Launcher:
-    """Where the processes come from; devices = processes per node. max_parallel: points of a sweep at a time."""
+    """Where the processes come from; devices = processes per node. max_parallel: points of a sweep at a time.
+
+    gpus: auto, none, any, or a kind as SLURM names it; one GPU for each process.
+    """
 
     name: Literal["auto", "local", "slurm"]
     devices: int | Literal["auto"]
     nodes: int
     max_parallel: int | None
+    gpus: str | int = "auto"
 
     def __post_init__(self) -> None:
         """Refuse counts that start no process."""
@@ -119,8 +126,15 @@ class Launcher:
             _at_least("launcher.devices", self.devices, 1)
         _at_least("launcher.nodes", self.nodes, 1)
         _at_least("launcher.max_parallel", self.max_parallel, 1)
+        if not KIND.fullmatch(str(self.gpus)):
+            raise ValueError(
+                f"launcher.gpus must be auto, none, any, or a kind of GPU as SLURM names it (h100), got {self.gpus!a}; "
+                "launcher.devices is how many a node"
+            )
 
 
+KIND = re.compile(r"(?!\d{1,2}$)[A-Za-z0-9_.-]+")
+"""A kind of GPU; a number of one or two digits is how many somebody meant."""
 OURS = {"array", "output", "error", "open-mode", "signal", "requeue", "no-requeue"}
 """Options of sbatch that a job's supervisor, or its sweep, relies on."""
 
@@ -129,7 +143,7 @@ OURS = {"array", "output", "error", "open-mode", "signal", "requeue", "no-requeu
 class Slurm(Launcher):
     """The processes of a SLURM job; None: as the cluster has it. notice_s: from SLURM's signal to the time limit.
 
-    elastic: the job outlives a node that it loses.
+    elastic: the job outlives a node that it loses; bind_gpus: each process sees its own GPU alone.
     """
 
     partition: str | int | None
@@ -148,6 +162,7 @@ class Slurm(Launcher):
     elastic: bool
     wait: bool
     dry_run: bool
+    bind_gpus: bool = False
 
     def __post_init__(self) -> None:
         """Refuse counts that mean nothing."""
@@ -170,6 +185,12 @@ class Slurm(Launcher):
                 f"launcher.extra must be without {ours[0]}, which dsft sets itself, got {self.extra[ours[0]]}; -m "
                 "makes arrays, the logs lie in RUN/slurm, launcher.notice_s sets the signal"
             )
+        own = [f"launcher.extra.{option}" for option in self.extra if asks_for_gpus(option, self.extra[option])]
+        if own and (self.bind_gpus or self.gpus != "auto"):
+            key = f"launcher.gpus={self.gpus}" if self.gpus != "auto" else "launcher.bind_gpus=true"
+            raise ValueError(f"{own[0]} asks for GPUs in sbatch's words, and so does {key}; leave one of them out")
+        if self.bind_gpus and self.gpus == ON_CPUS:
+            raise ValueError("launcher.bind_gpus=true gives each process a GPU, and launcher.gpus=none takes none")
 
 
 @dataclass(frozen=True, kw_only=True)

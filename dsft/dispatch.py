@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from dsft_launchers import cluster, submit
+from dsft_launchers import cluster, gpus, submit
 from dsft_launchers.attempt import SUPERVISED
 from dsft_launchers.codes import DONE
 from dsft_launchers.files import replace_text
@@ -100,13 +100,15 @@ def request(composed: Composed, code: Snapshot | None, place: Path) -> submit.Re
     """What is asked of SLURM for a run. place: the folder that names the job."""
     launcher = _asked(composed)
     devices = composed.start.devices
+    own = any(gpus.asks_for_gpus(option, value) for option, value in launcher.extra.items())
     return submit.Request(
         name=submit.job_name(place), nodes=launcher.nodes, devices=devices,
-        gpus=devices if composed.start.place.gpus else 0, partition=_text(launcher.partition),
+        gpus=devices if composed.start.place.gpus and not own else 0, partition=_text(launcher.partition),
         account=_text(launcher.account), qos=_text(launcher.qos), time=_text(launcher.time),
         memory=_text(launcher.memory), cpus=launcher.cpus, constraint=launcher.constraint, exclude=launcher.exclude,
         reservation=_text(launcher.reservation), extra=launcher.extra,
         setup=[*launcher.setup, *snapshot.environment(code)], notice_s=launcher.notice_s, elastic=launcher.elastic,
+        kind=None if launcher.gpus in gpus.UNTYPED else str(launcher.gpus), bound=launcher.bind_gpus,
     )  # fmt: skip
 
 

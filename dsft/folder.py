@@ -233,6 +233,11 @@ def _config(run_dir: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is damaged; restore it, choose another run_dir, or {WAY_ANEW}") from error
 
 
+def planned(run_dir: Path) -> dict[str, Any]:
+    """plan.json of a run folder; empty if it has none yet."""
+    return _read_json(run_dir / "plan.json")
+
+
 def provenance(run_dir: Path) -> dict[str, Any]:
     """The run's provenance.json, or {} if it was never made."""
     found = _read_json(run_dir / "provenance.json")

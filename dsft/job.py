@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from dsft_launchers import copied, verdict
 from dsft_launchers.attempt import SUPERVISED
 from dsft_launchers.codes import CRASHED, DONE, STOPPED, USER_ERROR
-from dsft_launchers.join import resolve
+from dsft_launchers.join import ON_CPUS, VISIBLE, resolve
 from dsft_launchers.shown import say
 
 from dsft import folder, installed, published
@@ -81,6 +81,7 @@ def work(run_dir: Path, attempt: Attempt) -> int:
     _require_submitted(run_dir)
     from dsft.comm.hello import greet
     from dsft.comm.meeting import LIMIT_S
+    from dsft.comm.room import require_room
     from dsft.comm.world import join, leave
     from dsft.data.order import total_steps
     from dsft.engine.limits import BYTES_PER_S, limits_of
@@ -100,6 +101,8 @@ def work(run_dir: Path, attempt: Attempt) -> int:
 
     with Patience(margin_s, limits_of(run_dir, world.device.type), leaves=leaves) as patience:
         with patience.phase("greeting", LIMIT_S):  # which has a limit of its own
+            paged = run.optim.name.startswith("paged")
+            require_room(world, folder.planned(run_dir), wanted=str(run.launcher.gpus), paged=paged)
             hello = greet(world, installed.versions(), socket.gethostname())
         with patience.phase("data", _data_s(run_dir)):
             files, data = find(run, world, hello, known=folder.provenance(run_dir))
@@ -229,9 +232,12 @@ def _require_submitted(run_dir: Path) -> None:
 def _asked(run_dir: Path) -> "Run":
     """What the folder asks for. It was checked where it was made: what is wrong here is a package that is missing."""
     try:
-        return read(run_dir)
+        run = read(run_dir)
     except ValueError as error:
         raise verdict.CannotBeginError(str(error)) from error
+    if run.launcher.gpus == ON_CPUS:
+        os.environ[VISIBLE] = ""
+    return run
 
 
 def find(

@@ -2,10 +2,12 @@
 
 import json
 import math
+import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from dsft_launchers.join import ON_CPUS, promised_devices
 from dsft_launchers.shown import shown
 
 from dsft.compose import Composed, compose
@@ -49,6 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ValueError(f"dsft.plan plans one run and takes no {_foreign(flags)}; see python -m dsft.plan --help")
         composed = compose(overrides, planning=True, gpus=gpu is not None)
         composed.run.model.check(planning=True)
+        check_gpus_here(composed)
         plan = make_plan(composed, composed.run.model.resolve(planning=True), device_bytes=gpu)
     except ValueError as error:
         return refuse(error)
@@ -57,6 +60,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         plan["notes"].append("counted as on CPUs, bf16 or not as on this machine; --gpu N, GiB of each, plans for GPUs")
     print(json.dumps(plan, indent=1) if "--json" in words else shown(as_text(plan)))
     return 0
+
+
+def check_gpus_here(composed: Composed) -> None:
+    """Raise ValueError where the run is this machine's and torch can use none of the GPUs that it is to have here."""
+    start, wanted = composed.start, composed.run.launcher.gpus
+    if start.place.here and wanted != ON_CPUS and promised_devices(os.environ):
+        from dsft.comm.sight import refuse_unusable
+
+        refuse_unusable(os.environ)
 
 
 def _take_gpu(words: Sequence[str]) -> tuple[list[str], int | None]:

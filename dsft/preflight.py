@@ -13,7 +13,7 @@ from rich.console import Console
 
 from dsft import basis, folder, offline, origin, published
 from dsft.compose import Composed
-from dsft.config import Run
+from dsft.config import Run, Slurm
 from dsft.door import at_the_door
 from dsft.offline import AbsentError
 
@@ -37,6 +37,8 @@ def preflight(composed: Composed) -> dict[str, Any] | None:
     for tracker in run.tracker.values():
         tracker.check()
     run.data.check()
+    if not done:
+        _check_torch(composed)
     provenance = {} if anew else folder.provenance(run_dir)
     if "model" not in run.resume.allow:
         basis.require_code(run.model, provenance)
@@ -68,6 +70,25 @@ def preflight(composed: Composed) -> dict[str, Any] | None:
         "tokens": data.train.folder.parent,
         "notes": [*data.notes, *_unevaluated(run, data), *started],
     }
+
+
+def _check_torch(composed: Composed) -> None:
+    """Refuse a run on GPUs whose torch can use none: here, or on the nodes of a job, which have this Python."""
+    from dsft.plan import check_gpus_here
+
+    check_gpus_here(composed)
+    start, launcher = composed.start, composed.run.launcher
+    if start.kind != "slurm" or not start.place.gpus or not isinstance(launcher, Slurm) or launcher.prefix:
+        return
+    import torch
+
+    from dsft.comm.sight import without_cuda
+
+    if without_cuda():
+        raise ValueError(
+            f"torch must be a build for CUDA on nodes with GPUs, got {torch.__version__}, which has none; install one "
+            "into this environment, or take launcher.gpus=none to compute on CPUs"
+        )
 
 
 def _unevaluated(run: Run, data: "Dataset") -> Iterator[str]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import FrameType
 
 from dsft_launchers.codes import CRASHED, DONE, STOPPED, USER_ERROR
+from dsft_launchers.join import ON_CPUS, VISIBLE
 from dsft_launchers.shown import in_a_line, say
 from dsft_launchers.verdict import CANNOT_BEGIN, CannotBeginError
 
@@ -40,6 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if BEGUN not in os.environ:  # a point of a sweep has the words of its sweep
             refuse_of_a_sweep(overrides)
         composed = compose(overrides)
+        if composed.run.launcher.gpus == ON_CPUS:
+            os.environ[VISIBLE] = ""  # for the ranks too
         if composed.start.variables:
             return _join(composed, trust=trust)
         return _start(composed, trust=trust)

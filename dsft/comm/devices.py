@@ -13,24 +13,32 @@ from dsft_launchers.verdict import CannotBeginError
 class Seat:
     """A rank's report before it has a device. visible: the UUIDs of the GPUs that it may use, in its own order.
 
-    host: what NCCL takes for one machine.
+    host: what NCCL takes for one machine; unusable: why it can use none of those that are there, None if it can.
     """
 
     rank: int
     local_rank: int
     host: str
     visible: tuple[str, ...]
+    unusable: str | None = None
 
     def __str__(self) -> str:
         """Return the name that the user reads."""
         return f"rank {self.rank} on {self.host}"
 
 
-def seat(rank: int, local_rank: int) -> Seat:
-    """This process's. Asks for the GPUs' UUIDs, which starts CUDA and takes no memory on any of them."""
+def seat(rank: int, local_rank: int, why_not: str | None = None) -> Seat:
+    """This process's. Asks for the GPUs' UUIDs, which starts CUDA and takes no memory on any of them.
+
+    why_not: it can use none of those that are there.
+    """
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    visible = tuple(str(torch.cuda.get_device_properties(index).uuid) for index in range(count))
-    return Seat(rank, local_rank, os.environ.get("NCCL_HOSTID") or socket.gethostname(), visible)
+    visible: tuple[str, ...] = ()
+    try:
+        visible = tuple(str(torch.cuda.get_device_properties(index).uuid) for index in range(count))
+    except RuntimeError as error:  # one of them is broken
+        why_not = f"its {count} GPUs must answer, got: {_first_line(error)}; look at nvidia-smi there"
+    return Seat(rank, local_rank, os.environ.get("NCCL_HOSTID") or socket.gethostname(), visible, why_not)
 
 
 def devices(seats: Sequence[Seat]) -> list[torch.device]:
@@ -38,8 +46,11 @@ def devices(seats: Sequence[Seat]) -> list[torch.device]:
 
     Ranks of a host that see the same GPUs take them in the order of their local ranks: a site may bind the ranks of one
     socket to its GPUs, and deal ranks to sockets in turn. Raises CannotBeginError, one line, if two ranks of a host
-    would take the same GPU, or only some see any.
+    would take the same GPU, only some see any, or one cannot use those that are there.
     """
+    if lame := [mine for mine in seats if mine.unusable]:
+        more = f" (and {len(lame) - 1} more)" if lame[1:] else ""
+        raise CannotBeginError(f"{lame[0]}{more}: {lame[0].unusable}")
     without = [mine for mine in seats if not mine.visible]
     if len(without) == len(seats):
         return [torch.device("cpu")] * len(seats)
@@ -62,3 +73,30 @@ def devices(seats: Sequence[Seat]) -> list[torch.device]:
             )
         found.append(torch.device("cuda", mine.visible.index(gpu)))
     return found
+
+
+def take(device: torch.device) -> str | None:
+    """Make a device this process's own, with a context on it; what CUDA says where it gives none, else None."""
+    if device.type != "cuda":
+        return None
+    try:
+        torch.cuda.set_device(device)
+        torch.cuda.mem_get_info(device)  # set_device alone leaves the GPU that is current untouched
+    except RuntimeError as error:
+        return _first_line(error)
+    return None
+
+
+def _first_line(error: RuntimeError) -> str:
+    """What CUDA says, without torch's advice for debugging."""
+    return str(error).partition("\n")[0]
+
+
+def require_taken(seats: Sequence[Seat], taken: Sequence[torch.device], said: Sequence[str | None]) -> None:
+    """Raise CannotBeginError, one line, for the first rank that got no context. said: what CUDA told each, or None."""
+    for mine, device, why in zip(seats, taken, said, strict=True):
+        if why is not None:
+            raise CannotBeginError(
+                f"{mine} cannot use GPU {mine.visible[device.index]}: {why}; nvidia-smi on {mine.host} shows who has "
+                "it (all of its memory, or the GPU alone by its compute mode)"
+            )

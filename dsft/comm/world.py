@@ -12,8 +12,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dsft.comm import wire
-from dsft.comm.devices import devices, seat
+from dsft.comm.devices import devices, require_taken, seat, take
 from dsft.comm.meeting import meet, within
+from dsft.comm.segments import prefer_expandable
+from dsft.comm.sight import unusable
 
 T = TypeVar("T")
 
@@ -98,11 +100,14 @@ def lost_peer(error: BaseException) -> bool:
 def join(timeout_s: float = 1800.0) -> World:
     """Join the process group that RANK, WORLD_SIZE, LOCAL_RANK and the meeting place name; alone without them.
 
-    timeout_s: of a collective. Raises CannotBeginError if a rank is missing, or has no device of its own.
+    timeout_s: of a collective. Raises CannotBeginError if a rank is missing, has no device of its own, or
+    cannot use those that are there.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     rank = int(os.environ.get("RANK", "0"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    why_not = unusable(os.environ)
+    prefer_expandable(os.environ)
     if size > 1 and not dist.is_initialized():
         files = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
         resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))  # rank 0 has some sockets to each of the others
@@ -113,11 +118,10 @@ def join(timeout_s: float = 1800.0) -> World:
             )
     world = World(rank=rank, size=size, local_rank=local_rank, device=torch.device("cpu"))
     with within("joining"):  # gather goes over the hosts' memory: no rank has touched a GPU yet
-        seats = world.gather(seat(rank, local_rank))
-    device = devices(seats)[rank]
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    return replace(world, device=device)
+        seats = world.gather(seat(rank, local_rank, why_not))
+        taken = devices(seats)
+        require_taken(seats, taken, world.gather(take(taken[rank])))
+    return replace(world, device=taken[rank])
 
 
 def group_of_one() -> bool:

@@ -69,12 +69,12 @@ def run_here(
 
 
 def shares(at_once: int, devices: int) -> list[str] | None:
-    """CUDA_VISIBLE_DEVICES of each slot; None where all points may see what there is.
+    """CUDA_VISIBLE_DEVICES of each slot; None where all points may see what there is. devices: of a point, 0 on CPUs.
 
     Raises ValueError where the accelerators are too few.
     """
     count = count_devices(os.environ)
-    if count == 0 or at_once == 1:
+    if 0 in (count, devices) or at_once == 1:
         return None
     if at_once * devices > count:
         raise ValueError(

@@ -203,7 +203,9 @@ def _check_cluster(sweep: Path, composed: Composed, answers: dict[str, str | Non
 def _limits(composed: Iterable[Composed]) -> tuple[int, int]:
     """How many points at once on this machine, and accelerators of the largest."""
     all_of = list(composed)
-    return all_of[0].run.launcher.max_parallel or 1, max(each.start.devices for each in all_of)
+    return all_of[0].run.launcher.max_parallel or 1, max(
+        each.start.devices if each.start.place.gpus else 0 for each in all_of
+    )
 
 
 def _start(

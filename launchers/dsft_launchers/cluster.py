@@ -28,12 +28,15 @@ class ClusterError(RuntimeError):
 
 @dataclass(frozen=True)
 class Partition:
-    """nodes: how many it has; gpus, memory_mib: of its smallest node; minutes: longest job, None without a limit."""
+    """nodes: how many it has; gres: generic resources of each kind of node, as SLURM writes them.
+
+    memory_mib: of its smallest node; minutes: longest job, None without a limit.
+    """
 
     name: str
     default: bool
     nodes: int
-    gpus: int
+    gres: tuple[str, ...]
     memory_mib: int
     minutes: float | None
 
@@ -92,29 +95,12 @@ def partitions() -> list[Partition]:
     found: dict[str, Partition] = {}
     for line in ask("sinfo", "--all", "--noheader", "--format=%R|%P|%D|%G|%m|%l").splitlines():
         name, starred, nodes, gres, memory, limit = line.strip().split("|")
-        here = Partition(
-            name, starred.endswith("*"), int(nodes), count_gpus(gres), int(memory.rstrip("+")), minutes(limit)
-        )
+        here = Partition(name, starred.endswith("*"), int(nodes), (gres,), int(memory.rstrip("+")), minutes(limit))
         if before := found.get(name):  # one line for each kind of node
-            gpus, least = min(before.gpus, here.gpus), min(before.memory_mib, here.memory_mib)
-            here = Partition(name, here.default, before.nodes + here.nodes, gpus, least, here.minutes)
+            least = min(before.memory_mib, here.memory_mib)
+            here = Partition(name, here.default, before.nodes + here.nodes, (*before.gres, gres), least, here.minutes)
         found[name] = here
     return list(found.values())
-
-
-def gpus_of(partition: str | None) -> int:
-    """GPUs of each node of a partition, None for the default one; 0 where SLURM does not answer or has none."""
-    try:
-        return next(
-            (each.gpus for each in partitions() if partition in (each.name, None) and (partition or each.default)), 0
-        )
-    except ClusterError:
-        return 0
-
-
-def count_gpus(gres: str) -> int:
-    """GPUs in a list of generic resources: gpu:a100:4(S:0-1),tmp:1 -> 4."""
-    return sum(int(match[1]) for match in re.finditer(r"\bgpu(?::[^:,(]+)?:(\d+)(?=[(,]|$)", gres))
 
 
 def minutes(text: str) -> float | None:

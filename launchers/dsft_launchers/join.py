@@ -3,6 +3,7 @@
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Literal
 
@@ -15,6 +16,13 @@ SLURM_PORTS = range(20000, 26000)
 """Below Linux' default ephemeral range."""
 SPECIAL_STEPS = 0xFFFFFFF0
 """Step ids from here on are no srun step: the batch script (0xfffffffb), the interactive step (0xfffffffa), ..."""
+
+VISIBLE = "CUDA_VISIBLE_DEVICES"
+"""What hides GPUs from CUDA: empty, it hides all of them."""
+ON_CPUS = "none"
+"""launcher.gpus of a run that computes on CPUs."""
+GPU = re.compile(r"\d+|(GPU|MIG)-\S+")
+"""What names a GPU there."""
 
 ANYWHERE = "on any machine python -m dsft.plan shows the plan, and launcher.dry_run=true prints the batch script"
 """What can be had of a job where it cannot be submitted."""
@@ -87,13 +95,20 @@ def _job(unsent: str | None) -> Start:
 
 
 def count_devices(env: Mapping[str, str]) -> int:
-    """Number of NVIDIA GPUs that a process with env would see; 0 without any."""
-    visible = env.get("CUDA_VISIBLE_DEVICES")
+    """Number of NVIDIA GPUs that a process with env would see; 0 without any.
+
+    CUDA looks no further than the first name of CUDA_VISIBLE_DEVICES that is none, as -1 or SLURM's NoDevFiles.
+    """
+    visible = env.get(VISIBLE)
     if visible is None:
         return sum(1 for path in Path("/dev").glob("nvidia*") if re.fullmatch(r"nvidia\d+", path.name))
-    names = [name.strip() for name in visible.split(",")]
-    usable = [name for name in names if name and name != "-1"]
-    return len(usable)
+    return len(list(takewhile(GPU.fullmatch, (name.strip() for name in visible.split(",")))))
+
+
+def promised_devices(env: Mapping[str, str]) -> int:
+    """GPUs that a process with env is to compute on: those of count_devices, or of the SLURM job that has some."""
+    given = env.get("SLURM_GPUS_ON_NODE", "") if VISIBLE not in env else ""
+    return count_devices(env) or (int(given) if given.isdigit() else 0)
 
 
 def expand_hosts(hostlist: str) -> list[str]:

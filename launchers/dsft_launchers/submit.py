@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dsft_launchers import cluster
+from dsft_launchers import cluster, gpus
 
 LOCAL_FILE_SYSTEMS = ("tmpfs", "ramfs", "overlayfs", "devtmpfs")
 """What lies in one machine's memory or image: other nodes see another one."""
@@ -26,18 +26,22 @@ IMPOSSIBLE = "Requested node configuration is not available"
 SHADOWS = {
     "partition": "PARTITION", "account": "ACCOUNT", "qos": "QOS", "time": "TIMELIMIT", "constraint": "CONSTRAINT",
     "exclude": "EXCLUDE", "reservation": "RESERVATION", "memory": "MEM_PER_NODE", "gpus": "GPUS_PER_NODE",
+    "bound": "GPUS_PER_TASK",
 }  # fmt: skip
 """Key of a request -> SBATCH_... variable, which would win over what the script says."""
 WISHES = ("partition", "account", "qos", "time", "memory", "cpus", "constraint", "exclude", "reservation")
 """Keys of launcher=slurm that go to sbatch by names of their own."""
 OURS = ("ARRAY_INX", "SIGNAL", "NO_REQUEUE", "OPEN_MODE", "OUTPUT", "NO_KILL")
 """SBATCH_... variables that would take from a job what its supervisor or its sweep relies on."""
+ANOTHERS = "SLURM_GPUS_PER_TASK"
+"""What a job has for itself from which this one is submitted: the srun of this one would bind GPUs by it."""
 
 
 @dataclass(frozen=True)
 class Request:
     """One job, or an array of them. None: as the cluster has it. time: SLURM's notation.
 
+    gpus: of each node, 0 for none; kind: of them, as SLURM names it, None for any; bound: each task sees one alone;
     notice_s: from the signal to the time limit; elastic: a lost node does not end the job; array: the tasks' numbers
     as sbatch lists them, None for a single job; after: jobs that must have ended before.
     """
@@ -61,6 +65,8 @@ class Request:
     elastic: bool
     array: str | None = None
     after: tuple[str, ...] = ()
+    kind: str | None = None
+    bound: bool = False
 
 
 def check(request: Request, run_dir: Path) -> None:
@@ -100,6 +106,9 @@ def _check_partition(request: Request, limit: float | None) -> None:
         raise ValueError(
             f"launcher.nodes must be at most {nodes}, the nodes of partition {','.join(names)}, got {request.nodes}"
         )
+    if request.gpus:
+        gres = [each for name in names for each in known[name].gres]
+        gpus.check(request.gpus, request.kind, ",".join(names), gres)
     limits = [known[name].minutes for name in names]
     longest = None if None in limits else max(filter(None, limits), default=None)
     if limit is not None and longest is not None and limit > longest:
@@ -188,6 +197,7 @@ def submit(request: Request, command: Sequence[str], folder: Path) -> str:
     folder.mkdir(parents=True, exist_ok=True)
     for name in (*OURS, *(name for key, name in SHADOWS.items() if getattr(request, key))):
         os.environ.pop(f"SBATCH_{name}", None)
+    os.environ.pop(ANOTHERS, None)
     try:
         with contextlib.redirect_stderr(io.StringIO()):  # submitit shows what it raises
             return str(_executor(request, folder)._submit_command(_line(command)).job_id)
@@ -234,12 +244,14 @@ def _executor(request: Request, folder: Path) -> Any:
         "job_name": request.name, "nodes": request.nodes, "ntasks_per_node": request.devices,
         "partition": request.partition, "account": request.account, "qos": request.qos,
         "cpus_per_task": request.cpus, "constraint": request.constraint, "exclude": request.exclude,
-        "gpus_per_node": request.gpus or None, "setup": list(request.setup) or None,
+        "setup": list(request.setup) or None,
     }  # fmt: skip
     more = {
         "time": request.time, "mem": request.memory, "reservation": request.reservation, "requeue": True,
         "no-kill": request.elastic, "hold": True, "signal": f"USR2@{request.notice_s}", "open-mode": "append",
-        "output": str(folder / ("%A_%a.log" if request.array else "%j.log")), "array": request.array, **request.extra,
+        "output": str(folder / ("%A_%a.log" if request.array else "%j.log")), "array": request.array,
+        **gpus.options(request.gpus, request.kind, bound=request.bound),
+        **request.extra,
     }  # fmt: skip
     if request.after:
         own = [str(request.extra["dependency"])] if "dependency" in request.extra else []

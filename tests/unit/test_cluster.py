@@ -1,7 +1,8 @@
 """What SLURM prints, read."""
 
 import pytest
-from dsft_launchers.cluster import Job, count_gpus, minutes, numbers, spell
+from dsft_launchers.cluster import Job, minutes, numbers, spell
+from dsft_launchers.gpus import count
 
 
 @pytest.mark.parametrize(
@@ -25,7 +26,7 @@ def test_what_is_no_time_limit_is_refused(text: str) -> None:
      ("gpu:a:1,gpu:b:2", 3)],
 )  # fmt: skip
 def test_gpus_of_generic_resources(gres: str, expected: int) -> None:
-    assert count_gpus(gres) == expected
+    assert count(gres) == expected
 
 
 @pytest.mark.parametrize(

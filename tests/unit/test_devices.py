@@ -6,7 +6,7 @@ import pytest
 import torch
 from dsft_launchers.verdict import CannotBeginError
 
-from dsft.comm.devices import Seat, devices
+from dsft.comm.devices import Seat, devices, require_taken, seat, take
 
 ALL = tuple(f"GPU-{letter}" for letter in "hgfedcba")
 LEFT, RIGHT = ALL[:4], ALL[4:]
@@ -61,3 +61,35 @@ def test_two_ranks_on_one_gpu_are_refused_with_both_names(visible: list[tuple[st
 def test_a_rank_that_sees_no_gpu_among_others_is_named() -> None:
     with pytest.raises(CannotBeginError, match=r"^rank 1 on n1 sees no GPU, rank 0 on n1 sees 8; .* nvidia-smi there$"):
         devices(seats([ALL, ()]))
+
+
+def test_a_gpu_that_gives_no_context_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(device: torch.device) -> None:
+        raise RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported ...")
+
+    monkeypatch.setattr(torch.cuda, "set_device", full)
+    said = take(torch.device("cuda", 1))
+    assert (said, take(torch.device("cpu"))) == ("CUDA error: out of memory", None)
+    given = seats([ALL[:2]] * 2)
+    require_taken(given, devices(given), [None, None])
+    with pytest.raises(CannotBeginError) as refusal:
+        require_taken(given, devices(given), [None, said])
+    assert str(refusal.value) == (
+        "rank 1 on n1 cannot use GPU GPU-g: CUDA error: out of memory; nvidia-smi on n1 shows who has it (all of its "
+        "memory, or the GPU alone by its compute mode)"
+    )
+
+
+def test_a_gpu_that_does_not_answer_is_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    def lost(index: int) -> None:
+        raise RuntimeError("CUDA error: device is lost\nCUDA kernel errors might be asynchronously reported ...")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lost)
+    monkeypatch.setenv("NCCL_HOSTID", "n1")
+    with pytest.raises(CannotBeginError) as refusal:
+        devices([seat(0, 0)])
+    assert str(refusal.value) == (
+        "rank 0 on n1: its 2 GPUs must answer, got: CUDA error: device is lost; look at nvidia-smi there"
+    )

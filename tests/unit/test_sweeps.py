@@ -45,7 +45,13 @@ def test_an_array_is_split_where_the_cluster_allows_no_more_tasks() -> None:
 
 @pytest.mark.parametrize(
     ("visible", "at_once", "devices", "expected"),
-    [("", 4, 1, None), ("0,1", 1, 2, None), ("2,3,5,7", 2, 2, ["2,3", "5,7"]), ("4,6,7", 3, 1, ["4", "6", "7"])],
+    [
+        ("", 4, 1, None),
+        ("0,1", 4, 0, None),
+        ("0,1", 1, 2, None),
+        ("2,3,5,7", 2, 2, ["2,3", "5,7"]),
+        ("4,6,7", 3, 1, ["4", "6", "7"]),
+    ],
 )
 def test_points_at_a_time_share_the_accelerators(
     visible: str, at_once: int, devices: int, expected: list[str] | None, monkeypatch: pytest.MonkeyPatch
