@@ -119,8 +119,10 @@ class Adapters:
             else:
                 try:
                     model = put(_twin(self.base, _held(result.folder)), result.folder, method)
-                except (RuntimeError, ValueError, KeyError, UserWarning) as error:
-                    said = " ".join(str(error).split())[:300]
+                except Exception as error:  # PEFT's and torch's, of a description that no class can be made of
+                    said = " ".join(str(error).partition("Exception raised from")[0].split())[
+                        :300
+                    ]  # without C++ frames
                     raise ValueError(f"{result.folder} must fit the base {result.base}, got: {said}") from error
         model.eval().requires_grad_(False)
         self._models[result.name], self._results[result.name] = model, result

@@ -53,7 +53,7 @@ def require_code(model: Any, known: Mapping[str, Any]) -> None:
     folder = model.own_code() if was is not None and hasattr(model, "own_code") else None
     if was is not None and folder is not None and (now := code_digest(folder)) != was:
         raise ValueError(
-            f"model.path must hold the code with which the run was started, got *.py of {owner_of(folder)} in {folder} "
+            f"model.path must hold the code with which the run was made, got *.py of {owner_of(folder)} in {folder} "
             f"that were {was[:12]} and are {now[:12]} by their content; put them back, or begin a new run with code "
             "that you trust"
         )

@@ -259,7 +259,9 @@ def _read_json(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise ValueError(f"{path} cannot be read ({error.strerror}); give this user the right to") from error
     except (ValueError, RecursionError, AttributeError) as error:
-        raise ValueError(f"{path} is damaged; remove it, the run goes on without") from error
+        raise ValueError(
+            f"{path} is damaged; restore it; remove it only if nothing in it need be compared any more"
+        ) from error
     return content
 
 

@@ -14,6 +14,7 @@ from dsft.config import Train
 from dsft.locate import Allowed
 from dsft.owners import owner_of
 
+PROVENANCE = "provenance.json"
 GROUPS = ("model", "method", "quantization", "train")
 FLAG = "--trust-remote-code"
 """The flag of a reader that lets the model's own code run."""
@@ -57,5 +58,9 @@ def check(run_dir: Path, *, trust_remote_code: bool) -> Mapping[str, Any]:
         raise ValueError(
             f"{file} of {owner_of(file)} asks for the model's own code, of {model.get('path')} "
             f"(model.trust_remote_code=true), which runs only where you say so; add {FLAG} if you trust that code"
+        )
+    if model.get("trust_remote_code", False) is not False and not (run_dir / PROVENANCE).is_file():
+        raise ValueError(
+            f"{run_dir} must say in {PROVENANCE} which code of its base was trusted, got no such file; put it back"
         )
     return tree

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dsft import owners
-from dsft.searched import installed_only, on_pythonpath, own_folder_too
+from dsft.searched import OwnFinder, installed_only, on_pythonpath, own_folder_too
 
 PLUGINS = "DSFT_PLUGINS"
 """Variable: packages, separated by commas, whose classes a folder that is read may name."""
@@ -77,7 +77,12 @@ def locate(name: str, allowed: Allowed) -> Any:
     package = module.partition(".")[0]
     around = own_folder_too if package in plugins() else nullcontext if allowed.anything else installed_only
     with around():
-        found = getattr(importlib.import_module(module), last)
+        try:
+            found = getattr(importlib.import_module(module), last)
+        except ModuleNotFoundError as error:
+            if (why := OwnFinder.refused.get(str(error.name))) is not None:
+                raise ImportError(why) from error
+            raise
     if isinstance(found, type) and not allowed.anything:
         whose = f"{found.__module__}.{found.__name__}"
         if (why := allowed.refusal(whose)) is not None:

@@ -58,15 +58,25 @@ def check(folder: Path, what: str, *, trust: bool, depth: int = 2, note: bool = 
 
 def doubts(folder: Path) -> Iterator[tuple[Path, str]]:
     """Yield each folder and file below folder whose content may be another's, and why."""
-    for place, folders, files in os.walk(folder):
-        for name in (*folders, *files):
-            path = Path(place) / name
-            try:
-                why = doubt(path)
-            except OSError:  # a dead link, or not to be seen: nothing is read of it
-                continue
-            if why is not None:
-                yield path, why
+    for path in reached(folder):
+        try:
+            why = doubt(path)
+        except OSError:  # a dead link, or not to be seen: nothing is read of it
+            continue
+        if why is not None:
+            yield path, why
+
+
+def reached(folder: Path) -> Iterator[Path]:
+    """Yield all that is reached from folder, through links to folders too, each folder once."""
+    seen = set[tuple[int, int]]()
+    for place, folders, files in os.walk(folder, followlinks=True):
+        here = os.stat(place)
+        if (here.st_dev, here.st_ino) in seen:
+            folders.clear()
+            continue
+        seen.add((here.st_dev, here.st_ino))
+        yield from (Path(place) / name for name in (*folders, *files))
 
 
 def _below(folder: Path, depth: int) -> Iterator[Path]:

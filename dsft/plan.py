@@ -5,15 +5,18 @@ import math
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dsft_launchers.join import ON_CPUS, promised_devices
 from dsft_launchers.shown import shown
 
+from dsft.basis import require_code
 from dsft.compose import Composed, compose
 from dsft.config import Run
 from dsft.entry import enter
 from dsft.flags import hydra_flags
+from dsft.folder import provenance
 from dsft.proven import proven
 from dsft.searched import own_folder_last
 from dsft.wording import refuse
@@ -52,6 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         composed = compose(overrides, planning=True, gpus=gpu is not None)
         composed.run.model.check(planning=True)
         check_gpus_here(composed)
+        if composed.run.resume.allow == () and not composed.run.resume.anew:
+            require_code(composed.run.model, provenance(Path(composed.run.run_dir)))
         plan = make_plan(composed, composed.run.model.resolve(planning=True), device_bytes=gpu)
     except ValueError as error:
         return refuse(error)

@@ -42,12 +42,13 @@ def preflight(composed: Composed) -> dict[str, Any] | None:
     provenance = {} if anew else folder.provenance(run_dir)
     if "model" not in run.resume.allow:
         basis.require_code(run.model, provenance)
+    starting = not folder.goes_on(run_dir) or anew
+    start_from = origin.known(composed.resolved["method"].get("init_from")) if starting else {}
+    basis.require_code(run.model, start_from)
     files = run.model.resolve()
     day = provenance.get("template_date")
     data = _open(run, files, files.tokenizer(), day)
     before = {} if anew else folder.known(run_dir)
-    starting = not folder.goes_on(run_dir) or anew
-    start_from = origin.known(composed.resolved["method"].get("init_from")) if starting else {}
     digests = {**basis.digests_of(files, before, start_from), **data.digests}
     folder.check_digests(run_dir, digests, composed.resolved)
     if done:

@@ -123,6 +123,8 @@ def require(folder: Path, what: str, *, weights_alone: bool = False) -> None:
     Other files may have been edited since, such as its README. what: how the user calls it; weights_alone: so may the
     descriptions, as of a copy whose base lies elsewhere. Raises ValueError.
     """
+    if folder.name == RESULT and _is_listed(folder.parent) and not (folder / FOUND).exists():
+        raise ValueError(f"{what} must hold its whole result, got {folder / FOUND} missing; put it back")
     ends = WEIGHTS if weights_alone else (*WEIGHTS, ".json", ".py")
     for name, wrong in damages(folder, contents=True):
         if name.endswith(ends):

@@ -26,6 +26,10 @@ RUN = ("config.yaml", "provenance.json")
 ROOT = str(Path(__file__).parents[1])
 
 
+HYDRA = "hydra_plugins"
+"""Hydra imports all that it finds below this name, whoever asks for what."""
+
+
 class OwnFolder(str):
     """The entry of sys.path that is the user's folder and nothing that is installed."""
 
@@ -33,21 +37,28 @@ class OwnFolder(str):
 
 
 class OwnFinder(FileFinder):
-    """Finds modules in the user's own folder; one that another user may have written raises ImportError."""
+    """Finds modules in the user's own folder, but for those that another user may have written, and Hydra's plugins.
+
+    Libraries look for others that they could use: to them such a module is not there, and refused says why.
+    """
+
+    refused: ClassVar[dict[str, str]] = {}
+    """Name of a module -> why it was not found."""
 
     reached: ClassVar[set[str]] = set()
     """The user's folder, and the folders of packages that were found in it."""
 
     def find_spec(self, fullname: str, target: ModuleType | None = None) -> ModuleSpec | None:
         """Find a module as Python does, and look at whose its files are before any of it is read."""
-        spec = super().find_spec(fullname, target)
+        spec = super().find_spec(fullname, target) if fullname != HYDRA else None
         if spec is None:
             return None
         folders = list(spec.submodule_search_locations or [])
         kept = [spec.cached, os.path.dirname(spec.cached)] if spec.cached else []
         for place in [spec.origin, *folders, *kept]:
             if place and os.path.exists(place) and (why := owners.doubt(Path(place))) is not None:
-                raise ImportError(f"{place} {why}; see what is in it, and make it yours alone (chown, chmod o-w)")
+                self.refused[fullname] = f"{place} {why}; see what is in it, and make it yours alone (chown, chmod o-w)"
+                return None
         for folder in folders:
             self.reached.add(folder)
             sys.path_importer_cache.pop(folder, None)

@@ -30,8 +30,8 @@ def build_meta(files: "ModelFiles", dtype: torch.dtype, attention: str = ragged.
             model: PreTrainedModel = AutoModelForCausalLM.from_config(
                 config, dtype=dtype, attn_implementation=attention, trust_remote_code=files.trust_remote_code
             )
-    except ValueError as error:
-        reason = str(error).splitlines()[0]
+    except Exception as error:  # transformers' own, and whatever a model's own code raises
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(
             f"model {files.name_or_path} must be a causal language model that transformers can build with "
             f"{attention} attention, got model_type={config.model_type}: {reason}"

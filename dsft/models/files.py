@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from dsft import owners
 from dsft.cache.remembered import replaced, same, sha256, unread
 from dsft.models.headers import INDEX, read_headers, weight_files
 from dsft.offline import STAGE, AbsentError, unplugged
@@ -121,7 +122,7 @@ def code_digest(folder: Path) -> str:
 
 
 def _code(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*.py") if path.is_file())
+    return sorted(path for path in owners.reached(folder) if path.suffix == ".py" and path.is_file())
 
 
 def check_folder(folder: Path, *, weights: bool) -> None:

@@ -90,6 +90,7 @@ def _unpack(gguf: Path | None, folder: Path) -> None:
             **source, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
         )
         tokenizer = AutoTokenizer.from_pretrained(**source)
+        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(packed.config.eos_token_id)  # 5.17 takes the first token
         if hasattr(packed.config, "quantization_config"):
             del packed.config.quantization_config
         plain = AutoModelForCausalLM.from_config(packed.config, dtype=torch.bfloat16)

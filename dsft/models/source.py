@@ -55,7 +55,7 @@ class Pretrained:
             raise ValueError(
                 "model.revision must be a full commit, 40 hexadecimal digits, where code of a hub is to run "
                 f"(trust_remote_code), got {self.revision or 'none'} for {self.path}; set it to the commit whose code "
-                "you trust, or take a folder of yours"
+                "you trust, or give a folder by a path that leads to it from here"
             )
         if folder is not None and self.trust_remote_code:
             _check_own_code(folder)

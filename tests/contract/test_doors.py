@@ -194,6 +194,19 @@ def test_an_adapter_of_peft_brings_all_that_it_needs(
     _refused(capsys, f"{file} of ", f"with {key}=")
 
 
+@pytest.mark.parametrize(("key", "value"), [("r", "text"), ("r", 1e308), ("r", 10**40), ("target_modules", [["x"]])])
+def test_a_description_that_no_class_can_be_made_of_is_one_line(
+    key: str, value: object, place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    alone = tmp_path / "alone"
+    shutil.copytree(place / "lora" / "adapter", alone)
+    _change(alone / "adapter_config.json", lambda said: said.update({key: value}))
+    assert chat.main([str(alone), "--prompt", "hi"]) == 2
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n"), "frame #" in err) == ("", 1, False), out + err
+    assert err.startswith(f"dsft: {alone} must fit the base ")
+
+
 def test_what_peft_says_of_its_base_class_imports_nothing(place: Path) -> None:
     expected = adapters.load(place / "lora").compare("hi", max_new_tokens=3)
     mapped = {"auto_mapping": {"base_model_class": "Evil", "parent_library": "evil"}}

@@ -9,7 +9,7 @@ import pytest
 import torch
 from dsft_launchers.verdict import RefusedError
 
-from dsft import adapters, chat, export, run
+from dsft import adapters, chat, export, plan, run
 from dsft.basis import require_code_on_ranks
 from dsft.comm.world import World
 from dsft.compose import compose, load_yaml
@@ -72,6 +72,12 @@ def test_changed_code_is_refused_before_it_runs(odd: Path, tmp_path: Path, capsy
     model = compose(["model=custom", f"model.path={odd / 'base'}", "model.trust_remote_code=true"]).run.model
     known = provenance(folder)
     require_code_on_ranks(model, known, world)
+    (odd / "beside").mkdir()
+    (odd / "base" / "linked").symlink_to(odd / "beside")
+    (odd / "beside" / "more.py").touch()
+    with pytest.raises(RefusedError, match="rank 0: "):
+        require_code_on_ranks(model, known, world)
+    (odd / "base" / "linked").unlink()
     code.write_text(was + f"Path({str(tmp_path / 'evil')!r}).touch()\n")
     try:
         words = load_yaml(folder / "overrides.yaml")
@@ -79,14 +85,22 @@ def test_changed_code_is_refused_before_it_runs(odd: Path, tmp_path: Path, capsy
             (chat.main, [str(folder), "--prompt", "hi", "--trust-remote-code"]),
             (export.main, [str(folder), "--to", "merged", str(tmp_path / "out"), "--trust-remote-code"]),
             (run.main, [*words, "train.steps=3"]),
+            (plan.main, words),
+            (run.main, [*words, f"method.init_from={folder}", f"run_dir={tmp_path / 'new'}"]),
         ):
             assert verb(argv) == 2
-            _one_line(capsys, "model.path must hold the code with which the run was started", str(odd / "base"))
+            _one_line(capsys, "model.path must hold the code with which the run was made", str(odd / "base"))
         with pytest.raises(RefusedError, match=f"rank 0: .*{known['base_code'][:12]}"):
             require_code_on_ranks(model, known, world)
     finally:
         code.write_text(was)
     assert not (tmp_path / "evil").exists()
+    (folder / "provenance.json").rename(tmp_path / "kept")
+    (odd / "ran").unlink(missing_ok=True)
+    assert chat.main([str(folder), "--prompt", "hi", "--trust-remote-code"]) == 2
+    _one_line(capsys, f"{folder} must say in provenance.json which code of its base was trusted")
+    (tmp_path / "kept").rename(folder / "provenance.json")
+    assert not (odd / "ran").exists()
 
 
 @pytest.mark.parametrize("revision", ["null", "main", "v1", "0123abc", "0" * 41])

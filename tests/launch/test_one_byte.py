@@ -105,3 +105,9 @@ def test_one_changed_byte_of_a_result_is_seen_by_each_verb_that_reads_it(
         assert done.stderr.startswith("dsft: "), verb
         assert done.stderr.endswith(f"must hold its whole result, got {weights} changed; put it back\n"), done.stderr
     assert list(tmp_path.iterdir()) == []
+    listed = run_dir / "adapter" / "verified.json"
+    listed.rename(tmp_path / "kept")
+    chat = warm.run("dsft.chat", run_dir, "--prompt", "hi")
+    (tmp_path / "kept").rename(listed)
+    assert (chat.returncode, chat.stdout) == (2, "")
+    assert chat.stderr.endswith(f"must hold its whole result, got {listed} missing; put it back\n"), chat.stderr

@@ -1,5 +1,6 @@
 """Processes of dsft import what is installed first and what lies in the user's folder last, or not at all."""
 
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -76,6 +77,13 @@ def test_ones_own_option_and_module_are_asked_for_where_they_are_typed(hostile: 
         for said in (f"got {conf}, and {place} may be written by anybody", f"--config-dir {conf}"):
             assert said in str(refused.value)
         place.chmod(mode)
+    (hostile / "lm").mkdir()
+    (hostile / "lm" / "other.yaml").touch()
+    (hostile / "lm" / "other.yaml").chmod(0o666)
+    (conf / "model").symlink_to(hostile / "lm")
+    (conf / "loop").symlink_to(conf)
+    with pytest.raises(ValueError, match=r"and .*/conf/(model|loop/model)/other.yaml may be written by anybody"):
+        compose([*words[:3], "method=lora", "data=reasoning_gym"])
 
 
 @pytest.mark.parametrize("given", [None, "", ":", "/a", ":/a", "/a:", "/a::/b", ":::"])
@@ -126,7 +134,13 @@ def test_a_module_that_all_may_write_is_not_imported(
     searched.take(searched.own_folder())
     module = "own" if "whole" not in place else "whole.part"
     (tmp_path / place).chmod(0o777)
+    (tmp_path / "hydra_plugins").mkdir()
+    (tmp_path / "hydra_plugins" / "own.py").write_text(RAN)
     try:
+        assert importlib.util.find_spec(module.partition(".")[0]) is None or place == "whole/part.py"
+        assert str(tmp_path / "hydra_plugins") not in (
+            importlib.util.find_spec("hydra_plugins").submodule_search_locations or []
+        )
         with pytest.raises(ImportError, match=f"{place}.* may be written by anybody"):
             locate(f"{module}.Mine", TYPED)
         assert not list(tmp_path.rglob("ran"))
