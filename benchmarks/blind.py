@@ -1,0 +1,135 @@
+"""Whole steps on a device that is not the host: each cell of methods, quantizations and strategies, without a GPU.
+
+python -m benchmarks.blind JOB: JOB is a file with a Job as JSON; prints one line of JSON per cell. A cell is two
+optimizer steps of two micro-batches, the copies of a save, the state taken over again and, where this process is alone,
+the result and its probe. The device is sham_cuda's number 1 of 2, so that what works on the first one by accident is
+found as well. Ranks are those of torch's fake group: what others would give is a copy of this one's own.
+"""
+
+import gc
+import json
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks import sham_cuda
+from benchmarks.collectives import fake_world
+from benchmarks.refusals import refused
+from benchmarks.syncs import Syncs
+from dsft.checkpoint.copies import Copies
+from dsft.comm.world import World, leave
+from dsft.compose import compose
+from dsft.config import Run
+from dsft.data.open import open_data
+from dsft.engine.assemble import Session, assemble
+from dsft.engine.loop import step_batches
+from dsft.engine.result import write_probe, write_result
+from dsft.engine.step import train_step
+
+DEVICE = torch.device("cuda", 1)
+WORDS = (
+    "data=reasoning_gym", "data.size=32", "data.eval_size=0", "train.steps=10", "train.precision=fp32",
+    "train.micro_batch_tokens=60", "optim.lr=1e-3", "optim.schedule=constant",
+)  # fmt: skip
+"""Of every cell: examples of 40 to 60 tokens, one to a micro-batch."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """cells: name -> what is composed besides WORDS; ranks of the fake group; cache: where the device's library is.
+
+    host: the cells run on the CPU, and there is no other device.
+    """
+
+    cells: Mapping[str, Sequence[str]]
+    ranks: int
+    cache: str
+    host: bool = False
+
+
+def main() -> None:
+    """Run the cells of a job."""
+    job = Job(**json.loads(Path(sys.argv[1]).read_text()))
+    world = begin(job)
+    for name, words in job.cells.items():
+        print(json.dumps({"name": name, **cell(words, world)}), flush=True)
+        gc.collect()
+    leave()
+
+
+def begin(job: Job) -> World:
+    """The world of this process, on the device."""
+    import bitsandbytes  # noqa: F401  # imported on a machine with CUDA it looks for kernels of its own
+    import peft  # noqa: F401
+
+    torch.set_num_threads(1)
+    if job.host:
+        return fake_world(job.ranks)
+    sham_cuda.begin(Path(job.cache))
+    torch.cuda.set_device(DEVICE)
+    return replace(fake_world(job.ranks), device=DEVICE)
+
+
+def cell(words: Sequence[str], world: World) -> dict[str, Any]:
+    """losses, norms, and of the last step micro_batches and waits (see Syncs); or refused and by whom; or an error."""
+    try:
+        run = compose([*WORDS, f"train.global_batch_size={2 * world.size}", *words]).run
+    except ValueError as error:
+        return refused(error)
+    try:
+        return measured(run, world)
+    except Exception as error:  # of any library: it is what the cell is made for
+        return {"error": f"{type(error).__name__}: {error}"}
+
+
+def measured(run: Run, world: World) -> dict[str, Any]:
+    """The cell's numbers."""
+    files = run.model.resolve()
+    data = open_data(run.data, files.tokenizer(), max_length=run.train.max_length, seed=0)
+    session = assemble(run, files, world)
+    results, waits, batches = [], Counter[str](), []
+    for step in (1, 2):
+        batches = step_batches(session, data, step)[1]
+        with Syncs() as syncs:
+            results.append(train_step(session, batches, step, 1.0))
+        waits = syncs.found
+    saved_and_taken_over(session)
+    if world.size == 1:
+        with tempfile.TemporaryDirectory() as folder:
+            write_result(session, Path(folder) / "adapter")
+            write_probe(session, batches[0].tokens, Path(folder) / "probe", "")
+    run.strategy.close()
+    return {
+        "losses": [result.loss for result in results],
+        "norms": [result.grad_norm for result in results],
+        "micro_batches": len(batches),
+        "waits": dict(waits),
+    }
+
+
+def saved_and_taken_over(session: Session) -> None:
+    """What a save copies, twice, as the second time memory is there; and what a resume does with it."""
+    strategy = session.run.strategy
+    copies = Copies(pinned=session.world.device.type == "cuda")
+    copies.take(strategy.export_state())
+    saved = copies.take(strategy.export_state())
+    taken = strategy.state_template({name: (value.shape, value.dtype) for name, value in saved.items()})
+    for name, value in taken.items():
+        _local(value).copy_(_local(saved[name]))
+    strategy.import_state(taken)
+
+
+def _local(value: Any) -> Tensor:
+    part: Tensor = value.to_local() if hasattr(value, "to_local") else value
+    return part
+
+
+if __name__ == "__main__":
+    main()
