@@ -1,7 +1,7 @@
 """Whole steps on a device that is not the host: each cell of methods, quantizations and strategies, without a GPU.
 
 python -m benchmarks.blind JOB: JOB is a file with a Job as JSON; prints one line of JSON per cell. A cell is two
-optimizer steps of two micro-batches, the copies of a save, the state taken over again and, where this process is alone,
+optimizer steps of two micro-batches, the copies of a save and, where this process is alone, the state taken over again,
 the result and its probe. The device is sham_cuda's number 1 of 2, so that what works on the first one by accident is
 found as well. Ranks are those of torch's fake group: what others would give is a copy of this one's own.
 """
@@ -58,6 +58,8 @@ def main() -> None:
     """Run the cells of a job."""
     job = Job(**json.loads(Path(sys.argv[1]).read_text()))
     world = begin(job)
+    gc.collect()
+    gc.freeze()  # what is left is the libraries' own, and large
     for name, words in job.cells.items():
         print(json.dumps({"name": name, **cell(words, world)}), flush=True)
         gc.collect()
@@ -100,8 +102,9 @@ def measured(run: Run, world: World) -> dict[str, Any]:
         with Syncs() as syncs:
             results.append(train_step(session, batches, step, 1.0))
         waits = syncs.found
-    saved_and_taken_over(session)
+    saved = copied(session)
     if world.size == 1:
+        taken_over(session, saved)
         with tempfile.TemporaryDirectory() as folder:
             write_result(session, Path(folder) / "adapter")
             write_probe(session, batches[0].tokens, Path(folder) / "probe", "")
@@ -114,12 +117,16 @@ def measured(run: Run, world: World) -> dict[str, Any]:
     }
 
 
-def saved_and_taken_over(session: Session) -> None:
-    """What a save copies, twice, as the second time memory is there; and what a resume does with it."""
-    strategy = session.run.strategy
+def copied(session: Session) -> Mapping[str, Tensor]:
+    """What a save copies to the host; twice, as from the second time on the memory for it is there."""
     copies = Copies(pinned=session.world.device.type == "cuda")
-    copies.take(strategy.export_state())
-    saved = copies.take(strategy.export_state())
+    copies.take(session.run.strategy.export_state())
+    return copies.take(session.run.strategy.export_state())
+
+
+def taken_over(session: Session, saved: Mapping[str, Tensor]) -> None:
+    """What a resume does with it. Of a fake group no rank has what the others have saved."""
+    strategy = session.run.strategy
     taken = strategy.state_template({name: (value.shape, value.dtype) for name, value in saved.items()})
     for name, value in taken.items():
         _local(value).copy_(_local(saved[name]))

@@ -20,8 +20,8 @@ from torch.utils._pytree import tree_leaves
 OURS = str(Path(__file__).parents[1] / "dsft") + "/"
 
 COUNTS_FIRST = (
-    "_local_scalar_dense", "nonzero", "masked_select", "_unique", "_unique2", "unique_dim", "unique_consecutive", "bincount",
-    "equal", "_linalg_check_errors",
+    "_local_scalar_dense", "nonzero", "masked_select", "_unique", "_unique2", "unique_dim", "unique_consecutive",
+    "bincount", "equal", "_linalg_check_errors",
 )  # fmt: skip
 """Operators whose result, or its size, the host reads back."""
 

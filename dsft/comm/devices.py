@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from dsft_launchers.verdict import CannotBeginError
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -62,3 +63,11 @@ def devices(seats: Sequence[Seat]) -> list[torch.device]:
             )
         found.append(torch.device("cuda", mine.visible.index(gpu)))
     return found
+
+
+def sent(value: Tensor, device: torch.device) -> Tensor:
+    """Value, which is on the host, on device; the host does not wait for the copy.
+
+    CUDA copies by itself from pinned memory alone, which torch does not use again before that is over.
+    """
+    return value.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else value.to(device)
