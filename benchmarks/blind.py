@@ -1,6 +1,6 @@
 """Whole steps on a device that is not the host: each cell of methods, quantizations and strategies, without a GPU.
 
-python -m benchmarks.blind JOB: JOB is a file with a Job as JSON; prints one line of JSON per cell. A cell is two
+python -m benchmarks.blind JOB: JOB is a file with a Job as JSON; prints one line of JSON per cell. A cell is three
 optimizer steps of two micro-batches, the copies of a save and, where this process is alone, the state taken over again,
 the result and its probe. The device is sham_cuda's number 1 of 2, so that what works on the first one by accident is
 found as well. Ranks are those of torch's fake group: what others would give is a copy of this one's own.
@@ -12,7 +12,8 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from torch import Tensor
 from benchmarks import sham_cuda
 from benchmarks.collectives import fake_world
 from benchmarks.refusals import refused
+from benchmarks.strays import planted
 from benchmarks.syncs import Syncs
 from dsft.checkpoint.copies import Copies
 from dsft.comm.world import World, leave
@@ -45,13 +47,14 @@ WORDS = (
 class Job:
     """cells: name -> what is composed besides WORDS; ranks of the fake group; cache: where the device's library is.
 
-    host: the cells run on the CPU, and there is no other device.
+    host: the cells run on the CPU, and there is no other device. strays: cell -> what is planted in it, see strays.py.
     """
 
     cells: Mapping[str, Sequence[str]]
     ranks: int
     cache: str
     host: bool = False
+    strays: Mapping[str, str] = field(default_factory=dict)
 
 
 def main() -> None:
@@ -61,7 +64,8 @@ def main() -> None:
     gc.collect()
     gc.freeze()  # what is left is the libraries' own, and large
     for name, words in job.cells.items():
-        print(json.dumps({"name": name, **cell(words, world)}), flush=True)
+        with planted(job.strays[name]) if name in job.strays else nullcontext():
+            print(json.dumps({"name": name, **cell(words, world)}), flush=True)
         gc.collect()
     leave()
 
@@ -97,7 +101,7 @@ def measured(run: Run, world: World) -> dict[str, Any]:
     data = open_data(run.data, files.tokenizer(), max_length=run.train.max_length, seed=0)
     session = assemble(run, files, world)
     results, waits, batches = [], Counter[str](), []
-    for step in (1, 2):
+    for step in (1, 2, 3):
         batches = step_batches(session, data, step)[1]
         with Syncs() as syncs:
             results.append(train_step(session, batches, step, 1.0))

@@ -123,8 +123,9 @@ class Method(ABC):
         """Raise ValueError, one line, if this method cannot do with a run of total steps. Asked before weights load."""
 
     def course(self, model: nn.Module, total: int, device: torch.device) -> Course | None:
-        """What it does around each step of a run of total steps, its state on device; None: nothing.
+        """What it does around each step of a run of total steps; None: nothing.
 
+        device: where its state is, but for what the host asks for at each step.
         model: with this method in it, on meta and not sharded yet.
         """
         return None
