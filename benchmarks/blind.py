@@ -1,16 +1,16 @@
 """Whole steps on a device that is not the host: each cell of methods, quantizations and strategies, without a GPU.
 
-python -m benchmarks.blind JOB: JOB is a file with a Job as JSON; prints one line of JSON per cell. A cell is three
-optimizer steps of two micro-batches, the copies of a save and, where this process is alone, the state taken over again,
-the result and its probe. The device is sham_cuda's number 1 of 2, so that what works on the first one by accident is
-found as well. Ranks are those of torch's fake group: what others would give is a copy of this one's own.
+python -m benchmarks.blind JOB: JOB is a file with a Job as JSON; prints one line of JSON per cell. A cell is two
+optimizer steps of two micro-batches (three where a method prunes after the second), the copies of a save and, where
+this process is alone, the state taken over again, the result and its probe. The device is number 1 of the two that
+sham_cuda has, so that what works on the first one by accident is found as well. Ranks are those of torch's fake group:
+what others would give is a copy of this one's own.
 """
 
 import gc
 import json
 import sys
 import tempfile
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
@@ -100,12 +100,11 @@ def measured(run: Run, world: World) -> dict[str, Any]:
     files = run.model.resolve()
     data = open_data(run.data, files.tokenizer(), max_length=run.train.max_length, seed=0)
     session = assemble(run, files, world)
-    results, waits, batches = [], Counter[str](), []
-    for step in (1, 2, 3):
+    syncs, steps, results, batches = Syncs(), 3 if run.method.guides else 2, [], []
+    for step in range(1, steps + 1):
         batches = step_batches(session, data, step)[1]
-        with Syncs() as syncs:
+        with syncs if step == steps else nullcontext():
             results.append(train_step(session, batches, step, 1.0))
-        waits = syncs.found
     saved = copied(session)
     if world.size == 1:
         taken_over(session, saved)
@@ -117,7 +116,7 @@ def measured(run: Run, world: World) -> dict[str, Any]:
         "losses": [result.loss for result in results],
         "norms": [result.grad_norm for result in results],
         "micro_batches": len(batches),
-        "waits": dict(waits),
+        "waits": dict(syncs.found),
     }
 
 

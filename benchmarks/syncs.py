@@ -25,6 +25,12 @@ COUNTS_FIRST = (
 )  # fmt: skip
 """Operators whose result, or its size, the host reads back."""
 
+BY_INDEX = ("index", "index_put", "index_put_", "_index_put_impl_")
+LOOKED_AT = frozenset(
+    f"aten::{name}"
+    for name in (*COUNTS_FIRST, *BY_INDEX, "repeat_interleave", "copy_", "_foreach_copy_", "_to_copy", "lift_fresh")
+)
+
 
 class Syncs(TorchDispatchMode):
     """Within it, each wait of this process for its device is noted in found: "PLACE: WHAT" -> how often.
@@ -41,6 +47,8 @@ class Syncs(TorchDispatchMode):
         if any(issubclass(kind, DTensor) for kind in types):
             return NotImplemented  # it comes again in plain tensors
         out = func(*args, **(kwargs or {}))
+        if func._schema.name not in LOOKED_AT:
+            return out
         for what in _waits(func, args, kwargs or {}, out):
             self.found[f"{_place()}: {what}"] += 1
         return out
@@ -65,7 +73,7 @@ def _counts_first(name: str, args: Any, kwargs: Any) -> bool:
     """True where it is this call's arguments that make an operator's size known on the device alone."""
     if name == "repeat_interleave":
         return kwargs.get("output_size") is None
-    if name in ("index", "index_put", "index_put_", "_index_put_impl_"):
+    if name in BY_INDEX:
         return any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1])
     return False
 
