@@ -31,6 +31,7 @@ from dsft.compose import compose
 from dsft.config import Run
 from dsft.data.open import open_data
 from dsft.engine.assemble import Session, assemble
+from dsft.engine.evaluate import evaluate
 from dsft.engine.loop import step_batches
 from dsft.engine.result import write_probe, write_result
 from dsft.engine.step import train_step
@@ -111,6 +112,8 @@ def measured(run: Run, world: World) -> dict[str, Any]:
         with tempfile.TemporaryDirectory() as folder:
             write_result(session, Path(folder) / "adapter")
             write_probe(session, batches[0].tokens, Path(folder) / "probe", "")
+        if data.eval is not None:
+            evaluate(session, data)
     run.strategy.close()
     return {
         "losses": [result.loss for result in results],

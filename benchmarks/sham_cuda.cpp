@@ -1,128 +1,10 @@
 // A device called cuda in a torch that was built without it: its memory is the host's, and every operator on it is the
-// CPU's, computed on the same bytes. So a whole step runs on "cuda", and an operator whose tensors lie on two devices is
-// refused as CUDA refuses it. Built and loaded by sham_cuda.py, which gives torch.cuda the answers that go with it.
+// CPU's, computed on the same bytes. So a whole step runs on "cuda", and an operator whose tensors lie on two devices
+// is refused as CUDA refuses it. Built and loaded by sham_cuda.py, which gives torch.cuda the answers that go with it.
 
-#include <cstdlib>
-#include <cstring>
-#include <map>
-#include <mutex>
-#include <set>
-
-#include <ATen/CPUGeneratorImpl.h>
-#include <ATen/detail/CUDAHooksInterface.h>
-#include <torch/library.h>
+#include "sham_cuda.h"
 
 namespace {
-
-using c10::Device, c10::DeviceIndex, c10::DispatchKey, c10::IValue, c10::Stream, c10::StreamId;
-constexpr auto CUDA = c10::DeviceType::CUDA;
-constexpr DeviceIndex DEVICES = 2;
-thread_local DeviceIndex now = 0;  // as CUDA's: each thread begins on device 0
-thread_local StreamId streams[DEVICES] = {0, 0};
-
-// Memory -------------------------------------------------------------------------------------------------------------
-
-std::mutex pinned_lock;
-std::map<char*, size_t> pinned;  // beginning -> bytes
-
-struct Memory final : c10::Allocator {
-  c10::DataPtr allocate(size_t count) override {
-    void* data = count ? std::aligned_alloc(64, (count + 63) / 64 * 64) : nullptr;
-    return {data, data, &std::free, Device(CUDA, now)};
-  }
-  c10::DeleterFnPtr raw_deleter() const override { return &std::free; }
-  void copy_data(void* to, const void* from, size_t count) const override { default_copy_data(to, from, count); }
-};
-
-struct PinnedMemory final : c10::Allocator {
-  static void release(void* data) {
-    std::lock_guard<std::mutex> held(pinned_lock);
-    pinned.erase(static_cast<char*>(data));
-    std::free(data);
-  }
-  c10::DataPtr allocate(size_t count) override {
-    void* data = std::aligned_alloc(64, (count + 64) / 64 * 64);
-    std::lock_guard<std::mutex> held(pinned_lock);
-    pinned[static_cast<char*>(data)] = count;
-    return {data, data, &release, Device(c10::DeviceType::CPU)};
-  }
-  c10::DeleterFnPtr raw_deleter() const override { return &release; }
-  void copy_data(void* to, const void* from, size_t count) const override { default_copy_data(to, from, count); }
-};
-
-Memory memory;
-PinnedMemory pinned_memory;
-
-// What torch asks a device for ---------------------------------------------------------------------------------------
-
-struct Guard final : c10::impl::DeviceGuardImplInterface {
-  c10::DeviceType type() const override { return CUDA; }
-  Device exchangeDevice(Device device) const override {
-    Device before = getDevice();
-    now = device.index();
-    return before;
-  }
-  Device getDevice() const override { return {CUDA, now}; }
-  void setDevice(Device device) const override { now = device.index(); }
-  void uncheckedSetDevice(Device device) const noexcept override { now = device.index(); }
-  Stream getStream(Device device) const override {
-    auto index = device.has_index() ? device.index() : now;
-    return Stream(Stream::UNSAFE, {CUDA, index}, streams[index]);
-  }
-  Stream getDefaultStream(Device device) const override { return Stream(Stream::UNSAFE, device, 0); }
-  Stream getNewStream(Device device, int) const override {
-    static std::atomic<StreamId> made{0};
-    return Stream(Stream::UNSAFE, device, ++made);
-  }
-  Stream getStreamFromGlobalPool(Device device, bool) const override { return getNewStream(device, 0); }
-  Stream exchangeStream(Stream stream) const override {
-    Stream before = getStream(stream.device());
-    streams[stream.device_index()] = stream.id();
-    return before;
-  }
-  DeviceIndex deviceCount() const noexcept override { return DEVICES; }
-  void record(void**, const Stream&, const DeviceIndex, const c10::EventFlag) const override {}
-  void block(void*, const Stream&) const override {}
-  bool queryEvent(void*) const override { return true; }
-  void destroyEvent(void*, const DeviceIndex) const noexcept override {}
-  bool queryStream(const Stream&) const override { return true; }
-  void synchronizeStream(const Stream&) const override {}
-  void synchronizeEvent(void*) const override {}
-  void synchronizeDevice(const DeviceIndex) const override {}
-  void recordDataPtrOnStream(const c10::DataPtr&, const Stream&) const override {}
-};
-
-struct Draws final : at::CPUGeneratorImpl {  // the CPU's, under the device's name
-  explicit Draws(DeviceIndex index) { called({CUDA, index}); }
-  void called(Device device) { device_ = device; }
-};
-
-struct Hooks final : at::CUDAHooksInterface {
-    void init() const override {}
-  bool hasCUDA() const override { return true; }
-  bool isBuilt() const override { return true; }
-  bool isAvailable() const override { return true; }
-  bool hasPrimaryContext(DeviceIndex) const override { return true; }
-  DeviceIndex deviceCount() const override { return DEVICES; }
-  DeviceIndex current_device() const override { return now; }
-  DeviceIndex getCurrentDevice() const override { return now; }
-  Device getDeviceFromPtr(void*) const override { return {CUDA, now}; }
-  at::Allocator* getPinnedMemoryAllocator() const override { return &pinned_memory; }
-  bool isPinnedPtr(const void* data) const override {
-    std::lock_guard<std::mutex> held(pinned_lock);
-    auto next = pinned.upper_bound(static_cast<char*>(const_cast<void*>(data)));
-    return next != pinned.begin() && data < std::prev(next)->first + std::max<size_t>(1, std::prev(next)->second);
-  }
-  at::Generator getNewGenerator(DeviceIndex index) const override {
-    return at::make_generator<Draws>(index < 0 ? now : index);
-  }
-  const at::Generator& getDefaultGenerator(DeviceIndex index) const override {
-    static const std::array<at::Generator, DEVICES> made = {at::make_generator<Draws>(0), at::make_generator<Draws>(1)};
-    return made[index < 0 ? now : index];
-  }
-};
-
-// Operators ----------------------------------------------------------------------------------------------------------
 
 // One call of an operator: its tensors on cuda stand for the CPU's over the same bytes until it is over.
 struct Call {
@@ -138,14 +20,17 @@ struct Call {
     if (!ours.defined() || !ours.is_cuda()) return ours;
     device = device.value_or(ours.device());
     auto* impl = ours.storage().unsafeGetStorageImpl();
-    TORCH_CHECK(ours.numel() == 0 || impl->data() != nullptr, "a tensor on ", ours.device(), " was used after its memory was freed");
+    TORCH_CHECK(ours.numel() == 0 || impl->data() != nullptr, "a tensor on ", ours.device(),
+        " was used after its memory was freed");
     auto& storage = by_ours[impl];
     if (!storage) {
       auto data = c10::DataPtr(const_cast<void*>(ours.storage().data()), Device(c10::DeviceType::CPU));
-      storage = c10::Storage(c10::Storage::use_byte_size_t(), impl->nbytes(), std::move(data), c10::GetAllocator(c10::DeviceType::CPU), true);
+      storage = c10::Storage(c10::Storage::use_byte_size_t(), impl->nbytes(), std::move(data),
+          c10::GetAllocator(c10::DeviceType::CPU), true);
       by_host[storage.unsafeGetStorageImpl()] = {storage, ours.storage()};
     }
-    auto host = at::detail::make_tensor<c10::TensorImpl>(c10::Storage(storage), c10::DispatchKeySet(DispatchKey::CPU), ours.dtype());
+    auto host = at::detail::make_tensor<c10::TensorImpl>(c10::Storage(storage),
+        c10::DispatchKeySet(DispatchKey::CPU), ours.dtype());
     host.unsafeGetTensorImpl()->set_sizes_and_strides(ours.sizes(), ours.strides(), ours.storage_offset());
     if (ours.unsafeGetTensorImpl()->is_wrapped_number()) host.unsafeGetTensorImpl()->set_wrapped_number(true);
     tensors.emplace_back(ours, host);
@@ -181,7 +66,8 @@ struct Call {
     c10::Storage storage;
     auto known = by_host.find(host.storage().unsafeGetStorageImpl());
     storage = known != by_host.end() ? known->second.second : adopted(host.storage());
-    auto ours = at::detail::make_tensor<c10::TensorImpl>(std::move(storage), c10::DispatchKeySet(DispatchKey::CUDA), host.dtype());
+    auto ours = at::detail::make_tensor<c10::TensorImpl>(std::move(storage),
+        c10::DispatchKeySet(DispatchKey::CUDA), host.dtype());
     ours.unsafeGetTensorImpl()->set_sizes_and_strides(host.sizes(), host.strides(), host.storage_offset());
     return ours;
   }
@@ -230,21 +116,25 @@ void each_tensor(const IValue& value, const std::function<void(const at::Tensor&
 // As CUDA does: all on one device, but for numbers (0-dim tensors on the host) in operators that take them as such.
 void check_devices(const c10::OperatorHandle& op, at::ArrayRef<IValue> args) {
   static const std::set<std::string> COPIES = {"aten::copy_", "aten::_copy_from", "aten::_copy_from_and_resize"};
-  static const std::set<std::string> NUMBERS = {"aten::index_put_", "aten::_index_put_impl_", "aten::masked_fill_", "aten::fill_"};
+  static const std::set<std::string> NUMBERS = {"aten::index_put_", "aten::_index_put_impl_", "aten::masked_fill_",
+      "aten::fill_"};
   const auto& name = op.operator_name().name;
   if (COPIES.count(name)) return;
-  bool numbers = op.hasTag(at::Tag::pointwise) || NUMBERS.count(name) || name.find("::_foreach_") != std::string::npos;
+  bool numbers = op.hasTag(at::Tag::pointwise) || NUMBERS.count(name) || name.find("::_foreach_") !=
+      std::string::npos;
   std::optional<Device> found;
   std::string offending;
   for (const IValue& arg : args) {
     each_tensor(arg, [&](const at::Tensor& tensor) {
-      if (!tensor.defined() || (numbers && tensor.dim() == 0 && tensor.device().is_cpu())) return;
+      bool number = tensor.defined() && tensor.dim() == 0 && tensor.device().is_cpu();
+      if (!tensor.defined() || (number && (numbers || tensor.unsafeGetTensorImpl()->is_wrapped_number()))) return;
       if (found && *found != tensor.device()) offending = found->str() + " and " + tensor.device().str();
       found = found.value_or(tensor.device());
     });
     if (arg.isGenerator() && arg.toGenerator().device().type() != CUDA) offending = "cuda and a generator on cpu";
   }
-  TORCH_CHECK(offending.empty(), "Expected all tensors to be on the same device, but ", op.operator_name(), " got ", offending);
+  TORCH_CHECK(offending.empty(), "Expected all tensors to be on the same device, but ", op.operator_name(),
+      " got ", offending);
 }
 
 void on_host(const c10::OperatorHandle& op, c10::DispatchKeySet, torch::jit::Stack* stack) {
@@ -272,13 +162,17 @@ void nothing(const c10::OperatorHandle& op, c10::DispatchKeySet, torch::jit::Sta
   torch::jit::drop(*stack, op.schema().arguments().size());
 }
 
-at::Tensor& set_storage(at::Tensor& self, at::Storage source, c10::SymInt offset, c10::SymIntArrayRef sizes, c10::SymIntArrayRef strides) {
+at::Tensor& set_storage(at::Tensor& self, at::Storage source, c10::SymInt offset, c10::SymIntArrayRef sizes,
+    c10::SymIntArrayRef strides) {
   auto size = C10_AS_INTARRAYREF_SLOW(sizes), stride = C10_AS_INTARRAYREF_SLOW(strides);
-  TORCH_CHECK(source.device() == self.device(), "set_ got storage on ", source.device(), " for a tensor on ", self.device());
+  TORCH_CHECK(source.device() == self.device(), "set_ got storage on ", source.device(), " for a tensor on ",
+      self.device());
   std::vector<int64_t> dense(size.size(), 1);
-  for (int64_t at = static_cast<int64_t>(size.size()) - 2; at >= 0; --at) dense[at] = dense[at + 1] * std::max<int64_t>(1, size[at + 1]);
+  for (int64_t at = static_cast<int64_t>(size.size()) - 2; at >= 0; --at) dense[at] =
+      dense[at + 1] * std::max<int64_t>(1, size[at + 1]);
   self.unsafeGetTensorImpl()->set_storage_keep_dtype(std::move(source));
-  self.unsafeGetTensorImpl()->set_sizes_and_strides(size, stride.empty() && !size.empty() ? at::IntArrayRef(dense) : stride, offset.expect_int());
+  self.unsafeGetTensorImpl()->set_sizes_and_strides(size, stride.empty() && !size.empty()
+      ? at::IntArrayRef(dense) : stride, offset.expect_int());
   return self;
 }
 
@@ -288,7 +182,8 @@ at::Tensor& set_flat(at::Tensor& self, at::Storage source) {
 }
 
 at::Tensor& set_tensor(at::Tensor& self, const at::Tensor& source) {
-  TORCH_CHECK(source.device() == self.device(), "set_ got a tensor on ", source.device(), " for one on ", self.device());
+  TORCH_CHECK(source.device() == self.device(), "set_ got a tensor on ", source.device(), " for one on ",
+      self.device());
   self.unsafeGetTensorImpl()->set_storage_keep_dtype(source.storage());
   self.unsafeGetTensorImpl()->set_sizes_and_strides(source.sizes(), source.strides(), source.storage_offset());
   return self;
@@ -302,7 +197,7 @@ void resize_storage(const at::Tensor& over, int64_t bytes) {
   storage->set_nbytes(bytes);
 }
 
-constexpr const char* OWN[] = {"aten::set_", "aten::record_stream"};
+const std::set<std::string> OWN = {"aten::set_", "aten::record_stream", "aten::histc"};  // histc: in sham_cuda.py
 
 }  // namespace
 
@@ -322,23 +217,27 @@ TORCH_LIBRARY_IMPL(_, CUDA, library) { library.fallback(torch::CppFunction::make
 
 extern "C" {
 
-// Every operator that the CPU has a kernel of: what is composed of others on any device composes here too. Returns their number; -1 if there is a device already.
+// Every operator that the CPU has a kernel of: what is composed of others on any device composes here too. Returns
+// their number; -1 if there is a device already.
 int sham_cuda_begin() {
   if (c10::impl::hasDeviceGuardImpl(CUDA)) return -1;
   c10::impl::registerDeviceGuard(CUDA, new Guard());
   c10::SetAllocator(CUDA, &memory);
-  // torch has made the hooks of a device that is not there when it was imported; ours hold nothing, and take their place.
+  // torch has made the hooks of a device that is not there when it was imported; ours hold nothing, and take their
+  // place.
   static_assert(sizeof(Hooks) == sizeof(at::CUDAHooksInterface));
   new (const_cast<at::CUDAHooksInterface*>(&at::detail::getCUDAHooks())) Hooks();
   int taken = 0;
   auto& dispatcher = c10::Dispatcher::singleton();
   for (const auto& name : dispatcher.getAllOpNames()) {
     auto op = dispatcher.findOp(name);
-    bool own = name.name == OWN[0] || name.name == OWN[1];
-    if (!op || own || !op->hasSchema() || !op->hasKernelForDispatchKey(DispatchKey::CPU) || op->hasKernelForDispatchKey(DispatchKey::CUDA))
+    bool own = OWN.count(name.name) > 0;
+    if (!op || own || !op->hasSchema() || !op->hasKernelForDispatchKey(DispatchKey::CPU)
+        || op->hasKernelForDispatchKey(DispatchKey::CUDA))
       continue;
     static std::vector<c10::RegistrationHandleRAII> kept;
-    kept.push_back(dispatcher.registerImpl(name, DispatchKey::CUDA, c10::KernelFunction::makeFromBoxedFunction<&on_host>(), {}, nullptr, "sham cuda"));
+    kept.push_back(dispatcher.registerImpl(name, DispatchKey::CUDA,
+        c10::KernelFunction::makeFromBoxedFunction<&on_host>(), {}, nullptr, "sham cuda"));
     ++taken;
   }
   return taken;

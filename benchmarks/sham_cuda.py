@@ -42,6 +42,7 @@ def begin(cache: Path) -> None:
         setattr(torch.cuda, name, answer)
     _kernels.impl("_thnn_fused_lstm_cell", _lstm_cell, "CUDA")
     _kernels.impl("_thnn_fused_lstm_cell_backward_impl", _lstm_cell_backward, "CUDA")
+    _kernels.impl("histc", _histc, "CUDA")
     torch.cuda.nvtx._nvtx = SimpleNamespace(rangePushA=lambda name: 0, rangePop=lambda: 0, markA=lambda name: None)
     torch.UntypedStorage.resize_ = _resize  # type: ignore[method-assign, assignment]
 
@@ -49,7 +50,9 @@ def begin(cache: Path) -> None:
 def built(cache: Path) -> Path:
     """The library of this source and this torch."""
     root = Path(torch.__file__).parent
-    key = hashlib.sha256(SOURCE.read_bytes() + torch.__version__.encode()).hexdigest()[:16]
+    key = hashlib.sha256(
+        SOURCE.with_suffix(".h").read_bytes() + SOURCE.read_bytes() + torch.__version__.encode()
+    ).hexdigest()[:16]
     made = cache / f"sham_cuda-{key}.so"
     if made.is_file():
         return made
@@ -132,6 +135,11 @@ def _resize(storage: torch.UntypedStorage, nbytes: int) -> torch.UntypedStorage:
     over = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)  # type: ignore[call-overload]
     torch.ops.sham_cuda.resize(over, nbytes)
     return storage
+
+
+def _histc(value: Tensor, bins: int = 100, min: float = 0, max: float = 0) -> Tensor:
+    """torch's histogram on CUDA, which takes integers as well."""
+    return torch.histc(value.cpu().double(), bins, min, max).to(value.device, value.dtype)
 
 
 def _lstm_cell(

@@ -30,6 +30,22 @@ SETTLED = {"adalora": ["method.warmup=0", "method.final=8"], "diff_pruning": ["m
 RANKS = {"ddp": "lora", "fsdp": "adalora", "hsdp": "dora", "zero1": "diff_pruning", "zero2": "full", "zero3": "prefix"}
 """Strategy -> the method that is tried with it on four ranks in every run of the tests."""
 
+VARIANTS = {
+    "experts": ["model=tiny_moe", "method=qlora", "strategy=fsdp"],
+    "bf16 recomputed": [
+        "method=full", "strategy=fsdp", "train.precision=bf16", "train.gradient_checkpointing=selective",
+    ],
+    "activations offloaded": ["method=lora", "strategy=single", "train.offload_activations=true"],
+    "fsdp offloaded": ["method=lora", "strategy=fsdp", "strategy.offload=parameters"],
+    "zero3 offloaded": ["method=lora", "strategy=zero3", "strategy.offload=parameters"],
+    "moved in backward": [
+        "method=full", "strategy=single", "optim.in_backward=true", "train.max_grad_norm=inf",
+        "train.on_nonfinite=stop",
+    ],
+    "evaluated": ["method=prefix", "strategy=single", "data.eval_size=2"],
+}  # fmt: skip
+"""Cells of options that change where something lies or when it moves."""
+
 LOSS, NORM = "engine/step.py train_step: copy to host", "strategies/update.py step: _local_scalar_dense"
 ZERO = {"strategies/zero.py step: _local_scalar_dense": 4, "strategies/zero.py step: number to device": 2}
 """DeepSpeed's own, with two groups of parameters, the most that a method has: overflow, and norms of each."""
@@ -96,6 +112,7 @@ def excess(name: str, cell: Mapping[str, Any]) -> dict[str, int]:
 def cells(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     strays = {name: name for name in (*STRAYS, *WAITS)}
     every = {name: words(name) for name in sorted(COVER)} | {name: words(STRAYED) for name in strays}
+    every |= {name: ["model=tiny", *more] for name, more in VARIANTS.items()}
     return run(every, tmp_path_factory.mktemp("alone"), strays=strays)
 
 
@@ -114,11 +131,20 @@ def test_on_four_ranks_too(name: str, cells_of_four: dict[str, dict[str, Any]]) 
     whole(name, cells_of_four[name])
 
 
-def whole(name: str, cell: Mapping[str, Any]) -> None:
+@pytest.mark.parametrize("name", VARIANTS)
+def test_options_that_move_things_keep_to_it_as_well(name: str, cells: dict[str, dict[str, Any]]) -> None:
+    sound(cells[name])
+
+
+def sound(cell: Mapping[str, Any]) -> None:
     assert "error" not in cell, cell["error"]
     assert "refused" not in cell, cell["refused"]
     assert cell["micro_batches"] == 2
     assert all(map(math.isfinite, cell["losses"] + cell["norms"]))
+
+
+def whole(name: str, cell: Mapping[str, Any]) -> None:
+    sound(cell)
     assert excess(name, cell) == {}
 
 
