@@ -105,6 +105,7 @@ def measured(run: Run, world: World) -> dict[str, Any]:
     for step in range(1, steps + 1):
         batches = step_batches(session, data, step)[1]
         with syncs if step == steps else nullcontext():
+            world.max(0.0)  # as the loop asks before each step whether to stop
             results.append(train_step(session, batches, step, 1.0))
     saved = copied(session)
     if world.size == 1:
