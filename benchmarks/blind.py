@@ -2,9 +2,9 @@
 
 python -m benchmarks.blind JOB: JOB is a file with a Job as JSON; prints one line of JSON per cell. A cell is two
 optimizer steps of two micro-batches (three where a method prunes after the second), the copies of a save and, where
-this process is alone, the state taken over again, the result and its probe. The device is number 1 of the two that
-sham_cuda has, so that what works on the first one by accident is found as well. Ranks are those of torch's fake group:
-what others would give is a copy of this one's own.
+this process is alone, the state taken over again, the result, its probe and an evaluation if there are rows for it. The
+device is the machine's last one, or of sham_cuda's two where it has none: so what works on the first one by accident is
+found as well. Ranks are those of torch's fake group: what others would give is a copy of this one's own.
 """
 
 import gc
@@ -36,7 +36,6 @@ from dsft.engine.loop import step_batches
 from dsft.engine.result import write_probe, write_result
 from dsft.engine.step import train_step
 
-DEVICE = torch.device("cuda", 1)
 WORDS = (
     "data=reasoning_gym", "data.size=32", "data.eval_size=0", "train.steps=10", "train.precision=fp32",
     "train.micro_batch_tokens=60", "optim.lr=1e-3", "optim.schedule=constant",
@@ -79,9 +78,11 @@ def begin(job: Job) -> World:
     torch.set_num_threads(1)
     if job.host:
         return fake_world(job.ranks)
-    sham_cuda.begin(Path(job.cache))
-    torch.cuda.set_device(DEVICE)
-    return replace(fake_world(job.ranks), device=DEVICE)
+    if not torch.cuda.is_available():
+        sham_cuda.begin(Path(job.cache))
+    device = torch.device("cuda", torch.cuda.device_count() - 1)
+    torch.cuda.set_device(device)
+    return replace(fake_world(job.ranks), device=device)
 
 
 def cell(words: Sequence[str], world: World) -> dict[str, Any]:

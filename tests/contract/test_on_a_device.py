@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests import warm
 from tests.contract.sessions import METHODS
 
+pytestmark = pytest.mark.skipif(torch.version.cuda is not None, reason="this torch has a CUDA of its own")
 STRATEGIES = ("single", "ddp", "fsdp", "hsdp", "zero1", "zero2", "zero3")
 PACKED = ("none", "nf4", "int8")
 OWN = {"qlora": "nf4", "int8_lora": "int8"}
