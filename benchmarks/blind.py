@@ -29,7 +29,7 @@ from dsft.checkpoint.copies import Copies
 from dsft.comm.world import World, leave
 from dsft.compose import compose
 from dsft.config import Run
-from dsft.data.open import open_data
+from dsft.data.open import Dataset, open_data
 from dsft.engine.assemble import Session, assemble
 from dsft.engine.evaluate import evaluate
 from dsft.engine.loop import step_batches
@@ -65,7 +65,7 @@ def main() -> None:
     gc.freeze()  # what is left is the libraries' own, and large
     for name, words in job.cells.items():
         with planted(job.strays[name]) if name in job.strays else nullcontext():
-            print(json.dumps({"name": name, **cell(words, world)}), flush=True)
+            print(json.dumps({"name": name, **cell(words, world, steps_alone=name in job.strays)}), flush=True)
         gc.collect()
     leave()
 
@@ -85,19 +85,22 @@ def begin(job: Job) -> World:
     return replace(fake_world(job.ranks), device=device)
 
 
-def cell(words: Sequence[str], world: World) -> dict[str, Any]:
-    """losses, norms, and of the last step micro_batches and waits (see Syncs); or refused and by whom; or an error."""
+def cell(words: Sequence[str], world: World, *, steps_alone: bool = False) -> dict[str, Any]:
+    """Return losses, norms, and of the last step micro_batches and waits (see Syncs); or refused and by; or error.
+
+    steps_alone: nothing is saved.
+    """
     try:
         run = compose([*WORDS, f"train.global_batch_size={2 * world.size}", *words]).run
     except ValueError as error:
         return refused(error)
     try:
-        return measured(run, world)
+        return measured(run, world, steps_alone=steps_alone)
     except Exception as error:  # of any library: it is what the cell is made for
         return {"error": f"{type(error).__name__}: {error}"}
 
 
-def measured(run: Run, world: World) -> dict[str, Any]:
+def measured(run: Run, world: World, *, steps_alone: bool) -> dict[str, Any]:
     """The cell's numbers."""
     files = run.model.resolve()
     data = open_data(run.data, files.tokenizer(), max_length=run.train.max_length, seed=0)
@@ -108,14 +111,10 @@ def measured(run: Run, world: World) -> dict[str, Any]:
         with syncs if step == steps else nullcontext():
             world.max(0.0)  # as the loop asks before each step whether to stop
             results.append(train_step(session, batches, step, 1.0))
-    saved = copied(session)
-    if world.size == 1:
-        taken_over(session, saved)
-        with tempfile.TemporaryDirectory() as folder:
-            write_result(session, Path(folder) / "adapter")
-            write_probe(session, batches[0].tokens, Path(folder) / "probe", "")
-        if data.eval is not None:
-            evaluate(session, data)
+    if not steps_alone:
+        saved = copied(session)
+        if world.size == 1:
+            finished(session, data, saved, batches[0].tokens)
     run.strategy.close()
     return {
         "losses": [result.loss for result in results],
@@ -123,6 +122,16 @@ def measured(run: Run, world: World) -> dict[str, Any]:
         "micro_batches": len(batches),
         "waits": dict(syncs.found),
     }
+
+
+def finished(session: Session, data: Dataset, saved: Mapping[str, Tensor], tokens: Tensor) -> None:
+    """What a resume does with what was saved, and the end of a run: result, probe, evaluation if there are rows."""
+    taken_over(session, saved)
+    with tempfile.TemporaryDirectory() as folder:
+        write_result(session, Path(folder) / "adapter")
+        write_probe(session, tokens, Path(folder) / "probe", "")
+    if data.eval is not None:
+        evaluate(session, data)
 
 
 def copied(session: Session) -> Mapping[str, Tensor]:
