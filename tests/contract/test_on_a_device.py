@@ -82,11 +82,11 @@ WAITS = {
 """What is planted and right, but waits -> where."""
 
 
-def words(name: str, model: str = "tiny") -> list[str]:
+def words(name: str, ranks: int = 1) -> list[str]:
     method, strategy, packed = name.split()
-    shards = ["strategy.shard_size=2"] if strategy == "hsdp" and name in FOUR else []
+    shards = ["strategy.shard_size=2"] if strategy == "hsdp" and ranks > 1 else []
     return [
-        f"model={model}", f"method={method}", f"strategy={strategy}", f"quantization={packed}", *shards,
+        "model=tiny", f"method={method}", f"strategy={strategy}", f"quantization={packed}", *shards,
         *SETTLED.get(method, []),
     ]  # fmt: skip
 
@@ -121,7 +121,7 @@ def cells(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]
 
 @pytest.fixture(scope="module")
 def cells_of_four(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    return run({name: words(name) for name in sorted(FOUR)}, tmp_path_factory.mktemp("four"), ranks=4)
+    return run({name: words(name, 4) for name in sorted(FOUR)}, tmp_path_factory.mktemp("four"), ranks=4)
 
 
 @pytest.mark.parametrize("name", sorted(COVER))
@@ -174,7 +174,7 @@ def test_every_combination_keeps_to_its_device_or_is_refused(tmp_path: Path) -> 
             continue
         whole(name, found[name])
         assert found[name]["losses"] == pytest.approx(host[f"{method} single {packed}"]["losses"], rel=1e-4), name
-    four = run({n: words(n) for n in product if n.endswith(" none") and " single " not in n}, tmp_path, ranks=4)
+    four = run({n: words(n, 4) for n in product if n.endswith(" none") and " single " not in n}, tmp_path, ranks=4)
     for name, cell in four.items():
         if not refusal(name.split()[0], "none"):
             whole(name, cell)
