@@ -3,12 +3,14 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from dsft.comm.devices import sent
 from dsft.course import Course
 
 IGNORE = -100
@@ -59,8 +61,19 @@ class Batch:
     ids: tuple[str, ...]
 
     def to(self, device: torch.device) -> "Batch":
-        """The same batch on device."""
-        return Batch(self.tokens.to(device), self.positions.to(device), self.targets.to(device), self.lengths, self.ids)
+        """The same batch on device, in one copy that the host does not wait for."""
+        if device == self.tokens.device:
+            return self
+        parts = (self.tokens, self.positions, self.targets, self.supervised)
+        tokens, positions, targets, supervised = sent(torch.cat(parts), device).split([len(part) for part in parts])
+        batch = Batch(tokens, positions, targets, self.lengths, self.ids)
+        vars(batch)["supervised"] = supervised  # a device would have to tell the host how many there are
+        return batch
+
+    @cached_property
+    def supervised(self) -> Tensor:
+        """(P,) int64: the places in targets, in order, that are not IGNORE."""
+        return (self.targets != IGNORE).nonzero().flatten()
 
 
 class Method(ABC):
@@ -110,8 +123,9 @@ class Method(ABC):
         """Raise ValueError, one line, if this method cannot do with a run of total steps. Asked before weights load."""
 
     def course(self, model: nn.Module, total: int, device: torch.device) -> Course | None:
-        """What it does around each step of a run of total steps, its state on device; None: nothing.
+        """What it does around each step of a run of total steps; None: nothing.
 
+        device: where its state is, but for what the host asks for at each step.
         model: with this method in it, on meta and not sharded yet.
         """
         return None

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from dsft_launchers.verdict import CannotBeginError
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -100,3 +101,11 @@ def require_taken(seats: Sequence[Seat], taken: Sequence[torch.device], said: Se
                 f"{mine} cannot use GPU {mine.visible[device.index]}: {why}; nvidia-smi on {mine.host} shows who has "
                 "it (all of its memory, or the GPU alone by its compute mode)"
             )
+
+
+def sent(value: Tensor, device: torch.device) -> Tensor:
+    """Value, which is on the host, on device; the host does not wait for the copy.
+
+    CUDA copies by itself from pinned memory alone, which torch does not use again before that is over.
+    """
+    return value.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else value.to(device)

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dsft.comm import wire
-from dsft.comm.devices import devices, require_taken, seat, take
+from dsft.comm.devices import devices, require_taken, seat, sent, take
 from dsft.comm.meeting import meet, within
 from dsft.comm.segments import prefer_expandable
 from dsft.comm.sight import unusable
@@ -52,7 +52,7 @@ class World:
         """Largest of each value over all ranks, in one message."""
         if self.size == 1:
             return list(values)
-        largest = torch.tensor(values, dtype=torch.float64, device=self.device)
+        largest = sent(torch.tensor(values, dtype=torch.float64), self.device)
         dist.all_reduce(largest, op=dist.ReduceOp.MAX)
         return [float(value) for value in largest.tolist()]
 

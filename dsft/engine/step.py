@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from dsft.comm.devices import sent
 from dsft.engine.assemble import Session, autocast, stream
 from dsft.engine.guided import move
 from dsft.engine.offload import offloaded
@@ -39,7 +40,7 @@ def train_step(
     run, world = session.run, session.world
     tokens = torch.tensor([float(sum(b.tokens.numel() for b in batches))], dtype=torch.float64)
     local = torch.stack([run.objective.count(batch) for batch in batches]).sum(0)
-    totals = world.sum(torch.cat([local, tokens]))
+    totals = world.sum(sent(torch.cat([local, tokens]), world.device))
     counts = totals[:-1].clamp(min=1)
     sums = torch.zeros_like(counts)
     session.model.train()
@@ -53,10 +54,11 @@ def train_step(
         if last and run.optim.in_backward:
             settle()
             run.strategy.release(lr_scale)
-        share = (terms / counts.to(terms.device, terms.dtype)).sum()
+        share = (terms / counts.to(terms.dtype)).sum()
         run.strategy.backward(share, last=last)
-        sums += terms.detach().double().cpu()
-    loss = float((world.sum(sums) / counts).sum())
+        sums += terms.detach().double()
+    mean = (world.sum(sums) / counts).sum()
+    loss, supervised, *_, count = torch.cat([mean.reshape(1), totals]).tolist()  # the host waits, once
     grad_norm = penalty = math.nan
     if math.isfinite(loss):
         settle()
@@ -67,8 +69,8 @@ def train_step(
     return StepResult(
         loss=loss,
         grad_norm=grad_norm,
-        tokens=int(totals[-1]),
-        supervised=int(totals[0]),
+        tokens=int(count),
+        supervised=int(supervised),
         moved=math.isfinite(loss) and math.isfinite(grad_norm),
         penalty=penalty,
     )

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -93,13 +94,19 @@ class Allocator(Course):
             self._average(values, gradients)
         if not self.schedule.allocates(step):
             return {}
-        budget, kept = self.schedule.budget(step, self.first, self.last), self.state["kept"]
-        missed = int(kept.sum()) != budget  # the last allocation fell on a step that did not move
+        budget = self.schedule.budget(step, self.first, self.last)
+        kept = self.state["kept"].tolist()  # asked for once: each look at a device waits for it
+        missed = sum(kept) != budget  # the last allocation fell on a step that did not move
         if step <= self.schedule.settled or missed:
-            self._allocate(budget)
-        masks = kept.bool().split(self.ranks)
-        pruned = [(t.diagonal, mask) for t, mask in zip(self.triplets, masks, strict=True) if not mask.all()]
-        return {name: values[name] * mask[:, None] for name, mask in pruned}
+            kept = self._allocate(budget, kept)
+        masks = self.state["kept"].bool().split(self.ranks)
+        layers = zip(self.triplets, masks, self._by_layer(kept), strict=True)
+        return {t.diagonal: values[t.diagonal] * mask[:, None] for t, mask, flags in layers if not all(flags)}
+
+    def _by_layer(self, flags: Sequence[int]) -> list[Sequence[int]]:
+        """A flag per triplet, cut where a layer ends."""
+        ends = list(accumulate(self.ranks))
+        return [flags[end - rank : end] for end, rank in zip(ends, self.ranks, strict=True)]
 
     def news(self) -> tuple[str, Mapping[str, object]] | None:
         """The ranks of all layers, when an allocation has changed them."""
@@ -122,11 +129,11 @@ class Allocator(Course):
         layers = zip(whole[0::3], whole[1::3], whole[2::3], strict=True)
         return torch.cat([right.mean(1) + left.mean(0) + diagonal[:, 0] for right, left, diagonal in layers])
 
-    def _allocate(self, budget: int) -> None:
-        """The best triplets of all layers are kept, so many to the one; among equals the first."""
-        before = self.state["kept"].clone()
+    def _allocate(self, budget: int, before: list[int]) -> list[int]:
+        """The best triplets of all layers are kept, so many to the one; among equals the first. Returns their flags."""
         best = torch.sort(self.scores(), descending=True, stable=True).indices[:budget]
         self.state["kept"].zero_()[best] = 1
-        if not torch.equal(before, self.state["kept"]):
-            counts = [int(mask.sum()) for mask in self.state["kept"].split(self.ranks)]
-            self.told = {t.layer: count for t, count in zip(self.triplets, counts, strict=True)}
+        kept: list[int] = self.state["kept"].tolist()
+        if kept != before:
+            self.told = {t.layer: sum(flags) for t, flags in zip(self.triplets, self._by_layer(kept), strict=True)}
+        return kept

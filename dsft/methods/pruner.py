@@ -69,7 +69,7 @@ class Pruner(Course):
         self.tensors, self.noise, self.interval, self.device = tensors, noise, interval, device
         self.weight, self.count, self.last = weight, count, last
         self.names = tuple(name for entries in tensors for name in (entries.diff, *entries.gates))
-        self.state = {"pruned": torch.zeros(1, dtype=torch.uint8, device=device)}
+        self.state = {"pruned": torch.zeros(1, dtype=torch.uint8)}  # on the host, which asks for it thrice a step
         self.best: Best | None = None
         self.firsts: dict[str, int] = {}
         self.told: dict[str, int] | None = None

@@ -22,18 +22,17 @@ FLASH_WIDTH = 256
 
 
 def register() -> None:
-    """Make NAME and CACHED known to transformers (again is harmless)."""
+    """Make NAME and CACHED known to transformers (again is harmless).
+
+    NAME has no function for a mask: then transformers makes none. With one that gives None it would first look through
+    the positions for packed examples, which a GPU has to be asked for.
+    """
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
     AttentionInterface.register(NAME, ragged_attention)
-    AttentionMaskInterface.register(NAME, no_mask)
     AttentionInterface.register(CACHED, cached_attention)
     AttentionMaskInterface.register(CACHED, sdpa_mask)
-
-
-def no_mask(*_: Any, **__: Any) -> None:
-    """No mask: the segments say who attends to whom."""
 
 
 def ragged_attention(

@@ -21,13 +21,12 @@ class SFT(Objective):
 
         A batch without a supervised token gives a zero that still has a gradient path.
         """
-        places = (batch.targets != IGNORE).nonzero().flatten()
         scores = model(
             input_ids=batch.tokens[None],
             position_ids=batch.positions[None],
             segment_lengths=batch.lengths,
-            logits_to_keep=places,
-            targets=batch.targets[places],
+            logits_to_keep=batch.supervised,
+            targets=batch.targets[batch.supervised],
             use_cache=False,
         ).logits  # (1, supervised)
         return scores.sum().reshape(1), {}
