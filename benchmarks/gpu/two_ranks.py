@@ -1,0 +1,51 @@
+"""Check B: two ranks on one device, over the collectives that it has, held to one rank.
+
+NCCL refuses two ranks on one GPU of one host; with a host id for each it takes them for two hosts and talks over
+sockets (see cells_apart.py). Rank 1 has local rank 1 and sees one device, as under srun --gpus-per-task=1.
+"""
+
+import os
+
+from benchmarks.gpu.facts import Facts
+from benchmarks.gpu.runs import tiny_words, written_rows
+from benchmarks.gpu.scene import Scene, measured, relative
+from benchmarks.groups import Crew, Journal, Spec, run
+
+RATE, STEPS = 1e-3, 4
+EXACT, ROUNDED = 1e-5, 3e-2
+"""Relative, of losses: ranks add in another order; in bf16 each casts at its own places."""
+CASES = (
+    ("lora", "fsdp", "fp32"), ("lora", "ddp", "fp32"), ("qlora", "fsdp", "fp32"), ("full", "fsdp", "fp32"),
+    ("lora", "zero2", "fp32"), ("lora", "zero3", "fp32"),
+    ("qlora", "fsdp", "bf16"), ("full", "fsdp", "bf16"), ("qlora", "zero3", "bf16"),
+)  # fmt: skip
+HUNG_S = 30.0
+
+
+def two_ranks(scene: Scene, facts: Facts) -> None:
+    """Losses and norms of two ranks against one."""
+    rows = written_rows(scene)
+    alone = {
+        (method, precision): measured(scene, tiny_words(rows, method, precision=precision), STEPS)
+        for method, precision in sorted({(method, precision) for method, _, precision in CASES})
+    }
+    todo = {
+        f"{method} {strategy} {precision}": Spec(
+            tiny_words(rows, method, strategy=strategy, precision=precision, ranks=2), (RATE,), steps=STEPS
+        )
+        for method, strategy, precision in CASES
+    }
+    os.environ["NCCL_DEBUG"] = "WARN"
+    crew = Crew(2, program="benchmarks.gpu.cells_apart", hung=min(HUNG_S, scene.left_s / 2))
+    with facts.part("nine cells on two ranks"):
+        found = run(crew, todo, Journal(scene.folder / "journal.jsonl", "here"))
+        for method, strategy, precision in CASES:
+            name, one = f"{method} {strategy} {precision}", alone[method, precision]
+            cell = found[name]
+            if wrong := cell.get("crashed") or cell.get("refused"):
+                facts.note(name, str(wrong)[:200], ok=False, why="must run")
+                continue
+            exact = precision == "fp32"
+            facts.near(f"{name}: losses", relative(cell["losses"], one.losses), EXACT if exact else ROUNDED)
+            if exact:
+                facts.near(f"{name}: gradient norms", relative(cell["norms"], one.norms), 1e-4)
