@@ -10,10 +10,10 @@ from dataclasses import asdict, dataclass
 LIMIT_S = 90.0
 """Importing torch from a cold disk takes half a minute."""
 NEEDED = (
-    "torch", "transformers", "peft", "accelerate", "safetensors", "tokenizers", "hydra", "omegaconf", "pydantic",
-    "numpy", "pyarrow", "rich", "filelock", "jinja2", "submitit", "bitsandbytes", "deepspeed",
+    "torch", "transformers", "hydra", "omegaconf", "pydantic", "numpy", "pyarrow", "rich", "filelock", "jinja2", "yaml",
+    "safetensors", "tokenizers",
 )  # fmt: skip
-"""What dsft imports."""
+"""What every run of dsft imports. Without peft, bitsandbytes or deepspeed what needs them fails, and says so."""
 LEAST_GIB = 4.0
 """Free memory of the card that the tiny checks want: a context takes half of one, and two ranks share it."""
 

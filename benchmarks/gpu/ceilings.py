@@ -22,17 +22,20 @@ def ceilings(scene: Scene, facts: Facts) -> None:
             _driver(facts)
     size, side, dtype = (2**32, 8192, torch.bfloat16) if scene.cuda else (2**24, 512, torch.float32)
     with facts.part("copy"):
-        source = torch.ones(size, dtype=torch.uint8, device=scene.device)
-        target = torch.empty_like(source)
-        took = scene.seconds(lambda: target.copy_(source))
-        facts.note("copy, read and written", round(2 * size / took / 1e9, 1), "GB/s", ok=bool(target[-1] == 1))
-        del source, target
-        scene.forget()
+        _copy(scene, facts, size)
+    scene.forget()
     with facts.part("product"):
         left, right = scene.normal(side, side, dtype=dtype), scene.normal(side, side, dtype=dtype, seed=1)
         took = scene.seconds(lambda: left @ right)
         facts.note(f"product of {side}^3 in {str(dtype).removeprefix('torch.')}", round(2 * side**3 / took / 1e12, 3),
                    "TFLOP/s", ok=took > 0)  # fmt: skip
+
+
+def _copy(scene: Scene, facts: Facts, size: int) -> None:
+    source = torch.ones(size, dtype=torch.uint8, device=scene.device)
+    target = torch.empty_like(source)
+    took = scene.seconds(lambda: target.copy_(source))
+    facts.note("copy, read and written", round(2 * size / took / 1e9, 1), "GB/s", ok=bool(target[-1] == 1))
 
 
 def _version(name: str) -> str:

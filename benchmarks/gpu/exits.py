@@ -6,7 +6,7 @@ import subprocess
 import sys
 import threading
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -26,7 +26,7 @@ WAYS = ("os._exit", "dsft in a group", "Python")
 """How a process leaves: as Patience ends one; as a crash of a rank ends; by Python's own end, which is only told."""
 CASES = {
     "killed (-9)": ("", signal.SIGKILL, CRASHED, 12.0),
-    "stopped (SIGSTOP)": ("", signal.SIGSTOP, CRASHED, 15.0),
+    "stopped (SIGSTOP)": ("", signal.SIGSTOP, CRASHED, 20.0),
     "raises in a step": ("raises", None, CRASHED, 12.0),
     "SIGTERM while one waits": ("sleeps", signal.SIGTERM, STOPPED, 12.0),
 }
@@ -47,6 +47,10 @@ def exits(scene: Scene, facts: Facts) -> None:
         facts.note("threads while the device works", "not possible on a CPU")
 
 
+def _must(code: int, found: int | None, said: str) -> str:
+    return f"must be {code}" + ("" if found == code else f": {said}")
+
+
 @dataclass
 class _Group:
     name: str
@@ -54,7 +58,6 @@ class _Group:
     process: "subprocess.Popen[bytes]"
     acted: float = 0.0
     ended: float = 0.0
-    before: list[int] = field(default_factory=list)
 
 
 def _groups(scene: Scene, facts: Facts) -> None:
@@ -70,7 +73,7 @@ def _groups(scene: Scene, facts: Facts) -> None:
         if found is None:
             group.process.kill()
         said = " ".join((group.folder / "said").read_text(errors="replace").split())[-200:]
-        facts.note(f"{group.name}: exit code", found, ok=found == code, why=f"must be {code}: {said}")
+        facts.note(f"{group.name}: exit code", found, ok=found == code, why=_must(code, found, said))
         aborted = "SIGABRT" in said or "Aborted" in said
         facts.note(f"{group.name}: aborted", aborted, ok=not aborted)
         if group.ended and group.acted:
@@ -96,9 +99,9 @@ def _look(group: _Group) -> None:
             group.process.send_signal(number)
         elif number is not None:
             os.kill(int(ready[1].read_text()), number)
-        group.acted = time.monotonic()
+        group.acted = time.time() if number is not None else ready[1].stat().st_mtime
     if not group.ended and group.process.poll() is not None:
-        group.ended = time.monotonic()
+        group.ended = time.time()
 
 
 def _leaves(scene: Scene, way: str, facts: Facts) -> None:

@@ -1,5 +1,6 @@
 """Where a check runs: its device, its folder, and runs of dsft on shapes whose weights are drawn there."""
 
+import gc
 import json
 import os
 import tempfile
@@ -64,6 +65,7 @@ class Scene:
 
     def forget(self) -> None:
         """Give memory back, and let the peak be what is held now."""
+        gc.collect()
         if self.cuda:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(self.device)

@@ -3,9 +3,10 @@ plan, and what the device is idle; QLoRA's decoding, and one step of a 70B shape
 product of zeros runs faster.
 """
 
+import math
 import statistics
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from benchmarks.gpu.batches import laid_out, ragged
 from benchmarks.gpu.facts import Facts
 from benchmarks.gpu.scene import Scene, built, shape_of, shaped
 from benchmarks.profiles import profiled
+from dsft.config import Run
 from dsft.engine.assemble import DTYPES, Session, skeleton
 from dsft.engine.budget import estimate
 from dsft.engine.parts import Part
@@ -86,39 +88,38 @@ def ceiling(scene: Scene, session: Session) -> float:
 
 def _speed(scene: Scene, facts: Facts, method: str, todo: list[Load], *more: str) -> Session | None:
     """Assemble once, then every load; the session, for what comes after."""
+    words = ("train.gradient_checkpointing=none", *(more or ("train.compile=false",)))
+    run = shaped(scene, model_shape(scene), method, *words)
+    planned = [_planned(run, load.tokens, accelerator=scene.cuda) for load in todo]
+    free = torch.cuda.mem_get_info()[0] if scene.cuda else math.inf
     session = None
     with facts.part("assembling"):
-        words = ("train.gradient_checkpointing=none", *(more or ("train.compile=false",)))
-        run = shaped(scene, model_shape(scene), method, *words)
         session = built(scene, run)
         scene.sync()
         most = ceiling(scene, session)
         facts.note("ceiling, a product as wide as the widest linear", round(most / 1e12, 3), "TFLOP/s")
     if session is None:
         return None
-    for index, load in enumerate(todo):
-        planned = _planned(session, load.tokens)
-        free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() if scene.cuda else planned
-        if planned > free:
-            said = f"not run: the plan says {planned / GIB:.0f} GiB, {free / GIB:.0f} are there"
-            facts.note(f"{load.name}", said)
+    for load, needed in zip(todo, planned, strict=True):
+        facts.note(f"{load.name}: planned", round(needed / GIB, 2), "GiB")
+        if needed > free:
+            facts.note(load.name, f"not run: {free / GIB:.0f} GiB are there")
             continue
         with facts.part(load.name):
             _load(scene, facts, session, load, most)
-            facts.note(f"{load.name}: planned", round(planned / GIB, 2), "GiB")
-        if index == 0 and not more:
+        if load is todo[0] and not more:
             with facts.part("a profiled step"):
                 _profiled(session, load, facts)
     return session
 
 
-def _planned(session: Session, tokens: int) -> int:
-    """Bytes of a rank by the plan, the context of CUDA and the libraries left out."""
-    from dataclasses import replace
+def _planned(run: Run, tokens: int, *, accelerator: bool) -> int:
+    """Bytes of a rank by the plan, without what its process takes besides tensors.
 
-    run = replace(session.run, train=replace(session.run.train, micro_batch_tokens=tokens))
-    bones = skeleton(run, session.files)
-    found = estimate(run, bones, 1, accelerator=session.world.device.type == "cuda").as_dict()
+    Before the run is assembled: another model on meta takes the compiler's attention from one that is compiled.
+    """
+    run = replace(run, train=replace(run.train, micro_batch_tokens=tokens))
+    found = estimate(run, skeleton(run, run.model.resolve()), 1, accelerator=accelerator).as_dict()
     return int(found["total"] or 0) - int(found["process"] or 0)
 
 

@@ -30,10 +30,11 @@ def _table(outcomes: Sequence[Outcome]) -> Iterator[str]:
     yield "|---|---|---|---:|---:|---:|---|"
     for one in outcomes:
         ran = one.state != State.NOT_RUN
-        held = f"{sum(fact['ok'] is True for fact in one.facts)} held of {len(one.facts)}" if one.facts else ""
+        held, told = (sum(fact["ok"] is wanted for fact in one.facts) for wanted in (True, None))
+        facts = f"{held} held, {told} told" if one.facts else ""
         times = (f"{one.seconds:.1f}", f"{one.limit_s:.0f}") if ran else ("", "")
         state = one.state if as_it_must(one) else f"**{one.state}**"
-        yield f"| {one.check} | {one.title} | {state} | {' | '.join(times)} | {held} | {_cell(one.why)} |"
+        yield f"| {one.check} | {one.title} | {state} | {' | '.join(times)} | {facts} | {_cell(one.why)} |"
 
 
 def _absent(outcomes: Sequence[Outcome]) -> Iterator[str]:
