@@ -26,11 +26,11 @@ WAYS = ("os._exit", "dsft in a group", "Python")
 """How a process leaves: as Patience ends one; as a crash of a rank ends; by Python's own end, which is only told."""
 CASES = {
     "killed (-9)": ("", signal.SIGKILL, CRASHED, 12.0),
-    "stopped (SIGSTOP)": ("", signal.SIGSTOP, CRASHED, 20.0),
+    "stopped (SIGSTOP)": ("stops", signal.SIGSTOP, CRASHED, 20.0),
     "raises in a step": ("raises", None, CRASHED, 12.0),
     "SIGTERM while one waits": ("sleeps", signal.SIGTERM, STOPPED, 12.0),
 }
-"""Name -> fault in rank 1; signal to rank 1, SIGTERM to the launcher; its exit code; seconds that it may take."""
+"""Name -> fault in rank 1, see loops.py; signal to rank 1, SIGTERM to the launcher; its exit code; seconds at most."""
 
 
 def exits(scene: Scene, facts: Facts) -> None:
@@ -45,6 +45,11 @@ def exits(scene: Scene, facts: Facts) -> None:
             _ticks(facts)
     else:
         facts.note("threads while the device works", "not possible on a CPU")
+
+
+def _seconds(facts: Facts, what: str, seconds: float, most: float, *, judged: bool) -> None:
+    """Told alone on a CPU, where other work decides it."""
+    facts.note(what, round(seconds, 2), "s", ok=seconds <= most if judged else None, why=f"at most {most:g}")
 
 
 def _must(code: int, found: int | None, said: str) -> str:
@@ -77,7 +82,7 @@ def _groups(scene: Scene, facts: Facts) -> None:
         aborted = "SIGABRT" in said or "Aborted" in said
         facts.note(f"{group.name}: aborted", aborted, ok=not aborted)
         if group.ended and group.acted:
-            facts.near(f"{group.name}: ends after", group.ended - group.acted, most, "s")
+            _seconds(facts, f"{group.name}: ends after", group.ended - group.acted, most, judged=scene.cuda)
 
 
 def _start(scene: Scene, name: str, fault: str) -> _Group:
@@ -119,8 +124,7 @@ def _leaves(scene: Scene, way: str, facts: Facts) -> None:
         code = None
     ours = way != "Python"
     facts.note(f"{way}: exit code", code, ok=code == CRASHED if ours else None, why=f"must be {CRASHED}")
-    after = round(time.monotonic() - begun, 2)
-    facts.note(f"{way}: gone after", after, "s", ok=after <= GONE_S if ours else None, why=f"at most {GONE_S:g}")
+    _seconds(facts, f"{way}: gone after", time.monotonic() - begun, GONE_S, judged=scene.cuda and ours)
     if scene.cuda:
         back = torch.cuda.mem_get_info()[0]
         facts.note(f"{way}: GiB not given back", round((free - back) / 2**30, 2), ok=free - back < 2**29)

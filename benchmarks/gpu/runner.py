@@ -160,8 +160,11 @@ class _Started:
         return Outcome(self.check.name, self.check.title, state, why, round(seconds, 1), round(limit_s, 1), facts)
 
     def end(self) -> list[int]:
-        """Kill what is left of it; the process ids."""
-        killed = orphans.end(self.mark, patience_s=0.0 if self.process.poll() is None else 1.0)
+        """Kill its group, and what carries its mark in whatever group; the ids of the latter."""
+        alive = self.process.poll() is None
+        if alive:
+            os.killpg(self.process.pid, signal.SIGKILL)  # not reaped yet, so that the number is still its own
+        killed = orphans.end(self.mark, patience_s=0.0 if alive else 1.0)
         with suppress(subprocess.TimeoutExpired):  # in uninterruptible sleep, where no signal reaches it
             self.process.wait(timeout=1.0)
         if self.process.stdin is not None:

@@ -41,7 +41,7 @@ def two_ranks(scene: Scene, facts: Facts) -> None:
         for method, strategy, precision in CASES
     }
     os.environ["NCCL_DEBUG"] = "WARN"
-    crew = Crew(2, program="benchmarks.gpu.cells_apart", hung=min(HUNG_S, scene.left_s / 2))
+    crew = Crew(2, program="benchmarks.gpu.cells_apart", hung=HUNG_S if scene.cuda else scene.left_s / 2)
     journal, over = Journal(scene.folder / "journal.jsonl", "here"), threading.Event()
     teller = threading.Thread(target=_tell, args=(journal, alone, facts, over))
     teller.start()  # a group that hangs in its last cell must not take the others' numbers with it
