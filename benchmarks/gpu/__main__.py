@@ -13,11 +13,12 @@ import os
 import shlex
 import signal
 import sys
+import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from benchmarks.gpu.able import look, refusal
+from benchmarks.gpu.able import Found, look, refusal
 from benchmarks.gpu.listed import CHECKS, wanted
 from benchmarks.gpu.runner import RESERVE_S, Outcome, Stop, environment, run
 from benchmarks.gpu.table import as_it_must, page
@@ -64,23 +65,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Refuse or check, and write the table."""
     begun = time.monotonic()
     words = list(sys.argv[1:] if argv is None else argv)
-    try:
-        args = arguments(words)
-        folder: Path = args.out.resolve()
-        env = environment(folder, ROOT, cpu=args.cpu)
-        found = look(env)
-        if why := refusal(found, cpu=args.cpu):
-            raise ValueError(why)
-        folder.mkdir(parents=True, exist_ok=True)
-    except (ValueError, OSError) as error:
-        print(f"dsft: {error}", file=sys.stderr)
-        return 2
-    os.chdir(ROOT)
+    with tempfile.TemporaryDirectory(prefix="dsft-gpu-") as scratch:
+        try:
+            args = arguments(words)
+            env = environment(Path(scratch), ROOT, cpu=args.cpu)
+            found = look(env)
+            if why := refusal(found, cpu=args.cpu):
+                raise ValueError(why)
+            args.out.mkdir(parents=True, exist_ok=True)
+        except (ValueError, OSError) as error:
+            print(f"dsft: {error}", file=sys.stderr)
+            return 2
+        return _checked(args, words, env, found, begun)
+
+
+def _checked(args: argparse.Namespace, words: list[str], env: Mapping[str, str], found: Found, begun: float) -> int:
+    folder: Path = args.out.resolve()
     outcomes: list[Outcome] = []
     checks = wanted(args.only, cpu=args.cpu, free_gib=found.free_gib, plants=args.plant)
-    until = begun + args.budget
     with Stop().bound() as stop:
-        for outcome in run(checks, until=until, folder=folder, env=env, stop=stop):
+        for outcome in run(checks, until=begun + args.budget, folder=folder, env=env, stop=stop):
             outcomes.append(outcome)
             print(f"{outcome.check} {outcome.state} {outcome.seconds:g} s {outcome.why}".rstrip(), flush=True)
         text = page(outcomes, _head(args, words, found.torch, found.name, begun))

@@ -202,12 +202,15 @@ def _judged(code: int | None, facts: list[dict[str, Any]], garbled: str, log: Pa
     return State.PASSED, ""
 
 
-def environment(folder: Path, root: Path, *, cpu: bool) -> dict[str, str]:
-    """Variables of the checks: the checkout first on the path, no network, a cache of their own unless one is named."""
+def environment(scratch: Path, root: Path, *, cpu: bool) -> dict[str, str]:
+    """Variables of the checks: the checkout first on the path, no network, and scratch, this user's alone, for what is
+    temporary and for a cache of their own unless one is named.
+    """
     own = {
         "PYTHONPATH": os.pathsep.join([str(root), str(root / "launchers"), os.environ.get("PYTHONPATH", "")]),
-        "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1",
+        "TMPDIR": str(scratch), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1",
+        "PYTHONFAULTHANDLER": "1",
     }  # fmt: skip
-    unsaid = {"DSFT_CACHE": str(folder / "cache"), "OMP_NUM_THREADS": "1" if cpu else "4"}
+    unsaid = {"DSFT_CACHE": str(scratch / "cache"), "OMP_NUM_THREADS": "1" if cpu else "4"}
     unsaid = {name: value for name, value in unsaid.items() if name not in os.environ}
     return {**os.environ, **unsaid, **own, **({"CUDA_VISIBLE_DEVICES": ""} if cpu else {})}

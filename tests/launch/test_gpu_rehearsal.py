@@ -1,9 +1,13 @@
 """The checks that a machine with a GPU is asked, on a CPU: they run, and a kill of each costs no other its result."""
 
+import ast
+import functools
 import json
+import re
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks.gpu.__main__ import ROOT, main
 from benchmarks.gpu.able import look, refusal
@@ -40,3 +44,25 @@ def test_every_check_is_rehearsed_and_killed(tmp_path: Path) -> None:
         f"{name}{fault}": state
         for name in CHECKS for fault, state in (("", "passed"), (" hang", "killed"), (" die", "died"))
     }  # fmt: skip
+
+
+def torch_names(source: str) -> set[str]:
+    """Every name under torch, dotted, that a file writes."""
+    nodes = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Attribute)]
+    return {name for name in map(ast.unparse, nodes) if re.fullmatch(r"torch(\.\w+)+", name)}
+
+
+def test_every_name_of_torch_that_only_a_gpu_would_ask_for_is_there() -> None:
+    files = sorted((ROOT / "benchmarks" / "gpu").glob("*.py"))
+    names = set().union(*(torch_names(path.read_text()) for path in files))
+    assert {"torch.cuda._sleep", "torch.cuda.set_sync_debug_mode", "torch.cuda.nccl.version"} <= names
+    assert [name for name in sorted(names) if not is_there(name)] == []
+    assert not is_there("torch.cuda.set_sync_mode")
+
+
+def is_there(name: str) -> bool:
+    try:
+        functools.reduce(getattr, name.split(".")[1:], torch)
+    except AttributeError:
+        return False
+    return True
