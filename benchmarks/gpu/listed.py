@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from benchmarks.gpu.runner import Check
 
-PLANTED_S = 2.0
+PLANTED_S = 1.0
 """Limit of a check that a fault is planted in: it does nothing but hang or die."""
 CPU_LIMIT_S = 300.0
 """Limit of a check of the rehearsal: a machine that is busy with other tests does not reach it."""

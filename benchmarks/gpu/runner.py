@@ -155,6 +155,8 @@ class _Started:
         state, why = _judged(code, facts, garbled, self.log)
         if code is None:
             state, why = State.KILLED, f"stopped by {stop.by}" if stop.by else f"no end within {limit_s:.0f} s"
+            if limit_s < self.check.limit_s and not stop.by:
+                why += f", which the budget left of its {self.check.limit_s:.0f}"
         elif left_behind and state is State.PASSED:
             state, why = State.FAILED, f"left {len(left_behind)} processes behind"
         return Outcome(self.check.name, self.check.title, state, why, round(seconds, 1), round(limit_s, 1), facts)

@@ -103,10 +103,11 @@ def test_what_the_budget_leaves_is_the_limit_of_the_last(tmp_path: Path) -> None
                         budget_s=RESERVE_S + 0.5)  # fmt: skip
     assert (first.state, second.state) == (State.KILLED, State.NOT_RUN)
     assert first.limit_s <= 0.5
+    assert first.why.endswith("which the budget left of its 300")
 
 
 def test_a_request_to_stop_ends_the_check_and_names_what_was_not_run(tmp_path: Path) -> None:
-    asks = shell("asks", f"read seconds; {GOOD} kill -TERM {os.getpid()}; sleep 600", limit_s=60.0)
+    asks = shell("asks", f"read seconds; {GOOD} kill -TERM {os.getpid()}; sleep 600", limit_s=3600.0)
     with Stop().bound() as stop:
         first, second = ran([asks, shell("late", GOOD)], tmp_path, stop=stop)
     assert (first.state, first.why, len(first.facts)) == (State.KILLED, "stopped by SIGTERM", 1)
