@@ -16,7 +16,7 @@ from benchmarks.gpu.facts import Facts
 from benchmarks.gpu.scene import Scene
 from benchmarks.measure import LAUNCH
 
-SPIN_S = 20.0
+SPIN_S = 8.0
 """How long a kernel spins that nobody waits for."""
 GONE_S = 5.0
 """At most, from the last line of a process to its end, whatever its GPU does."""
@@ -34,12 +34,13 @@ CASES = {
 
 
 def exits(scene: Scene, facts: Facts) -> None:
-    """Groups of two ranks, all at once; then single processes."""
+    """Groups of two ranks, all at once; then single processes, one after the other, which import meanwhile."""
+    leaving = {way: _ready(scene, way) for way in (WAYS if scene.cuda else WAYS[:1])}
     with facts.part("groups of two ranks"):
         _groups(scene, facts)
-    for way in WAYS if scene.cuda else ("os._exit",):
+    for way, process in leaving.items():
         with facts.part(f"leaving by {way} from under work"):
-            _leaves(scene, way, facts)
+            _leaves(scene, way, process, facts)
     if scene.cuda:
         with facts.part("threads while the device works"):
             _ticks(facts)
@@ -109,12 +110,18 @@ def _look(group: _Group) -> None:
         group.ended = time.time()
 
 
-def _leaves(scene: Scene, way: str, facts: Facts) -> None:
+def _ready(scene: Scene, way: str) -> "subprocess.Popen[bytes]":
+    command = [sys.executable, "-m", "benchmarks.gpu.exits", way, scene.device.type]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+
+
+def _leaves(scene: Scene, way: str, process: "subprocess.Popen[bytes]", facts: Facts) -> None:
     """Seconds from a process's last line to its end, its exit code, and whether it gave the card's memory back."""
     free = torch.cuda.mem_get_info()[0] if scene.cuda else 0
-    command = [sys.executable, "-m", "benchmarks.gpu.exits", way, scene.device.type]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    assert process.stdin is not None
     assert process.stdout is not None
+    process.stdin.write(b"go\n")
+    process.stdin.flush()
     process.stdout.readline()
     begun = time.monotonic()
     try:
@@ -131,7 +138,8 @@ def _leaves(scene: Scene, way: str, facts: Facts) -> None:
 
 
 def spins(way: str, device: str) -> int:
-    """Leave while the device works."""
+    """Wait for a line, put the device to work, say so, and leave while it works."""
+    sys.stdin.readline()
     if device == "cuda":
         from dsft.comm.world import group_of_one
 

@@ -32,7 +32,7 @@ CHECKS: dict[str, Listed] = {
     "A1": Listed("every method against the CPU's numbers", f"{HERE}methods:methods", (30, 80), 20),
     "A3": Listed("attention against fp64, kernels, host syncs", f"{HERE}attending:attending", (15, 45), 5),
     "A5": Listed("the same step twice, resume, background save", f"{HERE}again:again", (15, 45), 10),
-    "E": Listed("exits of ranks that spin, die or stop", f"{HERE}exits:exits", (25, 60), 15),
+    "E": Listed("exits of ranks that spin, die or stop", f"{HERE}exits:exits", (35, 75), 15),
     "C1": Listed("speed of LoRA on an 8B shape", f"{HERE}speed:lora", (45, 80), 5, 60.0),
     "C2": Listed("speed of QLoRA, and one step of a 70B shape", f"{HERE}speed:qlora", (50, 100), 5, 50.0),
     "C4": Listed("parts by themselves: optimizer, head, norms, copies", f"{HERE}parts:parts", (20, 45), 5, 20.0),

@@ -38,6 +38,7 @@ def test_a_process_that_sees_no_gpu_refuses_in_one_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_every_check_is_rehearsed_and_killed(tmp_path: Path) -> None:
     states = rehearsed(tmp_path, "--budget", "1500", "--plant", "all=hang+die")
     assert states == {
