@@ -52,7 +52,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def _plants(text: str, only: Sequence[str]) -> dict[str, str]:
     """Name of a check -> faults, comma-separated, from NAME=FAULT+FAULT,NAME=FAULT."""
-    found = {}
+    found: dict[str, str] = {}
     for part in filter(None, text.split(",")):
         name, _, faults = part.partition("=")
         if unknown := [fault for fault in faults.split("+") if fault not in FAULTS]:

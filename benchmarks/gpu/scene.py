@@ -90,7 +90,7 @@ class Scene:
             call()
         last.record()
         self.sync()
-        return first.elapsed_time(last) / 1000 / calls
+        return float(first.elapsed_time(last)) / 1000 / calls
 
 
 def measured(scene: Scene, words: Sequence[str], steps: int = 5) -> Measured:
