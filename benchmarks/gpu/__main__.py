@@ -22,6 +22,7 @@ from benchmarks.gpu.able import Found, look, refusal
 from benchmarks.gpu.listed import CHECKS, wanted
 from benchmarks.gpu.runner import RESERVE_S, Outcome, Stop, environment, run
 from benchmarks.gpu.table import as_it_must, page
+from benchmarks.machine import commit
 
 ROOT = Path(__file__).parents[2]
 FAULTS = ("hang", "die")
@@ -104,7 +105,7 @@ def _head(args: argparse.Namespace, words: Sequence[str], torch: str, gpu: str, 
         "# The rehearsal of the GPU checks" if args.cpu else "# The GPU checks",
         "",
         f"{ran}`{shlex.join(['python', '-m', 'benchmarks.gpu', *words])}`",
-        f"on {place}, {os.cpu_count()} cores, torch {torch}; {time.monotonic() - begun:.0f} s of {args.budget:g}, "
+        f"on {place}, {os.cpu_count()} cores, torch {torch}, commit {commit()}; {time.monotonic() - begun:.0f} s of {args.budget:g}, "
         f"of which {RESERVE_S:g} are kept for the end. Bold is not as it must be.",
     ]
 
