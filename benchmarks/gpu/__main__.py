@@ -105,8 +105,8 @@ def _head(args: argparse.Namespace, words: Sequence[str], torch: str, gpu: str, 
         "# The rehearsal of the GPU checks" if args.cpu else "# The GPU checks",
         "",
         f"{ran}`{shlex.join(['python', '-m', 'benchmarks.gpu', *words])}`",
-        f"on {place}, {os.cpu_count()} cores, torch {torch}, commit {commit()}; {time.monotonic() - begun:.0f} s of {args.budget:g}, "
-        f"of which {RESERVE_S:g} are kept for the end. Bold is not as it must be.",
+        f"on {place}, {os.cpu_count()} cores, torch {torch}, commit {commit()}; {time.monotonic() - begun:.0f} s of "
+        f"{args.budget:g}, of which {RESERVE_S:g} are kept for the end. Bold is not as it must be.",
     ]
 
 
