@@ -18,7 +18,7 @@ from benchmarks.gpu.cells_apart import apart
 
 READY = 5
 """Steps after which the median says how long one takes."""
-MARGINS_S = {"stops": 3.0}
+MARGINS_S = {"stops": 1.5}
 """Patience beyond what a step takes; where no rank is to be stopped, so much that a busy machine never tries it."""
 LONG_S = 60.0
 
