@@ -18,7 +18,7 @@ OTHER_PIP := .venv/bin/python -m pip --disable-pip-version-check --python $(OTHE
 # DeepSpeed builds an operator at first use and looks for ninja on PATH.
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: help demo test test-oldest check slow slurm-test matrix pages learns faults bench bench-peers audit clean
+.PHONY: help demo test test-oldest check slow slurm-test matrix pages learns faults gpu gpu-rehearsal bench bench-peers audit clean
 
 help:
 	@echo 'make demo     fine-tune a small real model on this machine, and see it before and after'
@@ -32,6 +32,8 @@ help:
 	@echo '              ARGS=--long: 200 faults at random moments, against runs that had none; about two hours, goes on where it was'
 	@echo 'make slurm-test  runs on a real SLURM of four nodes, started here; root, installs SLURM'
 	@echo 'make slow     the tests that take minutes each'
+	@echo 'make gpu      what a machine with a GPU is asked, in eight minutes: numbers, faults, speed (docs/gpu.md)'
+	@echo 'make gpu-rehearsal  the same on a CPU with tiny sizes, and a kill of each check; six minutes'
 	@echo 'make bench    speed and memory, written to benchmarks/results/'
 	@echo 'make bench-peers  the same against LLaMA-Factory, in .venv-peers'
 	@echo 'make audit    ask pip-audit about the versions that are installed here; it needs the network'
@@ -71,6 +73,13 @@ slurm-test: $(READY)
 
 faults: $(READY)
 	@.venv/bin/python -m benchmarks.faults $(ARGS)
+
+gpu: $(READY)
+	@.venv/bin/python -m benchmarks.gpu --budget 480 --out runs/gpu $(ARGS)
+
+gpu-rehearsal: $(READY)
+	@.venv/bin/python -m benchmarks.gpu --cpu --budget 360 --out runs/gpu-rehearsal --plant all=hang+die \
+	  --table benchmarks/results/gpu-rehearsal.md $(ARGS)
 
 bench: $(READY)
 	@$(PIP) $(CONSTRAINTS) -e '.[bench]'

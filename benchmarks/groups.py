@@ -81,7 +81,7 @@ def _parsed(line: str) -> dict[str, Any]:
 class Crew:
     """Who runs cells: so many ranks of one group. fake: one process plays the first of them, its numbers are not
     theirs; alone: each process is a world of its own, and they share the cells out; counted: collectives are counted;
-    program: the module that each process runs.
+    program: the module that each process runs; hung: seconds after which a cell hangs.
     """
 
     ranks: int
@@ -89,6 +89,7 @@ class Crew:
     alone: bool = False
     counted: bool = False
     program: str = "benchmarks.cells"
+    hung: float = HUNG_S
 
     @property
     def processes(self) -> int:
@@ -107,11 +108,11 @@ class Job:
     alone: bool
     counted: bool
     program: str
+    hung: float
     cells: dict[str, Any]
     journal: str
     code: str
     folder: str
-    hung: float
     later: float
 
 
@@ -130,7 +131,7 @@ def run(crew: Crew, todo: Mapping[str, Any], journal: Journal, *, later: float =
             if code == STOPPED:
                 raise SystemExit(STOPPED)
             if code != 0:
-                _blame(Path(folder), batch, journal, code)
+                _blame(Path(folder), batch, journal, code, crew.hung)
     found = journal.read()
     return {name: found[name] for name in todo}
 
@@ -148,7 +149,6 @@ def _launch(crew: Crew, todo: Mapping[str, Any], journal: Journal, folder: Path,
         journal=str(journal.path),
         code=journal.code,
         folder=str(folder),
-        hung=HUNG_S,
         later=later / unit,
     )
     (folder / "job.json").write_text(json.dumps(vars(job)))
@@ -156,7 +156,7 @@ def _launch(crew: Crew, todo: Mapping[str, Any], journal: Journal, folder: Path,
     return launch(command, num_processes=crew.processes, log_dir=folder / "logs", env={"OMP_NUM_THREADS": "1"})
 
 
-def _blame(folder: Path, todo: Mapping[str, Any], journal: Journal, code: int) -> None:
+def _blame(folder: Path, todo: Mapping[str, Any], journal: Journal, code: int, hung_s: float) -> None:
     """Write down as crashed the cell that a group ended in, with the error of the rank that failed first.
 
     A rank that dies without a word (a signal, no memory, a hang) has only said which cell it began; a peer that lost
@@ -176,7 +176,7 @@ def _blame(folder: Path, todo: Mapping[str, Any], journal: Journal, code: int) -
         raise RuntimeError(f"the group of a matrix ended with {code} outside of any cell:\n{tails}")
     for rank, name in silent.items():
         hung = "Timeout (" in logs.get(rank, "")
-        journal.write(name, {"crashed": f"no end within {HUNG_S:g} s" if hung else f"the group ended with {code}"})
+        journal.write(name, {"crashed": f"no end within {hung_s:g} s" if hung else f"the group ended with {code}"})
 
 
 @dataclass

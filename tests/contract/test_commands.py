@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.gpu import __main__ as gpu
 from dsft import plan, run
 from dsft.__main__ import VERBS, hand_over
 
@@ -105,12 +106,14 @@ DONE: dict[str, Callable[[list[str]], None]] = {
     "dsft.run": do_run,
     "dsft.plan": lambda words: planned(*words),
     "dsft.stage": lambda words: planned(*words),  # it would fetch the model: tests/launch/test_stage.py does
+    "benchmarks.gpu": lambda words: gpu.arguments(words),  # without a GPU: tests/launch/test_gpu_rehearsal.py
     "make": do_make,  # what they start takes minutes
     "dsft": do_console,
 }
 NEEDS_MORE = {
     "dsft_launchers.supervise": "a SLURM job: tests/slurm",
     "benchmarks.slurm_faults": "a cluster: it is its own test",
+    "benchmarks.gpu.methods": "a minute: what it writes is read by its check",
     "pytest": "this",
 }
 """Modules that are only looked for -> what running them needs."""
