@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from dsft_launchers import verdict
 from dsft_launchers.attempt import SUPERVISED
-from dsft_launchers.codes import STOPPED
+from dsft_launchers.codes import DIVERGED, STOPPED
 from dsft_launchers.local import Ending
 from dsft_launchers.shown import say, shown
 
@@ -79,8 +79,8 @@ def crashed(run_dir: Path, attempt: Attempt, error: Exception) -> None:
         say(f"dsft: nothing more is written to {run_dir}: {why}")
 
 
-def note(run_dir: Path, attempt: Attempt, reason: str) -> None:
-    """Leave the state failed with its reason in status.json, if rank 0 holds the run; a supervisor does so itself."""
+def note(run_dir: Path, attempt: Attempt, reason: str, state: State = "failed") -> None:
+    """Leave the state and its reason in status.json, if rank 0 holds the run; a supervisor does so itself."""
     from dsft.checkpoint.lease import LeaseLostError
 
     if attempt.lease is None or SUPERVISED in os.environ:
@@ -89,7 +89,7 @@ def note(run_dir: Path, attempt: Attempt, reason: str) -> None:
         attempt.lease.check()
         status = read_status(run_dir)
         if status is not None:
-            write_status(run_dir, replace(status, state="failed", reason=reason))
+            write_status(run_dir, replace(status, state=state, reason=reason))
     except (OSError, LeaseLostError) as why:
         say(f"dsft: nothing more is written to {run_dir}: {why}")
 
@@ -106,7 +106,8 @@ def settle(run_dir: Path, ending: Ending, attempt: int) -> None:
         status = read_status(run_dir)
         if status is None or status.state in ("done", "stopped") or status.attempts > attempt:
             return
-        state: State = "stopped" if ending.code == STOPPED else "failed"
+        states: dict[int, State] = {STOPPED: "stopped", DIVERGED: "diverged"}
+        state = states.get(ending.code, "failed")
         reason = ending.reason or status.reason or f"the launcher ended with code {ending.code}"
         write_status(run_dir, replace(status, state=state, reason=reason))
     except lease.HeldError:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from dsft_launchers import copied, verdict
 from dsft_launchers.attempt import SUPERVISED
-from dsft_launchers.codes import CRASHED, DONE, STOPPED, USER_ERROR
+from dsft_launchers.codes import CRASHED, DIVERGED, DONE, STOPPED, USER_ERROR
 from dsft_launchers.join import ON_CPUS, VISIBLE, resolve
 from dsft_launchers.shown import say
 
@@ -68,6 +68,10 @@ def guarded(run_dir: Path) -> int:
         say(f"{verdict.REFUSED}{error}")
         note(run_dir, attempt, str(error))
         return USER_ERROR
+    except verdict.DivergedError as error:  # the same command would end so again
+        say(f"{verdict.DIVERGES}{error}")
+        note(run_dir, attempt, str(error), "diverged")
+        return DIVERGED
     except LeaseLostError as error:  # the folder is another's now: say so, write nothing
         say(f"dsft: {error}")
     except Exception as error:  # the last fence: whatever went wrong is this attempt's end

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dsft_launchers.place import MEETING
+from dsft_launchers.verdict import WAY_OUT, DivergedError
 
 from dsft.config import Run
 from dsft.learned import FLAG, Learned, learned
@@ -27,6 +28,7 @@ from dsft.wording import refuse
 
 if TYPE_CHECKING:
     import torch
+    from torch import Tensor
 
     from dsft.data.open import Dataset
     from dsft.engine.assemble import Session
@@ -118,6 +120,8 @@ def prove(
             break
     if world.rank == 0:
         (result / PROBE).unlink(missing_ok=True)
+    if why := ended.found.get("diverged"):
+        raise DivergedError(f"after the last step, {why}; {WAY_OUT}")
     if ended.code != 0 or ended.found.get("same") is not True:
         raise RuntimeError(_unpublished(result, _why(ended, seconds)))
     watch.event("verified", 0, {})
@@ -236,10 +240,22 @@ def compare(run: Learned | Run, result: Path) -> dict[str, Any]:
     with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=run.train.precision == "bf16"):
         logits = model(input_ids=expected["tokens"].to(device)).logits.float().cpu()
     logits = logits[:, -expected["tokens"].shape[1] :]  # PEFT gives a soft prompt's own, too, before them
+    found["diverged"] = _diverged(expected["logits"]) or _diverged(logits)
+    if found["diverged"]:
+        return {**found, "same": False}
     off = float((logits - expected["logits"]).abs().max() / expected["logits"].abs().max())
     # a router whose two best experts are nearly equal may choose otherwise once bf16 has rounded: the tensors decide
     bound = None if run.train.precision == "bf16" and dissect(_base(model)).experts else BOUNDS[run.train.precision]
     return {**found, "logits_off": off, "bound": bound, "same": bound is None or off <= bound}
+
+
+def _diverged(logits: "Tensor") -> str | None:
+    """Why logits (1, T, V) are of a model that has diverged: its values are what was trained, and say nothing."""
+    if not bool(logits.isfinite().all()):
+        return "its logits are not finite"
+    if bool((logits == logits[..., :1]).all()):
+        return "all its logits are equal"
+    return None
 
 
 def _digest(result: Path) -> tuple[str, int]:

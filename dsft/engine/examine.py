@@ -1,10 +1,13 @@
 """Evaluation inside of a run: made where it is due, limited in time, given up for a stop, and a reason to end early."""
 
+import math
 import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+
+from dsft_launchers.verdict import WAY_OUT, DivergedError
 
 from dsft.data.open import Dataset
 from dsft.engine.assemble import Session
@@ -38,6 +41,9 @@ class Examiner:
                 return
             at.evaluations.append((at.step, evaluation))
             self.watch.evaluation(at.step, evaluation)
+            loss = evaluation.values.get("eval/loss", 0.0)
+            if not math.isfinite(loss):
+                raise DivergedError(f"eval/loss after step {at.step} is {loss}; {WAY_OUT}")
         at.owed = False
         if due and self._no_better(at):
             at.over = True

@@ -2,6 +2,8 @@
 
 import math
 
+from dsft_launchers.verdict import WAY_OUT, DivergedError
+
 from dsft.data.batch import build_batch
 from dsft.data.open import Dataset
 from dsft.data.order import batch_rows
@@ -121,9 +123,9 @@ def _survive(session: Session, at: Progress, result: StepResult, watch: Watch) -
     what = f"step {at.step}: loss {result.loss}, gradient norm {result.grad_norm}"
     watch.event("nonfinite", at.step, {"loss": result.loss, "grad_norm": result.grad_norm, "skipped": at.skipped})
     if session.run.optim.in_backward:
-        raise RuntimeError(f"{what}; parameters have moved by it, as optim.in_backward=true does not look first")
+        raise DivergedError(f"{what}; parameters have moved by it, as optim.in_backward=true does not look first")
     what += "; nothing was updated"
     if train.on_nonfinite == "stop":
-        raise RuntimeError(f"{what}; train.on_nonfinite=skip goes on without such steps")
+        raise DivergedError(f"{what}; {WAY_OUT}, or take train.on_nonfinite=skip")
     if at.skipped > train.max_nonfinite:
-        raise RuntimeError(f"{what}, and train.max_nonfinite={train.max_nonfinite} steps were skipped before")
+        raise DivergedError(f"{what}, and train.max_nonfinite={train.max_nonfinite} steps were skipped before")

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from dsft_launchers import cluster, verdict
-from dsft_launchers.codes import CRASHED, DONE, STOPPED, USER_ERROR
+from dsft_launchers.codes import CRASHED, DIVERGED, DONE, STOPPED, USER_ERROR
 from dsft_launchers.follow import GONE_S, UNDER_WAY, settled, tasks_of
 
 from dsft import folder
@@ -16,13 +16,14 @@ from dsft.sweeps.ledger import Ledger
 
 ALIVE = (*UNDER_WAY, "held", "ending")
 """States in which SLURM or this machine still works on a point."""
-WRONG = ("failed", "lost", "refused")
+WRONG = ("failed", "diverged", "lost", "refused")
 CODES = {
     "done": DONE,
     "refused": USER_ERROR,
     "stopped": STOPPED,
     "missing": STOPPED,
     "failed": CRASHED,
+    "diverged": DIVERGED,
     "lost": CRASHED,
 }
 """Exit code of a point that nobody followed to its end; of one that is alive, DONE."""

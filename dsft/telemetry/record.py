@@ -17,7 +17,7 @@ from dsft_launchers.files import replace_text
 
 METRICS, SAMPLES, EVENTS, STATUS = "metrics.jsonl", "samples.jsonl", "events.jsonl", "status.json"
 
-State = Literal["queued", "running", "restarting", "stopping", "stopped", "failed", "done"]
+State = Literal["queued", "running", "restarting", "stopping", "stopped", "failed", "diverged", "done"]
 """restarting, queued: a supervisor starts the ranks again; stopping: a stop is agreed on and is being saved."""
 
 NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}

@@ -5,12 +5,24 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from dsft_launchers import verdict
-from dsft_launchers.codes import CRASHED, USER_ERROR
+from dsft_launchers.codes import CRASHED, DIVERGED, HOPELESS, USER_ERROR
 from dsft_launchers.verdict import Failure, LastWord
 
 Kind = Literal[
-    "refused", "user error", "raised", "cannot begin", "gave up", "hangs", "stuck", "died", "lost", "node lost"
+    "refused",
+    "diverged",
+    "user error",
+    "raised",
+    "cannot begin",
+    "gave up",
+    "hangs",
+    "stuck",
+    "died",
+    "lost",
+    "node lost",
 ]
+ENDS = {"refused": ("failed", HOPELESS, "cannot go on: "), "diverged": ("diverged", DIVERGED, "diverged: ")}
+"""Causes that another start would meet again: the run's state, a job's exit code, and what its log says."""
 NAMED = 16
 """Ranks that one line names."""
 
@@ -66,7 +78,7 @@ def find(texts: Sequence[str], failures: Iterable[Failure]) -> Cause | None:
     first = [failure.rank for failure in ended]
     order = [*first, *(rank for rank in range(len(texts)) if rank not in first)]
     scene = _Scene(texts, [verdict.last_word(text) for text in texts], ended, order)
-    for look in (_refused, _killed, _raised, _cannot_begin, _gave_up, _hangs, _died, _lost):
+    for look in (_refused, _diverged, _killed, _raised, _cannot_begin, _gave_up, _hangs, _died, _lost):
         if (found := look(scene)) is not None:
             return found
     return None
@@ -75,6 +87,11 @@ def find(texts: Sequence[str], failures: Iterable[Failure]) -> Cause | None:
 def _refused(scene: _Scene) -> Cause | None:
     said = scene.first(verdict.REFUSED)
     return Cause("refused", *said) if said else None
+
+
+def _diverged(scene: _Scene) -> Cause | None:
+    said = scene.first(verdict.DIVERGES)
+    return Cause("diverged", *said) if said else None
 
 
 def _killed(scene: _Scene) -> Cause | None:

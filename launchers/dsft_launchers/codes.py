@@ -9,3 +9,5 @@ CRASHED = 76
 """This attempt failed; it can be resumed."""
 HOPELESS = 77
 """Several attempts failed without a new checkpoint between them."""
+DIVERGED = 78
+"""What is learned gives no numbers any more; the same command would end so again."""

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dsft_launchers import cluster
-from dsft_launchers.codes import CRASHED, DONE, HOPELESS, STOPPED, USER_ERROR
+from dsft_launchers.codes import CRASHED, DIVERGED, DONE, HOPELESS, STOPPED, USER_ERROR
 from dsft_launchers.shown import in_a_line, say
 
 POLL_S = 2.0
@@ -18,7 +18,7 @@ GONE_S = 30.0
 """How long a job may look ended before it is."""
 UNDER_WAY = ("queued", "running", "restarting", "stopping")
 """States of a run that has not come to an end, in status.json."""
-OWN = (DONE, USER_ERROR, STOPPED, CRASHED, HOPELESS)
+OWN = (DONE, USER_ERROR, STOPPED, CRASHED, HOPELESS, DIVERGED)
 """What the batch step exits with by itself."""
 
 

@@ -14,7 +14,7 @@ from threading import Thread
 from typing import NamedTuple
 
 from dsft_launchers import cause, orphans, verdict
-from dsft_launchers.codes import CRASHED, DONE, STOPPED, USER_ERROR
+from dsft_launchers.codes import CRASHED, DIVERGED, DONE, STOPPED, USER_ERROR
 from dsft_launchers.place import private_folder
 from dsft_launchers.processes import Rank, defaults, pass_through, rank_env, start
 from dsft_launchers.shown import say, shown
@@ -32,8 +32,16 @@ class Ending(NamedTuple):
     reason: str | None
 
 
-LINES = {"refused": verdict.REFUSED, "user error": "", "cannot begin": verdict.CANNOT_BEGIN, "gave up": "dsft: "}
+LINES = {
+    "refused": verdict.REFUSED,
+    "diverged": verdict.DIVERGES,
+    "user error": "",
+    "cannot begin": verdict.CANNOT_BEGIN,
+    "gave up": "dsft: ",
+}
 """Causes that are a rank's own line, with how it begins."""
+CODES = {"refused": USER_ERROR, "user error": USER_ERROR, "diverged": DIVERGED}
+"""Exit codes of causes; of all others CRASHED."""
 
 
 @dataclass(frozen=True)
@@ -187,7 +195,7 @@ def _conclude(outcome: _Outcome, ranks: list[Rank], stop: Stop, patience: _Patie
         found = cause.find([rank.text() for rank in ranks], map(_failure, outcome.failures))
         assert found is not None, "some ranks ended by themselves"
         _show(found, ranks)
-        return Ending(USER_ERROR if found.kind in ("refused", "user error") else CRASHED, found.reason)
+        return Ending(CODES.get(found.kind, CRASHED), found.reason)
     if outcome.overdue:
         names = ", ".join(str(rank.index) for rank in outcome.overdue)
         why = f"still running {patience.grace_s:g} s after the request to stop"

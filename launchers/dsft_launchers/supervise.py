@@ -18,6 +18,7 @@ from typing import Any
 
 from dsft_launchers import cluster, copied, join
 from dsft_launchers.attempt import attempt, tell
+from dsft_launchers.cause import ENDS
 from dsft_launchers.codes import CRASHED, DONE, HOPELESS, STOPPED, USER_ERROR
 from dsft_launchers.files import replace_text, write_for_nobody_else
 
@@ -29,9 +30,8 @@ PATIENCE_S = 300.0
 """How long SLURM may take for what it was asked."""
 FAILURES, LEFT_OUT = 2, 3
 """After how many a node is left out, and of how many nodes at most: then it is not the nodes."""
-LONGEST_PAUSE_S = 60.0
-GUARD_PAUSE_S = 15.0
-"""Until a guard that ended, as its node was lost, has a successor."""
+LONGEST_PAUSE_S, GUARD_PAUSE_S = 60.0, 15.0
+"""Between starts of the ranks; until a guard that ended, as its node was lost, has a successor."""
 TASK = "SLURM_ARRAY_TASK_ID"
 
 
@@ -106,11 +106,12 @@ def _once(run_dir: Path, nodes: int, devices: int, python: list[str], *, fewer: 
     cause = ended.cause
     if cause and cause.kind == "gave up":  # the folder is another's, or gone
         return CRASHED
-    if cause and cause.kind == "refused":
-        tell(f"cannot go on: {cause.reason}")
+    if cause and cause.kind in ENDS:
+        state, code, said = ENDS[cause.kind]
+        tell(f"{said}{cause.reason}")
         if began:  # else another start works on the run, whose status it is
-            _amend(run_dir, state="failed", reason=cause.reason)
-        return HOPELESS
+            _amend(run_dir, state=state, reason=cause.reason)
+        return code
     reason = cause.reason if cause else "the ranks ended without a word; the logs may say why"
     if not _ours():
         return _taken(run_dir, reason, CRASHED)

@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from dsft_launchers.codes import CRASHED, USER_ERROR
+from dsft_launchers.codes import CRASHED, DIVERGED, USER_ERROR
 
 TRACEBACK = "Traceback (most recent call last):"
 TORCH_PREFIX = re.compile(r"^\[rank\d+\]: ?")
@@ -36,11 +36,14 @@ CANNOT_BEGIN = "dsft: cannot begin: "
 """How the only word of a rank begins where the ranks do not fit together, or not all came."""
 REFUSED = "dsft: cannot go on: "
 """How the only word of a rank begins whose run cannot go on without a decision of its user."""
+DIVERGES = "dsft: diverged: "
+"""How the only word of a rank begins whose run has left the numbers that a computer has."""
+WAY_OUT = "lower optim.lr and begin again with resume.anew=true"
 OVERTAKEN = "was taken over by "
 """What a line of ours holds, of a rank that lost its run folder to another start."""
 
 
-WORDS = (CRASH, LOST_PEER, HANGS, WAITED, CANNOT_BEGIN, REFUSED)
+WORDS = (CRASH, LOST_PEER, HANGS, WAITED, CANNOT_BEGIN, REFUSED, DIVERGES)
 
 
 class CannotBeginError(RuntimeError):
@@ -49,6 +52,10 @@ class CannotBeginError(RuntimeError):
 
 class RefusedError(RuntimeError):
     """The run cannot go on without a decision of its user; the message says in one line why, and the way out."""
+
+
+class DivergedError(RuntimeError):
+    """A loss, a gradient or a logit is no number any more, on every rank; one line, with the step and the way out."""
 
 
 class LastWord(NamedTuple):
@@ -94,7 +101,7 @@ class Failure:
         word = last_word(self.text)
         if word is None or self.code >= 0:
             return self.code
-        return USER_ERROR if word.word == REFUSED else CRASHED
+        return {REFUSED: USER_ERROR, DIVERGES: DIVERGED}.get(word.word, CRASHED)
 
 
 def cause(failures: Iterable[Failure]) -> Failure:

@@ -36,10 +36,10 @@ def csv_words(sweep: Path) -> list[str]:
 def test_a_point_that_is_refused_and_one_that_fails_leave_the_others_alone(rows: Path, tmp_path: Path) -> None:
     sweep = tmp_path / "sweep"
     done = dsft(*words(rows, sweep, "method.rank=4,0", "launcher.max_parallel=2", "optim.lr=1e-2,1e30"))
-    assert done.returncode == 76, done.stdout + done.stderr  # the worst: 1e30 ends in a loss that is not finite
+    assert done.returncode == 78, done.stdout + done.stderr  # the worst: 1e30 ends in a loss that is not finite
     assert done.stderr.count("dsft: point 2: method.rank must be 1 or more, got 0") == 1
-    assert "dsft: point 1: RuntimeError: step 2: loss nan" in done.stderr
-    assert states(sweep) == ["done", "FAILED", "REFUSED", "REFUSED"]
+    assert "dsft: point 1: step 2: loss nan" in done.stderr
+    assert states(sweep) == ["done", "DIVERGED", "REFUSED", "REFUSED"]
     assert [line.split()[0] for line in done.stdout.splitlines()[-4:]] == ["0", "1", "2", "3"]
     assert (sweep / "logs" / "0.log").is_file()
     modes = [stat.S_IMODE((sweep / name).stat().st_mode) for name in ("logs", "multirun.yaml")]
@@ -49,9 +49,9 @@ def test_a_point_that_is_refused_and_one_that_fails_leave_the_others_alone(rows:
     assert again.returncode == 2, again.stdout + again.stderr
     assert "dsft: point 1: run_dir" in again.stderr
     assert "holds another configuration (optim.lr was 1e+30, is 0.01)" in again.stderr
-    assert states(sweep) == ["done", "FAILED", "done", "done"]  # what it is; the refusal was of this time's words
+    assert states(sweep) == ["done", "DIVERGED", "done", "done"]  # what it is; the refusal was of this time's words
     assert csv_words(sweep) == ["0: None 0.01", "1: None 1e+30", "2: None 0.01", "3: None 0.01"]  # one rank now
-    assert verb("resume", sweep).returncode == 76  # point 1, with its own words again; the others are done
+    assert verb("resume", sweep).returncode == 78  # point 1, with its own words again; the others are done
     assert [len(events(sweep / str(index), "start")) for index in range(4)] == [1, 2, 1, 1]
 
 

@@ -118,13 +118,18 @@ def test_the_error_of_another_rank_than_0_is_the_reason_and_the_run_restarts_mea
     until(lambda: state(job_of(run_dir)) == "FAILED")
 
 
-def test_a_run_that_cannot_go_on_without_its_user_is_not_started_again(rows: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("error", "code", "became"), [("RefusedError", 77, "failed"), ("DivergedError", 78, "diverged")]
+)
+def test_a_run_that_would_end_so_again_is_not_started_again(
+    error: str, code: int, became: str, rows: Path, tmp_path: Path
+) -> None:
     run_dir = tmp_path / "run"
     line = "no checkpoint verifies; resume.anew=true begins anew"
-    done = start(rows, run_dir, f'raise RefusedError("{line}")')
-    assert done.returncode == 77, done.stdout + done.stderr
+    done = start(rows, run_dir, f'raise {error}("{line}")')
+    assert done.returncode == code, done.stdout + done.stderr
     assert done.stderr == f"dsft: {line}\n"
-    assert (status(run_dir)["state"], status(run_dir)["reason"]) == ("failed", line)
+    assert (status(run_dir)["state"], status(run_dir)["reason"]) == (became, line)
     assert (run_dir / "slurm" / f"{job_of(run_dir)}.log").read_text().count("srun ended") == 1
 
 

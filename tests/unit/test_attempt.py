@@ -2,7 +2,18 @@
 
 import pytest
 from dsft_launchers.attempt import cause_of, failed_on
-from dsft_launchers.verdict import CANNOT_BEGIN, CRASH, HANGS, LOST_PEER, REFUSED, WAITED, WENT_ON, hung, last_word
+from dsft_launchers.verdict import (
+    CANNOT_BEGIN,
+    CRASH,
+    DIVERGES,
+    HANGS,
+    LOST_PEER,
+    REFUSED,
+    WAITED,
+    WENT_ON,
+    hung,
+    last_word,
+)
 
 KILLED = """\
 srun: error: n4: task 2: Killed
@@ -115,6 +126,7 @@ KILLED_BY = "was killed by SIGKILL (kill -9, or the machine ran out of memory)"
         (LEFT, [f"{CANNOT_BEGIN}rank 2 (n4) did not answer within 120 s\n"] * 2 + ["", ""], "cannot begin",
          "cannot begin: rank 2 (n4) did not answer within 120 s"),
         (LEFT, [PEER, f"{REFUSED}no checkpoint verifies\n", "", ""], "refused", "no checkpoint verifies"),
+        (LEFT, [f"{DIVERGES}step 2: loss nan\n", PEER, "", ""], "diverged", "step 2: loss nan"),
         (LEFT, ["dsft: RUN was taken over by process 7 on n1; this process writes no more\n", PEER, "", ""], "gave up",
          "RUN was taken over by process 7 on n1; this process writes no more"),
         (LOST, [PEER, PEER, "", ""], "node lost", "node n4 was lost"),

@@ -1,6 +1,7 @@
 """A result is read back by a real process: it is the same, or known beforehand not to be comparable, or refused."""
 
 import json
+import math
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from dsft_launchers.verdict import DivergedError
 
 from dsft import folder, published, verify
 from dsft.basis import digests_of
@@ -221,3 +223,19 @@ def test_a_reader_that_fails_on_a_gpu_is_followed_by_one_on_the_cpu(
         assert proved(trained, tmp_path / "adapter.tmp-1", _nothing, told)["same"] is True
     assert [name for name, _ in told.phases] == ["verification"] * 3
     assert told.events == ["verified"]
+
+
+@pytest.mark.parametrize(("value", "why"), [(0.0, "all its logits are equal"), (math.nan, "its logits are not finite")])
+def test_a_model_that_says_nothing_has_diverged(value: float, why: str, tmp_path: Path) -> None:
+    session, data = session_of("lora", "optim.lr=1e-2")
+    run_dir = tmp_path / "run"
+    folder.create(
+        run_dir, composed_of("lora"), {"parameters": {"total": 525_184}}, {**digests_of(session.files), **data.digests}
+    )
+    adapted = next(param for name, param in session.model.named_parameters() if "lora_B" in name)
+    with torch.no_grad():
+        for param in (param for name, param in session.model.named_parameters() if "lora_" in name):
+            param.fill_(1e20 if value == 0.0 else value)
+    assert adapted.requires_grad
+    with pytest.raises(DivergedError, match=f"after the last step, {why}; lower optim"):
+        proved((session, data, run_dir), tmp_path / "adapter.tmp-1", _nothing, Told())

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from dsft_launchers.verdict import DivergedError
 
 from dsft.checkpoint.manifest import Identity
 from dsft.comm.world import World
@@ -101,22 +102,31 @@ def test_a_step_that_is_not_finite_moves_nothing_and_is_skipped() -> None:
 def test_a_step_that_is_not_finite_ends_the_run_by_default() -> None:
     session, data = _session()
     _poison(session, at=2)
-    with pytest.raises(RuntimeError, match=r"step 2: .*nothing was updated"):
+    with pytest.raises(DivergedError, match=r"step 2: .*nothing was updated"):
         _fit(session, data, 4, Seen(), StopFlag())
 
 
 def test_what_moves_in_backward_has_moved_by_a_nan_and_the_run_says_so() -> None:
     session, data = _session("optim.in_backward=true", "train.max_grad_norm=inf")
     _poison(session, at=2)
-    with pytest.raises(RuntimeError, match=r"step 2: .*gradient norm nan; parameters have moved by it"):
+    with pytest.raises(DivergedError, match=r"step 2: .*gradient norm nan; parameters have moved by it"):
         _fit(session, data, 4, Seen(), StopFlag())
 
 
 def test_the_budget_of_skipped_steps_ends_the_run() -> None:
     session, data = _session("train.on_nonfinite=skip", "train.max_nonfinite=0")
     _poison(session, at=1)
-    with pytest.raises(RuntimeError, match=r"train\.max_nonfinite=0"):
+    with pytest.raises(DivergedError, match=r"train\.max_nonfinite=0"):
         _fit(session, data, 4, Seen(), StopFlag())
+
+
+@pytest.mark.parametrize(("rate", "step"), [("1e30", 1), ("1e10", 1)])
+def test_an_evaluation_that_is_not_finite_ends_the_run_with_the_step(rate: str, step: int) -> None:
+    session, data = _session("method=lora", f"optim.lr={rate}", "optim.schedule=constant")
+    seen = Seen()
+    with pytest.raises(DivergedError, match=rf"eval/loss after step {step} is (nan|inf); lower optim\.lr"):
+        _fit(session, data, 1, seen, StopFlag())
+    assert [at for at, _ in seen.evaluations] == [0, step]
 
 
 def test_stops_early_when_the_metric_gets_no_better() -> None:
