@@ -100,10 +100,7 @@ def work(run_dir: Path, attempt: Attempt) -> int:
     world = join(DAY_S if math.isfinite(run.train.hang_after) else HALF_AN_HOUR_S)
     margin_s = run.train.hang_after if world.size > 1 else math.inf  # one process waits for nobody
 
-    def leaves(reason: str) -> None:
-        note(run_dir, attempt, reason)
-
-    with Patience(margin_s, limits_of(run_dir, world.device.type), leaves=leaves) as patience:
+    with Patience(margin_s, limits_of(run_dir, world.device.type), leaves=partial(note, run_dir, attempt)) as patience:
         with patience.phase("greeting", LIMIT_S):  # which has a limit of its own
             paged = run.optim.name.startswith("paged")
             require_room(world, folder.planned(run_dir), wanted=str(run.launcher.gpus), paged=paged)
