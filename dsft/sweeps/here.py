@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dsft_launchers import verdict
-from dsft_launchers.codes import CRASHED, DONE, STOPPED, USER_ERROR
+from dsft_launchers.codes import CRASHED, DIVERGED, DONE, STOPPED, USER_ERROR
 from dsft_launchers.join import count_devices
 from dsft_launchers.shown import in_a_line, say
 from dsft_launchers.stop import stop_signals
@@ -106,6 +106,6 @@ def _ended(index: int, point: Point, *, stopped: bool) -> int:
     if point.log is not None and code not in (DONE, STOPPED):
         text = point.log.read_text(errors="replace") if point.log.is_file() else f"its log, {point.log}, is gone"
         lines = verdict.error_lines(text)
-        for line in lines[-1:] if code == USER_ERROR else lines:
-            say(f"dsft: point {index}: {line}")
+        for line in lines[-1:] if code in (USER_ERROR, DIVERGED) else lines:
+            say(f"dsft: point {index}: {line.removeprefix('dsft: ')}")
     return code

@@ -38,7 +38,7 @@ def test_a_point_that_is_refused_and_one_that_fails_leave_the_others_alone(rows:
     done = dsft(*words(rows, sweep, "method.rank=4,0", "launcher.max_parallel=2", "optim.lr=1e-2,1e30"))
     assert done.returncode == 78, done.stdout + done.stderr  # the worst: 1e30 ends in a loss that is not finite
     assert done.stderr.count("dsft: point 2: method.rank must be 1 or more, got 0") == 1
-    assert "dsft: point 1: step 2: loss nan" in done.stderr
+    assert "dsft: point 1: diverged: step 2: loss nan" in done.stderr
     assert states(sweep) == ["done", "DIVERGED", "REFUSED", "REFUSED"]
     assert [line.split()[0] for line in done.stdout.splitlines()[-4:]] == ["0", "1", "2", "3"]
     assert (sweep / "logs" / "0.log").is_file()

@@ -225,17 +225,18 @@ def test_a_reader_that_fails_on_a_gpu_is_followed_by_one_on_the_cpu(
     assert told.events == ["verified"]
 
 
-@pytest.mark.parametrize(("value", "why"), [(0.0, "all its logits are equal"), (math.nan, "its logits are not finite")])
+@pytest.mark.parametrize(
+    ("value", "why"), [(1e10, "all its logits are equal"), (math.nan, "its logits are not finite")]
+)
 def test_a_model_that_says_nothing_has_diverged(value: float, why: str, tmp_path: Path) -> None:
     session, data = session_of("lora", "optim.lr=1e-2")
     run_dir = tmp_path / "run"
     folder.create(
         run_dir, composed_of("lora"), {"parameters": {"total": 525_184}}, {**digests_of(session.files), **data.digests}
     )
-    adapted = next(param for name, param in session.model.named_parameters() if "lora_B" in name)
     with torch.no_grad():
-        for param in (param for name, param in session.model.named_parameters() if "lora_" in name):
-            param.fill_(1e20 if value == 0.0 else value)
-    assert adapted.requires_grad
+        for name, param in session.model.named_parameters():
+            if "down_proj.lora_" in name:  # 1e10: the square of a hidden state overflows, and the norm makes it 0
+                param.fill_(value)
     with pytest.raises(DivergedError, match=f"after the last step, {why}; lower optim"):
         proved((session, data, run_dir), tmp_path / "adapter.tmp-1", _nothing, Told())

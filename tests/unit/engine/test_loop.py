@@ -120,13 +120,12 @@ def test_the_budget_of_skipped_steps_ends_the_run() -> None:
         _fit(session, data, 4, Seen(), StopFlag())
 
 
-@pytest.mark.parametrize(("rate", "step"), [("1e30", 1), ("1e10", 1)])
-def test_an_evaluation_that_is_not_finite_ends_the_run_with_the_step(rate: str, step: int) -> None:
-    session, data = _session("method=lora", f"optim.lr={rate}", "optim.schedule=constant")
+def test_an_evaluation_that_is_not_finite_ends_the_run_with_the_step() -> None:
+    session, data = _session("method=lora", "optim.lr=1e30", "optim.schedule=constant")
     seen = Seen()
-    with pytest.raises(DivergedError, match=rf"eval/loss after step {step} is (nan|inf); lower optim\.lr"):
+    with pytest.raises(DivergedError, match=r"eval/loss after step 1 is (nan|inf); lower optim\.lr"):
         _fit(session, data, 1, seen, StopFlag())
-    assert [at for at, _ in seen.evaluations] == [0, step]
+    assert [at for at, _ in seen.evaluations] == [0, 1]
 
 
 def test_stops_early_when_the_metric_gets_no_better() -> None:
