@@ -60,7 +60,7 @@ import os
 from dataclasses import dataclass
 
 from dsft.objectives.sft import SFT
-from dsft_launchers.verdict import RefusedError
+from dsft_launchers.verdict import DivergedError, RefusedError
 
 calls = []
 rank = int(os.environ.get("RANK", "0"))
