@@ -89,7 +89,7 @@ def take(device: torch.device) -> str | None:
 
 
 def _first_line(error: RuntimeError) -> str:
-    """What CUDA says, without torch's advice for debugging."""
+    """Return CUDA's message without torch's advice for debugging."""
     return str(error).partition("\n")[0]
 
 

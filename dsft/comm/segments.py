@@ -1,4 +1,4 @@
-"""What torch's CUDA allocator is told: to grow its segments, where a GPU can and the user has said nothing.
+"""The allocator of torch for CUDA grows its segments, where a GPU can and the user has said nothing.
 
 Batches are ragged, so that blocks of many sizes are asked for; segments of fixed size would be left in pieces.
 """

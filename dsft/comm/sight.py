@@ -40,7 +40,7 @@ def without_cuda() -> bool:
 
 
 def _why() -> tuple[str, str]:
-    """What torch says when it is made to start CUDA, and the way out."""
+    """Start CUDA through torch, and return its message and the way out."""
     if without_cuda():
         return "it was built without CUDA", "install a build for CUDA"
     try:

@@ -19,7 +19,7 @@ CONTEXT = 2**29
 """What a CUDA context and its libraries take of a GPU, about."""
 
 NCCL = 2**30
-"""What NCCL's buffers take of each GPU of a run of several ranks, about: more with more peers. Not measured yet."""
+"""Estimated bytes of NCCL's buffers on each GPU of a run of several ranks: more with more peers. Not measured yet."""
 
 EVER = 10**6
 """Steps of a run whose number is not known yet."""

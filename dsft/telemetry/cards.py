@@ -1,4 +1,4 @@
-"""What nvidia-smi says of the GPUs that this process may use. Nothing is started on them, as asking torch could."""
+"""Reads the GPUs that this process may use from nvidia-smi, which starts nothing on them, as asking torch could."""
 
 import os
 import re
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 LIMIT_S = 30.0
 NOT_ALL = 0.95
-"""Of a MIG device's memory by its name (3g.20gb), what it has at least."""
+"""Share of the memory in a MIG device's name (3g.20gb) that the device has at least."""
 MIG = re.compile(r"^\s+MIG \S*?(\d+)gb\S*\s+Device\s+\d+: \(UUID: (MIG-\S+)\)", re.MULTILINE)
 GPU = re.compile(r"^GPU \d+: .*\(UUID: (GPU-\S+)\)", re.MULTILINE)
 
