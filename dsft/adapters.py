@@ -24,6 +24,7 @@ from dsft import basis
 from dsft.comm.world import World
 from dsft.data.dialogue import ends_of, prompt_of
 from dsft.engine.assemble import DTYPES
+from dsft.examined import family_of
 from dsft.folder import provenance
 from dsft.learned import Learned, learned
 from dsft.loaded import load as load_whole
@@ -208,7 +209,7 @@ class Adapters:
 
 def _base(files: Any, quantization: Any, dtype: torch.dtype, seed: int, device: torch.device) -> Any:
     """The base as training saw it, packed linears packed, on device; layer by layer, so that it never exists twice."""
-    model: Any = build_meta(files, dtype, "sdpa")
+    model: Any = build_meta(files, dtype, family_of(files).library)
     model = quantization.convert(model, dissect(model))
     origins = Lineage(model).origins(model)
     values, world = open_values(files, dtype, seed), World(0, 1, 0, device)

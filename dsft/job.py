@@ -17,7 +17,7 @@ from dsft_launchers.codes import CRASHED, DIVERGED, DONE, STOPPED, USER_ERROR
 from dsft_launchers.join import ON_CPUS, VISIBLE, resolve
 from dsft_launchers.shown import say
 
-from dsft import folder, installed, published
+from dsft import examined, folder, installed, published
 from dsft.basis import Basis, require_code_on_ranks
 from dsft.compose import load_yaml, read
 from dsft.ending import Attempt, crashed, note
@@ -142,7 +142,7 @@ def _train(
 
     run, world, lease = recorder.run, recorder.world, attempt.lease
     with patience.phase("loading", patience.limits.loading_s):
-        session = assemble(run, base.files, world, total)
+        session = assemble(run, base.files, world, total, family=examined.family_on_ranks(base.files, world))
         asked = next(filter(None, world.gather(stop.reason)), None)
     if session.compiler and run.train.compile == "auto":
         recorder.event("compile", 0, {"steps": total})

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dsft.config import Run
+from dsft.examined import family_of
 from dsft.learned import Learned
 from dsft.protocols import Method
 
@@ -28,7 +29,7 @@ def unpacked_base(run: Learned | Run, packed_on: "torch.device | None" = None) -
         dtype=DTYPES[run.train.precision],
         trust_remote_code=files.trust_remote_code,
         use_safetensors=True,
-        attn_implementation="sdpa",
+        attn_implementation=family_of(files).library,
     )
     if packed_on is not None:
         base.to(packed_on)
@@ -66,10 +67,13 @@ def load(run: Learned | Run, result: Path, packed_on: "torch.device | None" = No
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
         if run.method.whole:
-            trusted = run.model.resolve().trust_remote_code
-            dtype = DTYPES[run.train.precision]
+            files = run.model.resolve()
             model: Any = AutoModelForCausalLM.from_pretrained(
-                result, dtype=dtype, trust_remote_code=trusted, use_safetensors=True
+                result,
+                dtype=DTYPES[run.train.precision],
+                trust_remote_code=files.trust_remote_code,
+                use_safetensors=True,
+                attn_implementation=family_of(files).library,
             )
             return run.method.restored(model, dissect(model), result).eval()
         return put(unpacked_base(run, packed_on), result, run.method).eval()

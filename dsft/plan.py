@@ -15,6 +15,7 @@ from dsft.basis import require_code
 from dsft.compose import Composed, compose
 from dsft.config import Run
 from dsft.entry import enter
+from dsft.examined import family_of
 from dsft.flags import hydra_flags
 from dsft.folder import provenance
 from dsft.proven import proven
@@ -22,6 +23,7 @@ from dsft.searched import own_folder_last
 from dsft.wording import refuse
 
 if TYPE_CHECKING:
+    from dsft.models.family import Family
     from dsft.models.files import ModelFiles
 
 
@@ -111,7 +113,8 @@ def make_plan(composed: Composed, files: "ModelFiles", *, device_bytes: int | No
 
     run = composed.run
     check_positions(run, files)
-    bones = skeleton(run, files)
+    family = family_of(files)
+    bones = skeleton(run, files, family)
     counts = census(bones.model, bones.anatomy)
     accelerator = composed.start.place.gpus > 0
     budgets = estimates(run, bones, composed.start.size, accelerator=accelerator)
@@ -122,6 +125,7 @@ def make_plan(composed: Composed, files: "ModelFiles", *, device_bytes: int | No
     providers = {choice.group: choice.provider for choice in composed.choices if choice.provider != "dsft"}
     return {
         "model": files.name_or_path,
+        "family": {**family.as_dict(), "verdict": family.verdict},
         "choices": names,
         "providers": providers,
         "repaired": list(composed.repairs),
@@ -131,7 +135,7 @@ def make_plan(composed: Composed, files: "ModelFiles", *, device_bytes: int | No
         "total_by_gradient_checkpointing": {name: budget.as_dict()["total"] for name, budget in budgets.items()},
         "gpu_bytes": device_bytes,
         "proven": proven(run, names, providers, experts=bool(bones.anatomy.experts)),
-        "notes": list(_notes(run, memory, device_bytes, accelerator=accelerator)),
+        "notes": [*_notes(run, memory, device_bytes, accelerator=accelerator), *_still(family)],
         "global_batch_size": run.train.global_batch_size,
     }
 
@@ -196,6 +200,18 @@ def _notes(run: Run, memory: Mapping[str, int | None], device_bytes: int | None,
         yield "train.offload_activations does nothing here: without an accelerator they are in host memory as it is"
 
 
+def _told(family: Mapping[str, Any]) -> str:
+    """How examples of a model are computed that cannot share a row, and why."""
+    whose = "" if family["attention"].startswith("dsft") else f", by the model's own attention ({family['attention']})"
+    return f"{family['model_type']}: each example is a micro-batch of its own{whose}: {family['reason']}"
+
+
+def _still(family: "Family") -> Iterator[str]:
+    """What is set to 0 of the model's own settings."""
+    for name in family.stilled:
+        yield f"{name} of the model is set to 0: what it draws would depend on ranks and micro-batches"
+
+
 def as_text(plan: dict[str, Any]) -> str:
     """The plan for a reader."""
     counts = plan["parameters"]
@@ -209,6 +225,8 @@ def as_text(plan: dict[str, Any]) -> str:
         f"  {role:<10} {part['total']:>16,} total {part['trainable']:>14,} trainable"
         for role, part in counts["by_role"].items()
     ]
+    if plan["family"]["reason"]:
+        lines.append(f"family       {_told(plan['family'])}")
     lines += [f"quantization {plan['quantization']}"] if plan["quantization"] else []
     lines += [*_memory(plan["memory"]), *_recomputed(plan)]
     lines += [f"proven       {plan['proven']}"] if plan["proven"] else []

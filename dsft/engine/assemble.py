@@ -16,9 +16,10 @@ from dsft.engine.determinism import choose
 from dsft.engine.guided import Guided, guided
 from dsft.engine.optimizers import factory
 from dsft.engine.recompute import recompute
-from dsft.models import scoring
+from dsft.models import calling, scoring
 from dsft.models.anatomy import dissect
 from dsft.models.build import build_meta
+from dsft.models.family import PACKS, Family
 from dsft.models.files import ModelFiles
 from dsft.models.lineage import Lineage
 from dsft.models.materialize import materialize
@@ -32,13 +33,15 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 class Skeleton:
     """A model on meta with its method in it.
 
-    origins: tensor name -> its name in the base, see Lineage; stored: what an earlier adapter gives, and the base not.
+    origins: tensor name -> its name in the base, see Lineage; stored: what an earlier adapter gives, and the base not;
+    family: how the model is computed.
     """
 
     model: nn.Module
     anatomy: Anatomy
     origins: dict[str, str]
     stored: Mapping[str, Tensor]
+    family: Family
 
 
 @dataclass(frozen=True)
@@ -54,31 +57,57 @@ class Session:
     anatomy: Anatomy
     compiler: Compiler | None
     guided: Guided | None
+    family: Family
+
+    @property
+    def tokens_at_once(self) -> int:
+        """Tokens of a micro-batch, at most; 1 where each example is a micro-batch of its own."""
+        return self.run.train.micro_batch_tokens if self.family.packs else 1
 
 
-def skeleton(run: Run, files: ModelFiles) -> Skeleton:
-    """Build the model on meta, pack its frozen linears, attach the method; what learns is fp32. Reads no weights."""
-    model = build_meta(files, DTYPES[run.train.precision])
+def skeleton(run: Run, files: ModelFiles, family: Family = PACKS) -> Skeleton:
+    """Build the model on meta, pack its frozen linears, attach the method; what learns is fp32. Reads no weights.
+
+    family: the verdict on the model, see models/family.py. Raises ValueError for what it does not allow.
+    """
+    model = build_meta(files, DTYPES[run.train.precision], family.attention, family.stilled)
     anatomy = dissect(model)
     model = run.quantization.convert(model, anatomy)
     lineage = Lineage(model)
     model = run.method.attach(model, anatomy)
     stored = run.method.stored(model)
     origins = {name: origin for name, origin in lineage.origins(model).items() if name not in stored}
+    _check_family(run, model, family)
+    calling.fit(model, family)
     scoring.install(model, model.get_submodule(anatomy.head))
     for param in model.parameters():
         if param.requires_grad:
             param.data = param.data.float()
-    return Skeleton(model, anatomy, origins, stored)
+    return Skeleton(model, anatomy, origins, stored, family)
 
 
-def assemble(run: Run, files: ModelFiles, world: World, total: int = 0) -> Session:
-    """Build this process's part of a run of total steps. Collective: every rank of world calls it with the same run."""
+def _check_family(run: Run, model: nn.Module, family: Family) -> None:
+    """Refuse what needs more of a model than it can give."""
+    name = type(model).__name__
+    if not family.recomputes and run.train.gradient_checkpointing != "none":
+        raise ValueError(
+            f"train.gradient_checkpointing must be none for {name}, whose blocks do not give the same when they are "
+            f"computed again, got {run.train.gradient_checkpointing}; take train.gradient_checkpointing=none"
+        )
+    if not family.ragged and run.train.compile is True:
+        raise ValueError(f"train.compile must be false for {name}, which computes attention in its own way, got true")
+
+
+def assemble(run: Run, files: ModelFiles, world: World, total: int = 0, *, family: Family = PACKS) -> Session:
+    """Build this process's part of a run of total steps. Collective: every rank of world calls it with the same run.
+
+    family: the verdict on the model.
+    """
     choose(run.train.deterministic)
-    bones = skeleton(run, files)
+    bones = skeleton(run, files, family)
     model, anatomy, tokenizer = bones.model, bones.anatomy, files.tokenizer()
     run.method.tokenize(model, tokenizer)
-    compiler = compiler_for(run.train, total, model, anatomy)
+    compiler = compiler_for(run.train, total, model, anatomy) if family.ragged else None
     course = run.method.course(model, total or run.train.steps or 0, world.device)
     reentrant = run.strategy.reentrant_recompute
     recompute(model, anatomy, run.train.gradient_checkpointing, reentrant=reentrant, run=compiler)
@@ -112,6 +141,7 @@ def assemble(run: Run, files: ModelFiles, world: World, total: int = 0) -> Sessi
         anatomy=anatomy,
         compiler=compiler,
         guided=guided(course, run.strategy, model),
+        family=family,
     )
 
 

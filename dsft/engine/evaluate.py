@@ -1,7 +1,7 @@
 """Evaluation: loss on held-out rows, and exact match by greedy generation where the data can be verified."""
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,7 +70,7 @@ def _loss(session: Session, data: Dataset, asked: Asked) -> float:
     rows = list(range(len(data.eval)))
     rows += [0] * (ranks - len(rows))  # every rank needs a row; what is repeated stays silent
     lengths = [int(data.eval.lengths[row]) + run.method.positions for row in rows]
-    plan = plan_step(lengths, ranks, run.train.micro_batch_tokens)
+    plan = plan_step(lengths, ranks, session.tokens_at_once)
     totals = torch.zeros(2, dtype=torch.float64)
     for micro in plan[world.rank % ranks]:
         if asked():
@@ -94,16 +94,27 @@ def _answers(session: Session, data: Dataset, asked: Asked) -> list[Answer]:
     turns = -(-len(rows) // ranks)
     padded = mine + rows[:1] * (turns - len(mine))
     texts: list[str] = []
-    session.model.set_attn_implementation(CACHED)  # a cache of keys needs padding, which the ragged one has none of
-    try:
-        for start in range(0, turns, ANSWERS_AT_ONCE):
+    at_once = ANSWERS_AT_ONCE if session.family.packs else 1  # beside others a prompt is padded
+    with _cached(session):
+        for start in range(0, turns, at_once):
             if asked():
                 raise StoppedError
-            texts += _generate(session, data, padded[start : start + ANSWERS_AT_ONCE])
-    finally:
-        session.model.set_attn_implementation(RAGGED)
+            texts += _generate(session, data, padded[start : start + at_once])
     answers = [Answer(row, text, data.verify(row, text) >= 1) for row, text in zip(mine, texts, strict=False)]
     return sorted((a for part in world.gather(answers) for a in part), key=lambda answer: answer.row)
+
+
+@contextmanager
+def _cached(session: Session) -> Iterator[None]:
+    """Inside, attention reads a cache of keys, which needs padding; dsft's ragged one has none of it."""
+    if not session.family.ragged:  # the model's own does so already
+        yield
+        return
+    session.model.set_attn_implementation(CACHED)
+    try:
+        yield
+    finally:
+        session.model.set_attn_implementation(RAGGED)
 
 
 def _generate(session: Session, data: Dataset, rows: list[int]) -> list[str]:

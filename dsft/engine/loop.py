@@ -99,7 +99,7 @@ def step_batches(session: Session, data: Dataset, step: int) -> tuple[list[int],
     )
     ranks = run.strategy.data_ranks(world)
     lengths = [int(data.train.lengths[row]) + run.method.positions for row in rows]
-    plan = plan_step(lengths, ranks, train.micro_batch_tokens)
+    plan = plan_step(lengths, ranks, session.tokens_at_once)
     mine = plan[world.rank % ranks]
     return rows, [build_batch(data.train, [rows[i] for i in micro.examples], silent=micro.silent) for micro in mine]
 

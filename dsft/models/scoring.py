@@ -11,13 +11,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dsft.models.calling import takes_rows
+
 AT_ONCE = 2**25
 """Logits that exist at a time: 128 MiB in fp32."""
 
 
 def install(model: nn.Module, head: nn.Module) -> None:
     """Let model take targets (S,) beside logits_to_keep (S,) and give logits (1, S) float32, each -log p in nats."""
-    scorer = _Scorer(head, direct=type(head) is nn.Linear and _ends_with(model, head))
+    scorer = _Scorer(head, direct=type(head) is nn.Linear and takes_rows(model) and _ends_with(model, head))
     head.forward = scorer.head  # type: ignore[method-assign]
     model.register_forward_pre_hook(scorer.begin, with_kwargs=True)
     model.register_forward_hook(scorer.end)

@@ -25,7 +25,7 @@ FLOORS = (
     ("strategy",),
     LEAVES,
     ("engine",),
-    ("rules", "idle", "options", "proven", "wording", "entry"),
+    ("rules", "idle", "options", "proven", "wording", "entry", "examined"),
     ("paths", "privacy"),
     ("spelling", "building", "flags", "yaml_files"),
     ("compose",),

@@ -1,0 +1,239 @@
+"""An examination of a model's own class on a small copy of it, on CPU, in seconds: how its examples must be computed.
+
+Three examples, longer than each window, chunk and original rope length of the copy, are scored by the class as
+transformers calls it, one by one; and by dsft in one row, one by one with its own attention, and one by one with the
+class's. The first of these that gives the same scores and gradients, and for which an example changes nothing of
+another, is the verdict. Randomness, recomputation, tensors that a build on meta loses, and buffers that a result would
+lack are looked at on the way.
+"""
+
+import copy
+import tempfile
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dsft.comm.world import World
+from dsft.engine.recompute import recompute
+from dsft.engine.scored import Found, apart, off, one_by_one, scored
+from dsft.models import calling, scoring
+from dsft.models.anatomy import dissect
+from dsft.models.build import OwnAttentionError, build_meta
+from dsft.models.family import Family
+from dsft.models.files import ModelFiles
+from dsft.models.materialize import materialize
+from dsft.models.small import fill, random_settings, small_copies, still
+from dsft.models.values import open_values
+
+LENGTHS = (37, 11, 40)
+"""All are longer than SPAN, one is shorter than ROPE (models.small)."""
+SAME, ALIKE = 1e-5, 1e-4
+"""Largest differences relative to the largest value: of what must not change by a bit but rounding, and of another
+order of computation. Honest classes differ by some 1e-7; one that mixes examples by 1e-3 and more.
+"""
+ALONE = World(0, 1, 0, torch.device("cpu"))
+
+
+class UnfitError(Exception):
+    """A way to compute the model is not its own way; the text says how."""
+
+
+def examine(files: ModelFiles) -> Family:
+    """The verdict on the class and configuration of files. Raises ValueError for a model that dsft cannot hold."""
+    with _quiet(), torch.random.fork_rng(devices=[]):
+        tried: Exception | None = None
+        for config in small_copies(files.config, lambda config: _on_meta(files, config)):
+            try:
+                return _examine(files, config)
+            except _UnusableError as error:
+                tried = error.__cause__ if isinstance(error.__cause__, Exception) else error
+    kind, said = type(files.config).__name__.removesuffix("Config"), _line(tried) if tried else "no copy can be built"
+    raise ValueError(
+        f"model {files.name_or_path} must compute in a small copy of it, which is examined before weights load, got "
+        f"{kind} ({files.config.model_type}): {said}; check model.config and config.json, or use another model"
+    )
+
+
+class _UnusableError(Exception):
+    """A small copy does not compute as transformers itself calls it."""
+
+
+def _examine(files: ModelFiles, config: Any) -> Family:
+    stilled = random_settings(config)
+    still(config, stilled)
+    found = Family(model_type=files.config.model_type, stilled=tuple(key for key in stilled if "drop" not in key))
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            reference = _reference(files, config, "eager")
+            fill(reference)
+            examples = [torch.randint(3, config.get_text_config().vocab_size - 2, (length,)) for length in LENGTHS]
+            truth = one_by_one(reference, examples)
+            reference.save_pretrained(folder)
+        except Exception as error:  # whatever the class raises over this configuration
+            raise _UnusableError from error
+        _require_causal(files, reference, examples[-1], truth.scores[-1])
+        small = replace(files, config=config, folder=Path(folder), name_or_path=files.name_or_path, init="pretrained")
+        library = _library(files, config, reference, examples, truth)
+        reasons: list[str] = []
+        for way in (Family, _alone, _own):
+            family = way(**{**found.as_dict(), "stilled": found.stilled, "library": library})
+            try:
+                return _accepted(family, small, examples, truth, reasons)
+            except UnfitError as error:
+                reasons.append(str(error))
+            except OwnAttentionError:
+                reasons.append(f"{type(reference).__name__} computes attention itself")
+            except Exception as error:  # a class's own, of any kind, over a call that it does not know
+                reasons.append(_line(error))
+    raise ValueError(
+        f"model {files.name_or_path} must compute here as its own class does, got {type(reference).__name__}: "
+        f"{reasons[-1]}; use another model"
+    )
+
+
+def _alone(**values: Any) -> Family:
+    return Family(**{**values, "packs": False})
+
+
+def _own(**values: Any) -> Family:
+    return Family(**{**values, "packs": False, "attention": values["library"]})
+
+
+def _accepted(
+    family: Family, small: ModelFiles, examples: Sequence[Tensor], truth: Found, reasons: Sequence[str]
+) -> Family:
+    """The verdict, if this way computes what the class does. Raises UnfitError if it does not."""
+    model = _built(small, family)
+    first = scored(model, examples, packed=family.packs)
+    if family.packs:
+        _requireapart(model, family, examples, first)
+    _require_alike(first, truth)
+    again = scored(model, examples, packed=family.packs)
+    if off(again.scores, first.scores) > SAME:
+        raise UnfitError(
+            f"its forward pass draws random numbers: twice the same, {off(again.scores, first.scores):.0%} apart"
+        )
+    _require_held(model, small)
+    return replace(family, reason=reasons[0] if reasons else "", recomputes=_recomputes(small, family, examples, first))
+
+
+def _require_causal(files: ModelFiles, reference: nn.Module, example: Tensor, scores: Tensor) -> None:
+    """Require that the last token of an example changes no score but its own."""
+    after = one_by_one(reference, [torch.cat([example[:-1], 1 + example[-1:]])]).scores[0]
+    if off([after[:-1]], [scores[:-1]]) > SAME:
+        raise ValueError(
+            f"model {files.name_or_path} must be causal, got {type(reference).__name__} ({files.config.model_type}), "
+            "whose tokens see what follows them; set model.config.is_decoder=true where the class knows it, or use "
+            "another model"
+        )
+
+
+def _require_alike(found: Found, truth: Found) -> None:
+    for index, (mine, theirs) in enumerate(zip(found.scores, truth.scores, strict=True), start=1):
+        if not (most := off([mine], [theirs])) <= ALIKE:
+            raise UnfitError(f"example {index} scores otherwise than by the class itself, by {most:.1%} of the largest")
+    if (most := apart(found.grads, truth.grads)) > 10 * ALIKE:
+        raise UnfitError(f"its gradient is off by {most:.1%}")
+
+
+def _requireapart(model: nn.Module, family: Family, examples: Sequence[Tensor], first: Found) -> None:
+    """Require that an example of a row changes nothing of those behind it, nor of those before."""
+    before = first.scores
+    for index in (0, len(examples) - 1):
+        changed = [example.flip(0) if at == index else example for at, example in enumerate(examples)]
+        after = scored(model, changed, packed=True).scores
+        others = [at for at in range(len(examples)) if at != index]
+        if (most := off([after[at] for at in others], [before[at] for at in others])) > SAME:
+            raise UnfitError(f"examples in a row read each other: one changes another's scores by {most:.0%}")
+
+
+def _require_held(model: nn.Module, small: ModelFiles) -> None:
+    """Require that the values of the folder are those of the model, buffers included."""
+    values = open_values(small, torch.float32, 0)
+    for name, tensor in model.state_dict().items():
+        if name in values and not torch.equal(values.full(name), tensor):
+            raise UnfitError(f"{name} does not hold what its folder has")
+
+
+def _recomputes(small: ModelFiles, family: Family, examples: Sequence[Tensor], first: Found) -> bool:
+    try:
+        model = _built(small, family, again=True)
+        found = scored(model, examples, packed=family.packs)
+    except Exception:  # a class's own, of any kind: then it is not to be computed again
+        return False
+    return off(found.scores, first.scores) <= SAME and apart(found.grads, first.grads) <= ALIKE
+
+
+def _library(files: ModelFiles, config: Any, reference: nn.Module, examples: Sequence[Tensor], truth: Found) -> str:
+    """Name of the attention of transformers that computes what the eager one does, sdpa where it can."""
+    try:
+        model = _reference(files, config, "sdpa")
+        model.load_state_dict(reference.state_dict())
+        found = one_by_one(model, examples)
+    except Exception:  # a class without it
+        return "eager"
+    return "sdpa" if off(found.scores, truth.scores) <= ALIKE else "eager"
+
+
+def _reference(files: ModelFiles, config: Any, attention: str) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_config(
+        copy.deepcopy(config), dtype=torch.float32, attn_implementation=attention,
+        trust_remote_code=files.trust_remote_code,
+    )  # fmt: skip
+    return model.train()
+
+
+def _on_meta(files: ModelFiles, config: Any) -> nn.Module:
+    return build_meta(replace(files, config=config), torch.float32, "eager")
+
+
+def _built(small: ModelFiles, family: Family, *, again: bool = False) -> nn.Module:
+    """The model as a run would build it, all of it learning; again: its blocks are computed again in backward."""
+    model: Any = build_meta(small, torch.float32, family.attention, family.stilled)
+    anatomy = dissect(model)
+    calling.fit(model, family)
+    scoring.install(model, model.get_submodule(anatomy.head))
+    if again:
+        recompute(model, anatomy, "full", reentrant=False)
+    values, names = open_values(small, torch.float32, 0), model.state_dict()
+    materialize(
+        model, values, ALONE, origins={name: name for name in [*names, *dict(model.named_buffers())]},
+        initial=_nothing_is_new, place=lambda module: None,
+    )  # fmt: skip
+    model.train()
+    return model  # type: ignore[no-any-return]
+
+
+def _nothing_is_new(name: str, param: Tensor) -> Tensor:
+    raise UnfitError(f"{name} has no value in the model's folder")
+
+
+def _line(error: BaseException) -> str:
+    said = " ".join(str(error).split())[:200]
+    return f"{type(error).__name__}: {said}" if said else type(error).__name__
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the warnings of transformers about a model that nobody trains."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()

@@ -1,0 +1,112 @@
+"""The verdict of engine/trial.py on a model, remembered in the user's own cache: the same question is asked once."""
+
+import contextlib
+import hashlib
+import json
+from functools import lru_cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dsft_launchers.files import replace_text
+
+from dsft.cache.root import make, others_write, own_root
+
+if TYPE_CHECKING:
+    from dsft.comm.world import World
+    from dsft.models.family import Family
+    from dsft.models.files import ModelFiles
+
+INCIDENTAL = ("_name_or_path", "transformers_version", "torch_dtype", "dtype")
+LIBRARIES = ("torch", "transformers")
+
+
+def family_of(files: "ModelFiles") -> "Family":
+    """How examples of this model are computed, found on a small copy of it; seconds, and once for a configuration.
+
+    Raises ValueError, one line, for a model whose training dsft cannot hold to what its class computes.
+    """
+    from dsft.engine.trial import examine
+    from dsft.models.family import Family
+
+    key = _key(files)
+    known = _remembered(key)
+    if known is None:
+        try:
+            known = examine(files).as_dict()
+        except ValueError as error:
+            known = {"refused": str(error).replace(files.name_or_path, "{model}")}
+        _remember(key, known)
+    if "refused" in known:
+        raise ValueError(known["refused"].replace("{model}", files.name_or_path))
+    return Family.from_dict(known)
+
+
+def family_on_ranks(files: "ModelFiles", world: "World") -> "Family":
+    """What rank 0 finds, for all ranks. Collective; raises RuntimeError on every rank where it is a refusal."""
+    found: dict[str, Any] = {}
+    if world.rank == 0:
+        try:
+            found = family_of(files).as_dict()
+        except ValueError as error:
+            found = {"refused": str(error)}
+    found = world.gather(found)[0]
+    if "refused" in found:
+        raise RuntimeError(found["refused"])
+    from dsft.models.family import Family
+
+    return Family.from_dict(found)
+
+
+def _key(files: "ModelFiles") -> str:
+    """What a verdict depends on: the configuration, the model's own code, the libraries and the code that examines."""
+    from dsft.models.files import code_digest
+
+    config = {key: value for key, value in files.config.to_dict().items() if key not in INCIDENTAL}
+    own = code_digest(files.folder) if files.trust_remote_code and files.folder is not None else files.revision
+    parts = [type(files.config).__qualname__, config, own, {name: _version(name) for name in LIBRARIES}, _code()]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:  # a build that is on the path and not installed
+        return "unknown"
+
+
+@lru_cache(maxsize=1)
+def _code() -> str:
+    """A digest of the modules that build models and examine them."""
+    here = Path(__file__).parent
+    paths = [
+        *sorted((here / "models").glob("*.py")),
+        *(here / "engine" / name for name in ("trial.py", "recompute.py")),
+    ]
+    return hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()
+
+
+def _remembered(key: str) -> dict[str, Any] | None:
+    place = _place()
+    try:
+        found = None if place is None else json.loads((place / f"{key}.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # never known, or a damaged note: it is examined again
+        return None
+    return found if isinstance(found, dict) and ("refused" in found or "packs" in found) else None
+
+
+def _remember(key: str, found: dict[str, Any]) -> None:
+    if (place := _place()) is not None:
+        with contextlib.suppress(OSError):  # it is examined again the next time
+            replace_text(place / f"{key}.json", json.dumps(found, sort_keys=True) + "\n")
+
+
+def _place() -> Path | None:
+    """The folder of verdicts; None where others may write it."""
+    place = own_root() / "families"
+    try:
+        make(place.parent)
+        place.mkdir(mode=0o700, exist_ok=True)
+        return None if any(others_write(each) for each in (place, place.parent)) else place
+    except OSError:
+        return None

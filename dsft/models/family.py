@@ -1,0 +1,49 @@
+"""How a family of models is computed: what an examination of a small copy of the model has found (engine/trial.py)."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from dsft.models.attention import NAME
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """One verdict.
+
+    packs: examples may share a row of tokens; otherwise each is a micro-batch of its own. attention: dsft's ragged one,
+    or the name of the family's own ("sdpa", "eager"). library: which of those two the model is right with elsewhere,
+    to generate and to be compared. reason: why it does not pack, or not with dsft's attention; "" if it does. stilled:
+    settings that draw random numbers in training, and are set to 0. recomputes: False if a block that is computed
+    again in backward gives other values.
+    """
+
+    model_type: str
+    packs: bool = True
+    attention: str = NAME
+    library: str = "sdpa"
+    reason: str = ""
+    stilled: tuple[str, ...] = ()
+    recomputes: bool = True
+
+    @property
+    def ragged(self) -> bool:
+        """True if dsft's attention computes it: what needs keys of its own before an example's has a place there."""
+        return self.attention == NAME
+
+    @property
+    def verdict(self) -> str:
+        """Word for a plan: packs or alone."""
+        return "packs" if self.packs else "alone"
+
+    def as_dict(self) -> dict[str, Any]:
+        """What JSON keeps of it."""
+        return {**asdict(self), "stilled": list(self.stilled)}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "Family":
+        """Read what as_dict gave."""
+        return cls(**{**values, "stilled": tuple(values["stilled"])})
+
+
+PACKS = Family(model_type="")
+"""Of a model that was not examined: a Llama-shaped one, as the tests' own are."""
