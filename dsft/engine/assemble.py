@@ -26,6 +26,8 @@ from dsft.models.materialize import materialize
 from dsft.models.values import Values, open_values
 from dsft.protocols import Anatomy, PackedLinear
 
+APART, BOUND_APART = 8, 1e-2
+"""Tokens of an example of the self-test of packing, and the largest difference relative to the largest score."""
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -131,7 +133,7 @@ def assemble(run: Run, files: ModelFiles, world: World, total: int = 0, *, famil
     if first is not None:
         _check_bytes(run, bones, first, values, home.device)
     module = run.strategy.prepare(model, _groups(run, model), factory(run.optim))
-    return Session(
+    session = Session(
         run=run,
         files=files,
         world=world,
@@ -143,6 +145,42 @@ def assemble(run: Run, files: ModelFiles, world: World, total: int = 0, *, famil
         guided=guided(course, run.strategy, model),
         family=family,
     )
+    if family.packs:
+        check_apart(session)
+    return session
+
+
+def check_apart(session: Session) -> None:
+    """The start-up self-test of packing, on the model itself: what an example holds changes nothing of the next one.
+
+    A class is examined on a small copy of the model, and this is the model. Collective; raises RuntimeError on every
+    rank. The median over positions is compared, as rounding may send a token to another expert.
+    """
+    rows = session.files.config.get_text_config().vocab_size
+    first, last = (torch.arange(start, start + APART) % rows for start in (1, 1 + APART))
+    session.model.eval()
+    scores = torch.stack([_scores_of_last(session, tokens, last) for tokens in (first, first.flip(0))])
+    median = float((scores[0] - scores[1]).abs().median() / scores.abs().max())
+    if median > BOUND_APART:
+        raise RuntimeError(
+            f"{type(session.model).__name__}: examples in a row read each other, by {median:.0%} of the largest score, "
+            "though a small copy of the model did not; do not train on it, and tell the authors of dsft"
+        )
+
+
+def _scores_of_last(session: Session, first: Tensor, last: Tensor) -> Tensor:
+    """Scores (APART - 1,) float32 on CPU of an example that comes behind another one in its row."""
+    device, places = session.world.device, torch.arange(APART)
+    with torch.no_grad(), autocast(session):
+        scores = session.module(
+            input_ids=torch.cat([first, last])[None].to(device),
+            position_ids=torch.cat([places, places])[None].to(device),
+            segment_lengths=(APART, APART),
+            logits_to_keep=(APART + places[:-1]).to(device),
+            targets=last[1:].to(device),
+            use_cache=False,
+        ).logits[0]
+    return scores.float().cpu()  # type: ignore[no-any-return]
 
 
 def _groups(run: Run, model: nn.Module) -> list[dict[str, Any]]:

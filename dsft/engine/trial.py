@@ -46,7 +46,7 @@ class UnfitError(Exception):
 
 def examine(files: ModelFiles) -> Family:
     """The verdict on the class and configuration of files. Raises ValueError for a model that dsft cannot hold."""
-    with _quiet(), torch.random.fork_rng(devices=[]):
+    with _apart_from_all():
         tried: Exception | None = None
         for config in small_copies(files.config, lambda config: _on_meta(files, config)):
             try:
@@ -222,17 +222,19 @@ def _line(error: BaseException) -> str:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the warnings of transformers about a model that nobody trains."""
+def _apart_from_all() -> Iterator[None]:
+    """Inside, gradients are kept, nothing is cast, random streams are others, and transformers is silent."""
     from transformers.utils import logging
 
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), torch.random.fork_rng(devices=[]), torch.inference_mode(mode=False):
             warnings.simplefilter("ignore")
-            yield
+            torch.manual_seed(0)
+            with torch.enable_grad(), torch.autocast("cpu", enabled=False):
+                yield
     finally:
         logging.set_verbosity(level)
         if bars:
