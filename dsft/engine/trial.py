@@ -77,6 +77,7 @@ def _examine(files: ModelFiles, config: Any) -> Family:
             reference.save_pretrained(folder)
         except Exception as error:  # whatever the class raises over this configuration
             raise _UnusableError from error
+        _require_still(files, reference, examples, truth)
         _require_causal(files, reference, examples[-1], truth.scores[-1])
         small = replace(files, config=config, folder=Path(folder), name_or_path=files.name_or_path, init="pretrained")
         library = _library(files, config, reference, examples, truth)
@@ -112,15 +113,20 @@ def _accepted(
     model = _built(small, family)
     first = scored(model, examples, packed=family.packs)
     if family.packs:
-        _requireapart(model, family, examples, first)
+        _require_apart(model, family, examples, first)
     _require_alike(first, truth)
-    again = scored(model, examples, packed=family.packs)
-    if off(again.scores, first.scores) > SAME:
-        raise UnfitError(
-            f"its forward pass draws random numbers: twice the same, {off(again.scores, first.scores):.0%} apart"
-        )
     _require_held(model, small)
     return replace(family, reason=reasons[0] if reasons else "", recomputes=_recomputes(small, family, examples, first))
+
+
+def _require_still(files: ModelFiles, reference: nn.Module, examples: Sequence[Tensor], truth: Found) -> None:
+    """Require that the same examples give the same scores in training."""
+    if (most := off(one_by_one(reference, examples).scores, truth.scores)) > SAME:
+        raise ValueError(
+            f"model {files.name_or_path} must give the same twice, got {type(reference).__name__}, whose forward pass "
+            f"draws random numbers in training ({most:.0%} of the largest score apart): its losses would depend on "
+            "ranks and micro-batches; set what draws them to 0 by model.config, or use another model"
+        )
 
 
 def _require_causal(files: ModelFiles, reference: nn.Module, example: Tensor, scores: Tensor) -> None:
@@ -142,7 +148,7 @@ def _require_alike(found: Found, truth: Found) -> None:
         raise UnfitError(f"its gradient is off by {most:.1%}")
 
 
-def _requireapart(model: nn.Module, family: Family, examples: Sequence[Tensor], first: Found) -> None:
+def _require_apart(model: nn.Module, family: Family, examples: Sequence[Tensor], first: Found) -> None:
     """Require that an example of a row changes nothing of those behind it, nor of those before."""
     before = first.scores
     for index in (0, len(examples) - 1):

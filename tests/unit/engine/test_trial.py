@@ -46,7 +46,7 @@ def test_a_family_packs_or_is_computed_alone(model_type: str) -> None:
 
 
 def test_settings_that_draw_for_a_router_are_named() -> None:
-    assert examine(files("phimoe", num_local_experts=4)).stilled == ("router_jitter_noise", "input_jitter_noise")
+    assert examine(files("phimoe", num_local_experts=4)).stilled == ("router_jitter_noise",)
 
 
 def test_a_model_that_sees_what_follows_is_refused_in_one_line() -> None:
