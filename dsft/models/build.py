@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from dsft.models import attention as ragged
+from dsft.models.recording import record_spans
+from dsft.models.rope import own_lengths
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -18,7 +20,8 @@ def build_meta(files: "ModelFiles", dtype: torch.dtype, attention: str = ragged.
     """The causal language model of files.config on meta, its parameters in dtype, without a key-value cache.
 
     attention: dsft's ragged attention, or a name that transformers knows ("sdpa" to generate). Raises ValueError if
-    transformers has no causal language model of this type, or the model cannot exchange its attention.
+    transformers has no causal language model of this type, or the model cannot exchange its attention; UnheldError if
+    its own attention cannot be computed for examples packed in a row.
     """
     from transformers import AutoModelForCausalLM
 
@@ -42,6 +45,9 @@ def build_meta(files: "ModelFiles", dtype: torch.dtype, attention: str = ragged.
             f"got {type(model).__name__}, which does not: examples could not be packed; use another model"
         )
     model.config.use_cache = False
+    if attention == ragged.NAME:
+        record_spans(model)
+        own_lengths(model, ragged.NAME)
     return model
 
 
