@@ -208,7 +208,7 @@ class Adapters:
 
 def _base(files: Any, quantization: Any, dtype: torch.dtype, seed: int, device: torch.device) -> Any:
     """The base as training saw it, packed linears packed, on device; layer by layer, so that it never exists twice."""
-    model: Any = build_meta(files, dtype, "sdpa")
+    model: Any = build_meta(files, dtype, None)
     model = quantization.convert(model, dissect(model))
     origins = Lineage(model).origins(model)
     values, world = open_values(files, dtype, seed), World(0, 1, 0, device)

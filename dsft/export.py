@@ -171,7 +171,7 @@ def _refuse_unmergeable(run: Learned | Run, adapter: Path) -> None:
     from dsft.models.anatomy import dissect
     from dsft.models.build import build_meta
 
-    model = build_meta(run.model.resolve(), torch.float32, "sdpa")
+    model = build_meta(run.model.resolve(), torch.float32, None)
     method = native.read(adapter)
     method.merge(method.attach(model, dissect(model)))
 

@@ -28,7 +28,6 @@ def unpacked_base(run: Learned | Run, packed_on: "torch.device | None" = None) -
         dtype=DTYPES[run.train.precision],
         trust_remote_code=files.trust_remote_code,
         use_safetensors=True,
-        attn_implementation="sdpa",
     )
     if packed_on is not None:
         base.to(packed_on)

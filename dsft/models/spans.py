@@ -60,7 +60,10 @@ def span_of(module: nn.Module, window: int | None) -> Span:
 
 
 def check_extras(module: nn.Module, extras: Mapping[str, Any]) -> None:
-    """Raise UnheldError if an attention is called with arguments that change scores in a way not computed here."""
+    """Raise UnheldError if an attention is called with arguments that change scores in a way not computed here.
+
+    Raises a plain ValueError where it is not causal, since no way of packing would help such a model.
+    """
     kind = type(module).__name__
     for name in REFUSED:
         if extras.get(name) is not None:
@@ -70,7 +73,7 @@ def check_extras(module: nn.Module, extras: Mapping[str, Any]) -> None:
     if extras.get("softcap") is not None and extras.get("s_aux") is not None:
         raise UnheldError(f"model must have soft caps or sinks, got {kind} with both: softcap and s_aux")
     if not (getattr(module, "is_causal", True) and extras.get("is_causal", True) in (True, None)):
-        raise UnheldError(f"model must be causal, got {kind} without a causal mask")
+        raise ValueError(f"model must be causal, got {kind} without a causal mask")
 
 
 @torch.no_grad()
