@@ -23,7 +23,6 @@ from dsft.searched import own_folder_last
 from dsft.wording import refuse
 
 if TYPE_CHECKING:
-    from dsft.models.family import Family
     from dsft.models.files import ModelFiles
 
 
@@ -135,7 +134,7 @@ def make_plan(composed: Composed, files: "ModelFiles", *, device_bytes: int | No
         "total_by_gradient_checkpointing": {name: budget.as_dict()["total"] for name, budget in budgets.items()},
         "gpu_bytes": device_bytes,
         "proven": proven(run, names, providers, experts=bool(bones.anatomy.experts)),
-        "notes": [*_notes(run, memory, device_bytes, accelerator=accelerator), *_still(family)],
+        "notes": list(_notes(run, memory, device_bytes, accelerator=accelerator)),
         "global_batch_size": run.train.global_batch_size,
     }
 
@@ -204,12 +203,6 @@ def _told(family: Mapping[str, Any]) -> str:
     """How examples of a model are computed that cannot share a row, and why."""
     whose = "" if family["attention"].startswith("dsft") else f", by the model's own attention ({family['attention']})"
     return f"{family['model_type']}: each example is a micro-batch of its own{whose}: {family['reason']}"
-
-
-def _still(family: "Family") -> Iterator[str]:
-    """What is set to 0 of the model's own settings."""
-    for name in family.stilled:
-        yield f"{name} of the model is set to 0: what it draws would depend on ranks and micro-batches"
 
 
 def as_text(plan: dict[str, Any]) -> str:

@@ -72,7 +72,7 @@ def skeleton(run: Run, files: ModelFiles, family: Family = PACKS) -> Skeleton:
 
     family: the verdict on the model, see models/family.py. Raises ValueError for what it does not allow.
     """
-    model = build_meta(files, DTYPES[run.train.precision], family.attention, family.stilled)
+    model = build_meta(files, DTYPES[run.train.precision], family.attention)
     anatomy = dissect(model)
     model = run.quantization.convert(model, anatomy)
     lineage = Lineage(model)

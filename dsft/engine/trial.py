@@ -28,7 +28,7 @@ from dsft.models.build import OwnAttentionError, build_meta
 from dsft.models.family import Family
 from dsft.models.files import ModelFiles
 from dsft.models.materialize import materialize
-from dsft.models.small import fill, random_settings, small_copies, still
+from dsft.models.small import fill, small_copies, still
 from dsft.models.values import open_values
 
 LENGTHS = (37, 11, 40)
@@ -65,9 +65,7 @@ class _UnusableError(Exception):
 
 
 def _examine(files: ModelFiles, config: Any) -> Family:
-    stilled = random_settings(config)
-    still(config, stilled)
-    found = Family(model_type=files.config.model_type, stilled=tuple(key for key in stilled if "drop" not in key))
+    still(config)
     with tempfile.TemporaryDirectory() as folder:
         try:
             reference = _reference(files, config, "eager")
@@ -82,8 +80,8 @@ def _examine(files: ModelFiles, config: Any) -> Family:
         small = replace(files, config=config, folder=Path(folder), name_or_path=files.name_or_path, init="pretrained")
         library = _library(files, config, reference, examples, truth)
         reasons: list[str] = []
-        for way in (Family, _alone, _own):
-            family = way(**{**found.as_dict(), "stilled": found.stilled, "library": library})
+        packed = Family(model_type=files.config.model_type, library=library)
+        for family in (packed, replace(packed, packs=False), replace(packed, packs=False, attention=library)):
             try:
                 return _accepted(family, small, examples, truth, reasons)
             except UnfitError as error:
@@ -96,14 +94,6 @@ def _examine(files: ModelFiles, config: Any) -> Family:
         f"model {files.name_or_path} must compute here as its own class does, got {type(reference).__name__}: "
         f"{reasons[-1]}; use another model"
     )
-
-
-def _alone(**values: Any) -> Family:
-    return Family(**{**values, "packs": False})
-
-
-def _own(**values: Any) -> Family:
-    return Family(**{**values, "packs": False, "attention": values["library"]})
 
 
 def _accepted(
@@ -203,7 +193,7 @@ def _on_meta(files: ModelFiles, config: Any) -> nn.Module:
 
 def _built(small: ModelFiles, family: Family, *, again: bool = False) -> nn.Module:
     """The model as a run would build it, all of it learning; again: its blocks are computed again in backward."""
-    model: Any = build_meta(small, torch.float32, family.attention, family.stilled)
+    model: Any = build_meta(small, torch.float32, family.attention)
     anatomy = dissect(model)
     calling.fit(model, family)
     scoring.install(model, model.get_submodule(anatomy.head))

@@ -12,9 +12,8 @@ class Family:
 
     packs: examples may share a row of tokens; otherwise each is a micro-batch of its own. attention: dsft's ragged one,
     or the name of the family's own ("sdpa", "eager"). library: which of those two the model is right with elsewhere,
-    to generate and to be compared. reason: why it does not pack, or not with dsft's attention; "" if it does. stilled:
-    settings that draw random numbers in training, and are set to 0. recomputes: False if a block that is computed
-    again in backward gives other values.
+    to generate and to be compared. reason: why it does not pack, or not with dsft's attention; "" if it does.
+    recomputes: False if a block that is computed again in backward gives other values.
     """
 
     model_type: str
@@ -22,7 +21,6 @@ class Family:
     attention: str = NAME
     library: str = "sdpa"
     reason: str = ""
-    stilled: tuple[str, ...] = ()
     recomputes: bool = True
 
     @property
@@ -37,12 +35,12 @@ class Family:
 
     def as_dict(self) -> dict[str, Any]:
         """What JSON keeps of it."""
-        return {**asdict(self), "stilled": list(self.stilled)}
+        return asdict(self)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Family":
         """Read what as_dict gave."""
-        return cls(**{**values, "stilled": tuple(values["stilled"])})
+        return cls(**values)
 
 
 PACKS = Family(model_type="")

@@ -9,7 +9,7 @@ tokens, so that a row of a few dozen tokens lies beyond them.
 import copy
 import re
 import sys
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -90,22 +90,12 @@ def _settings(module: nn.Module) -> tuple[Any, ...]:
     return tuple(sorted((key, str(value)) for key, value in told.items()))
 
 
-def random_settings(config: Any) -> tuple[str, ...]:
-    """Names of the settings of config that draw random numbers in training, and are not 0."""
-    numbers = (
-        key
-        for holder in _holders(config)
-        for key, value in vars(holder).items()
-        if RANDOM.search(key) and isinstance(value, float | int) and not isinstance(value, bool) and value
-    )
-    return tuple(dict.fromkeys(numbers))
-
-
-def still(config: Any, names: Collection[str]) -> None:
-    """Set these settings to 0, in place."""
+def still(config: Any) -> None:
+    """Set what draws random numbers in training to 0, in place."""
     for holder in _holders(config):
-        for key in set(names) & set(vars(holder)):
-            setattr(holder, key, type(vars(holder)[key])(0))
+        for key, value in list(vars(holder).items()):
+            if RANDOM.search(key) and isinstance(value, float | int) and not isinstance(value, bool):
+                setattr(holder, key, type(value)(0))
 
 
 def _holders(config: Any) -> Iterator[Any]:

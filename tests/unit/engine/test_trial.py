@@ -45,10 +45,6 @@ def test_a_family_packs_or_is_computed_alone(model_type: str) -> None:
     assert bool(found.reason) is not found.packs
 
 
-def test_settings_that_draw_for_a_router_are_named() -> None:
-    assert examine(files("phimoe", num_local_experts=4)).stilled == ("router_jitter_noise",)
-
-
 def test_a_model_that_sees_what_follows_is_refused_in_one_line() -> None:
     with pytest.raises(ValueError, match="must be causal, got RoFormerForCausalLM") as refused:
         examine(files("roformer"))

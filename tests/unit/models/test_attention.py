@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dsft.models.attention import groups_apart, ragged_attention, takes_groups
+from dsft.models.spans import UnheldError
 
 FAMILIES = ["llama", "qwen3", "mixtral", "gpt2"]
 LENGTHS = (5, 37, 1, 64, 20)
@@ -171,7 +172,7 @@ def test_segments_that_do_not_fill_the_row_are_refused(lengths: tuple[int, ...])
         ragged_attention(nn.Identity(), *projections(), None, segment_lengths=lengths)
 
 
-@pytest.mark.parametrize("extra", ["softcap", "s_aux"])
-def test_attention_that_it_cannot_compute_is_refused(extra: str) -> None:
-    with pytest.raises(ValueError, match=extra):
-        ragged_attention(nn.Identity(), *projections(), None, segment_lengths=LENGTHS, **{extra: 30.0})
+@pytest.mark.parametrize("extras", [{"position_bias": 1.0}, {"softcap": 3.0, "s_aux": torch.zeros(4)}])
+def test_attention_that_it_cannot_compute_is_refused(extras: dict[str, Any]) -> None:
+    with pytest.raises(UnheldError, match=next(iter(extras))):
+        ragged_attention(nn.Identity(), *projections(), None, segment_lengths=LENGTHS, **extras)
