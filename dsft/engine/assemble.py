@@ -1,6 +1,5 @@
 """The order of construction: meta model -> quantize -> method -> recompute -> shard -> read weights -> optimizer."""
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -13,7 +12,9 @@ from dsft.comm.world import World
 from dsft.config import Run
 from dsft.engine.compiling import Compiler, compiler_for
 from dsft.engine.determinism import choose
+from dsft.engine.dropout import Draws, keyed
 from dsft.engine.guided import Guided, guided
+from dsft.engine.masks import stream
 from dsft.engine.optimizers import factory
 from dsft.engine.recompute import recompute
 from dsft.models import scoring
@@ -33,12 +34,14 @@ class Skeleton:
     """A model on meta with its method in it.
 
     origins: tensor name -> its name in the base, see Lineage; stored: what an earlier adapter gives, and the base not.
+    draws: by what its dropout is drawn.
     """
 
     model: nn.Module
     anatomy: Anatomy
     origins: dict[str, str]
     stored: Mapping[str, Tensor]
+    draws: Draws
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,7 @@ class Session:
     anatomy: Anatomy
     compiler: Compiler | None
     guided: Guided | None
+    draws: Draws
 
 
 def skeleton(run: Run, files: ModelFiles) -> Skeleton:
@@ -69,7 +73,8 @@ def skeleton(run: Run, files: ModelFiles) -> Skeleton:
     for param in model.parameters():
         if param.requires_grad:
             param.data = param.data.float()
-    return Skeleton(model, anatomy, origins, stored)
+    draws = keyed(model, anatomy, run.train.seed, run.method.positions)
+    return Skeleton(model, anatomy, origins, stored, draws)
 
 
 def assemble(run: Run, files: ModelFiles, world: World, total: int = 0) -> Session:
@@ -81,7 +86,7 @@ def assemble(run: Run, files: ModelFiles, world: World, total: int = 0) -> Sessi
     compiler = compiler_for(run.train, total, model, anatomy)
     course = run.method.course(model, total or run.train.steps or 0, world.device)
     reentrant = run.strategy.reentrant_recompute
-    recompute(model, anatomy, run.train.gradient_checkpointing, reentrant=reentrant, run=compiler)
+    recompute(model, anatomy, run.train.gradient_checkpointing, reentrant=reentrant, run=compiler, draws=bones.draws)
     first = _first_packed(model)
     model = run.strategy.shard(model, anatomy, world, run.train.precision)
     values = open_values(files, DTYPES[run.train.precision], run.train.seed)
@@ -112,6 +117,7 @@ def assemble(run: Run, files: ModelFiles, world: World, total: int = 0) -> Sessi
         anatomy=anatomy,
         compiler=compiler,
         guided=guided(course, run.strategy, model),
+        draws=bones.draws,
     )
 
 
@@ -146,11 +152,6 @@ class seeded:  # noqa: N801  # a context, used like a function
 
     def __exit__(self, *_: object) -> None:
         torch.set_rng_state(self.state)
-
-
-def stream(*words: object) -> int:
-    """A 63-bit seed that is a pure function of words."""
-    return int.from_bytes(hashlib.sha256(repr(words).encode()).digest()[:8], "big") >> 1
 
 
 def _trained_weight(bones: Skeleton, values: Values, device: torch.device, name: str) -> Tensor:

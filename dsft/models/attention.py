@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from dsft_launchers.verdict import RefusedError
 from torch import Tensor, nn
 
 from dsft.protocols import PREFIX
@@ -54,6 +55,8 @@ def ragged_attention(
     Raises RuntimeError where the call would let examples see each other, ValueError for a model it cannot compute.
     """
     lengths = _checked(module, query, key, attention_mask, segment_lengths)
+    if dropout:  # masks over pairs of tokens would be those of a row, not of an example; build_meta sets it to 0
+        raise RefusedError(f"model must drop nothing inside attention, got {dropout:g} in {type(module).__name__}")
     for name in REFUSED:
         if extras.get(name) is not None:
             raise ValueError(f"model must use plain softmax attention, got {type(module).__name__} with {name}")

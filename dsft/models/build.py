@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from dsft.models import attention as ragged
+from dsft.models.randomness import still
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -17,7 +18,8 @@ if TYPE_CHECKING:
 def build_meta(files: "ModelFiles", dtype: torch.dtype, attention: str = ragged.NAME) -> "PreTrainedModel":
     """The causal language model of files.config on meta, its parameters in dtype, without a key-value cache.
 
-    attention: dsft's ragged attention, or a name that transformers knows ("sdpa" to generate). Raises ValueError if
+    attention: dsft's ragged attention, to train, without the random numbers that no example can bring (randomness.py);
+    or a name that transformers knows ("sdpa" to generate). Raises ValueError if
     transformers has no causal language model of this type, or the model cannot exchange its attention.
     """
     from transformers import AutoModelForCausalLM
@@ -25,6 +27,8 @@ def build_meta(files: "ModelFiles", dtype: torch.dtype, attention: str = ragged.
     if attention == ragged.NAME:
         ragged.register()
     config = copy.deepcopy(files.config)
+    if attention == ragged.NAME:
+        still(config)
     try:
         with torch.device("meta"):
             model: PreTrainedModel = AutoModelForCausalLM.from_config(
