@@ -27,6 +27,7 @@ from dsft.compose import build, compose
 from dsft.config import Run
 from dsft.data.open import open_data
 from dsft.engine.assemble import Session, assemble
+from dsft.engine.dropout import Keyed
 from dsft.engine.loop import step_batches
 from dsft.engine.step import train_step
 
@@ -139,6 +140,10 @@ def _plant(session: Session, fault: str | None) -> Session:
         strategy = session.run.strategy
         whole = strategy.backward
         object.__setattr__(strategy, "backward", lambda loss, *, last: whole(loss * 0, last=last))
+    if fault == "torch-dropout":  # masks drawn per micro-batch
+        for module in session.model.modules():
+            if isinstance(module, Keyed):
+                module.__class__ = nn.Dropout
     if fault == "raises" and world.rank == 1:
         raise RuntimeError("planted\nwith a second line")
     if fault == "dies" and world.rank == 1:

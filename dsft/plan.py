@@ -109,8 +109,11 @@ def make_plan(composed: Composed, files: "ModelFiles", *, device_bytes: int | No
     from dsft.engine.assemble import skeleton
     from dsft.engine.budget import estimates
     from dsft.models.census import census
+    from dsft.models.randomness import refuse as refuse_unkeyed
+    from dsft.models.randomness import told
 
     run = composed.run
+    refuse_unkeyed(vars(run.model).get("config"))
     check_positions(run, files)
     family = family_of(files)
     bones = skeleton(run, files, family)
@@ -134,7 +137,7 @@ def make_plan(composed: Composed, files: "ModelFiles", *, device_bytes: int | No
         "total_by_gradient_checkpointing": {name: budget.as_dict()["total"] for name, budget in budgets.items()},
         "gpu_bytes": device_bytes,
         "proven": proven(run, names, providers, experts=bool(bones.anatomy.experts)),
-        "notes": list(_notes(run, memory, device_bytes, accelerator=accelerator)),
+        "notes": [*told(files.config), *_notes(run, memory, device_bytes, accelerator=accelerator)],
         "global_batch_size": run.train.global_batch_size,
     }
 

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -51,7 +51,8 @@ class Batch:
     """One ragged micro-batch: S examples laid end to end, T tokens in all, never padded.
 
     tokens, positions, targets (T,) int64: positions restart at 0 per example; targets[t] is the token that position t
-    must predict, or IGNORE. lengths: tokens per example, they sum to T. ids: one per example.
+    must predict, or IGNORE. lengths: tokens per example, they sum to T. ids: one per example. places: where each stands
+    in the order of its step, which may hold an example twice.
     """
 
     tokens: Tensor
@@ -59,6 +60,7 @@ class Batch:
     targets: Tensor
     lengths: tuple[int, ...]
     ids: tuple[str, ...]
+    places: tuple[int, ...]
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on device, in one copy that the host does not wait for."""
@@ -66,7 +68,7 @@ class Batch:
             return self
         parts = (self.tokens, self.positions, self.targets, self.supervised)
         tokens, positions, targets, supervised = sent(torch.cat(parts), device).split([len(part) for part in parts])
-        batch = Batch(tokens, positions, targets, self.lengths, self.ids)
+        batch = replace(self, tokens=tokens, positions=positions, targets=targets)
         vars(batch)["supervised"] = supervised  # a device would have to tell the host how many there are
         return batch
 

@@ -9,8 +9,12 @@ from dsft.data.tokens import TokenSet
 from dsft.protocols import IGNORE, Batch
 
 
-def build_batch(tokens: TokenSet, rows: Sequence[int], *, silent: bool = False) -> Batch:
+def build_batch(
+    tokens: TokenSet, rows: Sequence[int], *, silent: bool = False, places: Sequence[int] | None = None
+) -> Batch:
     """The examples `rows` (indices into tokens) end to end; silent: no position carries loss.
+
+    places: where each stands in the order of its step; None for rows that are no part of one: their order here.
 
     targets[t] is token t + 1 of the same example where that token is supervised, else IGNORE; so the last position of
     an example is always IGNORE, and positions restart at 0 with each.
@@ -30,4 +34,5 @@ def build_batch(tokens: TokenSet, rows: Sequence[int], *, silent: bool = False) 
         targets=torch.from_numpy(np.concatenate(targets)),
         lengths=tuple(map(len, ids)),
         ids=tuple(tokens.id(row) for row in rows),
+        places=tuple(range(len(rows)) if places is None else places),
     )

@@ -1,6 +1,5 @@
 """The order of construction: meta model -> quantize -> method -> recompute -> shard -> read weights -> optimizer."""
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -13,7 +12,9 @@ from dsft.comm.world import World
 from dsft.config import Run
 from dsft.engine.compiling import Compiler, compiler_for
 from dsft.engine.determinism import choose
+from dsft.engine.dropout import Draws, keyed
 from dsft.engine.guided import Guided, guided
+from dsft.engine.masks import stream
 from dsft.engine.optimizers import factory
 from dsft.engine.recompute import recompute
 from dsft.models import calling, scoring
@@ -26,8 +27,6 @@ from dsft.models.materialize import materialize
 from dsft.models.values import Values, open_values
 from dsft.protocols import Anatomy, PackedLinear
 
-APART, BOUND_APART = 8, 1e-2
-"""Tokens of an example of the self-test of packing, and the largest difference relative to the largest score."""
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -36,7 +35,7 @@ class Skeleton:
     """A model on meta with its method in it.
 
     origins: tensor name -> its name in the base, see Lineage; stored: what an earlier adapter gives, and the base not;
-    family: how the model is computed.
+    family: how the model is computed; draws: by what its dropout is drawn.
     """
 
     model: nn.Module
@@ -44,6 +43,7 @@ class Skeleton:
     origins: dict[str, str]
     stored: Mapping[str, Tensor]
     family: Family
+    draws: Draws
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,7 @@ class Session:
     anatomy: Anatomy
     compiler: Compiler | None
     guided: Guided | None
+    draws: Draws
     family: Family
 
     @property
@@ -85,7 +86,8 @@ def skeleton(run: Run, files: ModelFiles, family: Family = PACKS) -> Skeleton:
     for param in model.parameters():
         if param.requires_grad:
             param.data = param.data.float()
-    return Skeleton(model, anatomy, origins, stored, family)
+    draws = keyed(model, anatomy, run.train.seed, run.method.positions)
+    return Skeleton(model, anatomy, origins, stored, family, draws)
 
 
 def _check_family(run: Run, model: nn.Module, family: Family) -> None:
@@ -112,7 +114,7 @@ def assemble(run: Run, files: ModelFiles, world: World, total: int = 0, *, famil
     compiler = compiler_for(run.train, total, model, anatomy) if family.ragged else None
     course = run.method.course(model, total or run.train.steps or 0, world.device)
     reentrant = run.strategy.reentrant_recompute
-    recompute(model, anatomy, run.train.gradient_checkpointing, reentrant=reentrant, run=compiler)
+    recompute(model, anatomy, run.train.gradient_checkpointing, reentrant=reentrant, run=compiler, draws=bones.draws)
     first = _first_packed(model)
     model = run.strategy.shard(model, anatomy, world, run.train.precision)
     values = open_values(files, DTYPES[run.train.precision], run.train.seed)
@@ -133,7 +135,7 @@ def assemble(run: Run, files: ModelFiles, world: World, total: int = 0, *, famil
     if first is not None:
         _check_bytes(run, bones, first, values, home.device)
     module = run.strategy.prepare(model, _groups(run, model), factory(run.optim))
-    session = Session(
+    return Session(
         run=run,
         files=files,
         world=world,
@@ -144,43 +146,8 @@ def assemble(run: Run, files: ModelFiles, world: World, total: int = 0, *, famil
         compiler=compiler,
         guided=guided(course, run.strategy, model),
         family=family,
+        draws=bones.draws,
     )
-    if family.packs:
-        check_apart(session)
-    return session
-
-
-def check_apart(session: Session) -> None:
-    """The start-up self-test of packing, on the model itself: what an example holds changes nothing of the next one.
-
-    A class is examined on a small copy of the model, and this is the model. Collective; raises RuntimeError on every
-    rank. The median over positions is compared, as rounding may send a token to another expert.
-    """
-    rows = session.files.config.get_text_config().vocab_size
-    first, last = (torch.arange(start, start + APART) % rows for start in (1, 1 + APART))
-    session.model.eval()
-    scores = torch.stack([_scores_of_last(session, tokens, last) for tokens in (first, first.flip(0))])
-    median = float((scores[0] - scores[1]).abs().median() / scores.abs().max())
-    if median > BOUND_APART:
-        raise RuntimeError(
-            f"{type(session.model).__name__}: examples in a row read each other, by {median:.0%} of the largest score, "
-            "though a small copy of the model did not; do not train on it, and tell the authors of dsft"
-        )
-
-
-def _scores_of_last(session: Session, first: Tensor, last: Tensor) -> Tensor:
-    """Scores (APART - 1,) float32 on CPU of an example that comes behind another one in its row."""
-    device, places = session.world.device, torch.arange(APART)
-    with torch.no_grad(), autocast(session):
-        scores = session.module(
-            input_ids=torch.cat([first, last])[None].to(device),
-            position_ids=torch.cat([places, places])[None].to(device),
-            segment_lengths=(APART, APART),
-            logits_to_keep=(APART + places[:-1]).to(device),
-            targets=last[1:].to(device),
-            use_cache=False,
-        ).logits[0]
-    return scores.float().cpu()  # type: ignore[no-any-return]
 
 
 def _groups(run: Run, model: nn.Module) -> list[dict[str, Any]]:
@@ -214,11 +181,6 @@ class seeded:  # noqa: N801  # a context, used like a function
 
     def __exit__(self, *_: object) -> None:
         torch.set_rng_state(self.state)
-
-
-def stream(*words: object) -> int:
-    """A 63-bit seed that is a pure function of words."""
-    return int.from_bytes(hashlib.sha256(repr(words).encode()).digest()[:8], "big") >> 1
 
 
 def _trained_weight(bones: Skeleton, values: Values, device: torch.device, name: str) -> Tensor:

@@ -101,7 +101,10 @@ def step_batches(session: Session, data: Dataset, step: int) -> tuple[list[int],
     lengths = [int(data.train.lengths[row]) + run.method.positions for row in rows]
     plan = plan_step(lengths, ranks, session.tokens_at_once)
     mine = plan[world.rank % ranks]
-    return rows, [build_batch(data.train, [rows[i] for i in micro.examples], silent=micro.silent) for micro in mine]
+    return rows, [
+        build_batch(data.train, [rows[i] for i in micro.examples], silent=micro.silent, places=micro.examples)
+        for micro in mine
+    ]
 
 
 def _values(session: Session, result: StepResult, scale: float) -> dict[str, float]:

@@ -7,6 +7,7 @@ from typing import Any, Literal, get_args
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from dsft.engine.dropout import Draws
 from dsft.protocols import Anatomy
 
 Recompute = Literal["none", "selective", "full"]
@@ -14,8 +15,16 @@ WAYS: tuple[Recompute, ...] = get_args(Recompute)
 Run = Callable[..., Any]
 
 
-def recompute(model: nn.Module, anatomy: Anatomy, what: Recompute, *, reentrant: bool, run: Run | None = None) -> None:
-    """Mark the blocks: full = all, selective = every second one. Random streams are restored, so dropout is the same.
+def recompute(
+    model: nn.Module,
+    anatomy: Anatomy,
+    what: Recompute,
+    *,
+    reentrant: bool,
+    draws: Draws,
+    run: Run | None = None,
+) -> None:
+    """Mark the blocks: full = all, selective = every second one. Draws and torch's streams are restored.
 
     Uses transformers' own gradient checkpointing layers, which hand over a block's forward instead of calling it, in
     training alone; run, where given, is what calls it. Reentrant checkpointing gives gradients only where a block's
@@ -23,7 +32,10 @@ def recompute(model: nn.Module, anatomy: Anatomy, what: Recompute, *, reentrant:
     """
     if what == "none" and run is None:
         return
-    again = partial(checkpoint, use_reentrant=reentrant, preserve_rng_state=True)
+
+    def again(forward: Run, *args: Any) -> Any:
+        return checkpoint(draws.held(forward), *args, use_reentrant=reentrant, preserve_rng_state=True)
+
     for index, name in enumerate(anatomy.blocks):
         block = model.get_submodule(name)
         if not hasattr(block, "gradient_checkpointing"):

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dsft.checkpoint.digests import of_all, of_tensor
 from dsft.engine.assemble import DTYPES, Session, autocast
+from dsft.models.randomness import as_published
 from dsft.protocols import Method
 
 PROBED = 64
@@ -89,6 +90,7 @@ def _write_model(session: Session, folder: Path) -> dict[str, str]:
         (folder / "model.safetensors.index.json").write_text(json.dumps(index_file, indent=1))
         config = copy.deepcopy(session.model.config)  # the live model goes on with its own
         config.dtype, config.use_cache = dtype, True
+        as_published(config, session.files.config)
         config.save_pretrained(folder)
         session.model.generation_config.save_pretrained(folder)
     return digests

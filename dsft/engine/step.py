@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 
 from dsft.comm.devices import sent
-from dsft.engine.assemble import Session, autocast, stream
+from dsft.engine.assemble import Session
+from dsft.engine.forward import forward
 from dsft.engine.guided import move
-from dsft.engine.offload import offloaded
 from dsft.engine.parts import Part, mark
 from dsft.protocols import Batch
 
@@ -47,9 +47,7 @@ def train_step(
     if session.guided:
         session.guided.course.begin_step(step)
     for index, batch in enumerate(batches):
-        torch.manual_seed(stream(run.train.seed, step, batch.ids[0], index))
-        with autocast(session), offloaded(run.train, world.device):
-            terms, _ = run.objective.loss(session.module, batch.to(world.device))
+        terms = forward(session, step, index, batch)
         last = index == len(batches) - 1
         if last and run.optim.in_backward:
             settle()

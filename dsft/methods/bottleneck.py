@@ -89,12 +89,12 @@ class Adapter(nn.Module):
     def __init__(self, down: nn.Module, up: nn.Module, activation: str, dropout: float, scale: float) -> None:
         super().__init__()
         self.down, self.up = down, up
-        self.activation, self.dropout, self.scale = activation, dropout, scale
+        self.activation, self.scale = activation, scale
+        self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         """X (..., D) -> (..., D)."""
-        hidden = ACTIVATIONS[self.activation](self.down(x))  # (..., m)
-        hidden = F.dropout(hidden, self.dropout, self.training)
+        hidden = self.dropout(ACTIVATIONS[self.activation](self.down(x)))  # (..., m)
         y: Tensor = self.up(hidden)
         return y if self.scale == 1 else y * self.scale
 

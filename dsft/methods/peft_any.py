@@ -57,6 +57,7 @@ class Peft(Bridged):
             config = self.config(targets)
         model = self._inject(model, config, on_meta=True)
         self._check_unshared(model)
+        self._check_dropout(model)
         for module in model.modules():
             for key, buffer in module._buffers.items():
                 if buffer is not None and not buffer.is_meta:  # new, and perhaps drawn by this rank alone
@@ -174,6 +175,16 @@ class Peft(Bridged):
             if self.kept(name) and id(tensor) in seen:
                 raise ValueError(self._shares())
             seen.add(id(tensor))
+
+    def _check_dropout(self, model: nn.Module) -> None:
+        """Refuse dropout that is no module of the adapter's: PEFT draws it anew for each batch."""
+        drops = any(isinstance(m, nn.Dropout) and m.p > 0 and _is_adapters(name) for name, m in model.named_modules())
+        for key, value in self.options.items():
+            if "dropout" in key and value and not drops:
+                raise ValueError(
+                    f"method.options.{key} must be 0 with {self.type}, got {value}: PEFT draws it once for a whole batch, "
+                    "so that micro-batches would change the loss; leave it out"
+                )
 
     def _shares(self) -> str:
         return f"method.type must be an adapter whose layers share nothing, got {self.type}; take peft.LoHaConfig"

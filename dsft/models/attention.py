@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from dsft_launchers.verdict import RefusedError
 from torch import Tensor, nn
 
 from dsft.models import recording
@@ -62,6 +63,8 @@ def ragged_attention(
     see each other, UnheldError for a model it cannot compute.
     """
     lengths = _checked(module, query, key, attention_mask, segment_lengths)
+    if dropout:  # masks over pairs of tokens would be those of a row, not of an example; build_meta sets it to 0
+        raise RefusedError(f"model must drop nothing inside attention, got {dropout:g} in {type(module).__name__}")
     check_extras(module, extras)
     how = How(span_of(module, sliding_window), query.shape[3] ** -0.5 if scaling is None else scaling, dropout)
     sinks, width, before = extras.get("s_aux"), value.shape[3], _prefix(module, key, extras)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from dsft.models import attention as ragged
+from dsft.models.randomness import still
 from dsft.models.recording import record_spans
 from dsft.models.rope import own_lengths
 from dsft.models.spans import UnheldError
@@ -27,7 +28,7 @@ def build_meta(files: "ModelFiles", dtype: torch.dtype, attention: str | None = 
     attention: dsft's ragged attention, or a name that transformers knows; None is the family's own, of torch's kernels
     where they compute it. Raises ValueError if transformers has no causal language model of this type;
     OwnAttentionError if it cannot exchange its attention, and UnheldError if that cannot be computed for examples
-    packed in a row.
+    packed in a row. What draws random numbers that no example can bring is 0 (randomness.py).
     """
     if attention == ragged.NAME:
         ragged.register()
@@ -54,6 +55,7 @@ def _described(files: "ModelFiles", dtype: torch.dtype, attention: str | None) -
     from transformers import AutoModelForCausalLM
 
     config = copy.deepcopy(files.config)
+    still(config)
     with torch.device("meta"):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(
             config, dtype=dtype, attn_implementation=attention, trust_remote_code=files.trust_remote_code

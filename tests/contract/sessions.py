@@ -21,6 +21,7 @@ from dsft.engine.loop import step_batches
 from dsft.engine.result import write_result
 from dsft.engine.step import train_step
 from dsft.locate import TYPED
+from dsft.protocols import Batch
 
 FOLDERS = [Path(folder) for folder in (os.environ.get("DSFT_CONFIG_DIR"), OWN_CONF) if folder]
 """The first that has an option gives it."""
@@ -59,6 +60,13 @@ def session_of(method: str, *words: str) -> tuple[Session, Dataset]:
 def train(session: Session, data: Dataset, *steps: int) -> None:
     for step in steps:
         assert train_step(session, step_batches(session, data, step)[1], step, 1.0).moved
+
+
+def batch_of(*lengths: int) -> Batch:
+    """A micro-batch of examples of these lengths, whose tokens say nothing."""
+    nothing = torch.zeros(sum(lengths), dtype=torch.int64)
+    ids = tuple(map(str, range(len(lengths))))
+    return Batch(nothing, nothing, nothing, lengths, ids, tuple(range(len(lengths))))
 
 
 def left_by(run_dir: Path, method: str, *words: str) -> tuple[Session, Dataset]:

@@ -24,9 +24,10 @@ def gradients(words: list[str], around: Any) -> dict[str, Tensor]:
     data = open_data(run.data, files.tokenizer(), max_length=512, seed=0)
     session = assemble(run, files, World(0, 1, 0, torch.device("cpu")))
     session.model.train()
-    torch.manual_seed(0)
+    (batch,) = step_batches(session, data, 1)[1]
+    session.draws.begin(1, batch, session.world.device)
     with autocast(session), around:
-        terms, _ = run.objective.loss(session.module, step_batches(session, data, 1)[1][0])
+        terms, _ = run.objective.loss(session.module, batch)
     run.strategy.backward(terms.sum(), last=True)
     learning = {name: param.grad for name, param in session.model.named_parameters() if param.requires_grad}
     return {"loss": terms.detach(), **{name: grad for name, grad in learning.items() if grad is not None}}

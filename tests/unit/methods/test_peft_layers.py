@@ -18,6 +18,7 @@ from dsft.engine.assemble import Session, assemble
 from dsft.engine.result import write_result
 from dsft.methods.peft_bridge import ADAPTER, peft_name
 from dsft.methods.pissa import principal
+from tests.contract.sessions import batch_of
 
 ANY = ["method=peft", "method.target_modules=[q_proj,down_proj]"]
 CASES = {
@@ -150,10 +151,11 @@ def test_pissa_with_dropout_drops_from_what_learns_alone() -> None:
     session = session_of("method=pissa", "method.dropout=0.5", "method.target_modules=q_proj")
     layer = session.model.model.layers[0].self_attn.q_proj.train()
     x = torch.randn(6, 128)
-    torch.manual_seed(3)
+    session.draws.begin(1, batch_of(6), x.device)
     got = layer(x)
-    torch.manual_seed(3)
-    dropped = torch.nn.functional.dropout(x, 0.5)
+    session.draws.begin(1, batch_of(6), x.device)
+    dropped = layer.lora_dropout[ADAPTER](x)
+    assert 0 < (dropped == 0).sum() < x.numel()
     down, up = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
     torch.testing.assert_close(got, layer.base_layer(x) + (dropped - x) @ down.T @ up.T, rtol=1e-4, atol=1e-5)
 
