@@ -120,6 +120,7 @@ def make_plan(composed: Composed, files: "ModelFiles", *, device_bytes: int | No
     memory["available"] = _available(composed, accelerator=accelerator) if here else device_bytes
     names = {choice.group: choice.option for choice in composed.choices}
     providers = {choice.group: choice.provider for choice in composed.choices if choice.provider != "dsft"}
+    unproven = _unproven(composed, files, counts, memory)
     return {
         "model": files.name_or_path,
         "choices": names,
@@ -131,7 +132,10 @@ def make_plan(composed: Composed, files: "ModelFiles", *, device_bytes: int | No
         "total_by_gradient_checkpointing": {name: budget.as_dict()["total"] for name, budget in budgets.items()},
         "gpu_bytes": device_bytes,
         "proven": proven(run, names, providers, experts=bool(bones.anatomy.experts)),
-        "notes": list(_notes(run, memory, device_bytes, accelerator=accelerator)),
+        "notes": [
+            *_notes(run, memory, device_bytes, accelerator=accelerator),
+            *_unproven(composed, files, counts, memory),
+        ],
         "global_batch_size": run.train.global_batch_size,
     }
 
@@ -194,6 +198,23 @@ def _notes(run: Run, memory: Mapping[str, int | None], device_bytes: int | None,
         )
     if run.train.offload_activations and not accelerator:
         yield "train.offload_activations does nothing here: without an accelerator they are in host memory as it is"
+
+
+def _unproven(
+    composed: Composed, files: "ModelFiles", counts: Mapping[str, Any], memory: Mapping[str, int | None]
+) -> Iterator[str]:
+    """What is said where the result will not be compared with the model that was trained; see verify.foreseen."""
+    from dsft.telemetry.meter import host_memory_bytes
+    from dsft import verify
+
+    run, start = composed.run, composed.start
+    machine = host_memory_bytes() if start.place.here else None
+    ranks = 0 if start.place.gpus else int(start.variables.get("LOCAL_WORLD_SIZE", start.size // run.launcher.nodes))
+    why_not = verify.unproven(
+        files.init, verify.base_bytes(run, counts["total"]), machine, ranks * (memory["total"] or 0)
+    )
+    if why_not is not None and run.checkpoint.verify_result:
+        yield f"the result will not be compared with the model, its tensors alone will: {why_not}"
 
 
 def as_text(plan: dict[str, Any]) -> str:
