@@ -132,10 +132,7 @@ def make_plan(composed: Composed, files: "ModelFiles", *, device_bytes: int | No
         "total_by_gradient_checkpointing": {name: budget.as_dict()["total"] for name, budget in budgets.items()},
         "gpu_bytes": device_bytes,
         "proven": proven(run, names, providers, experts=bool(bones.anatomy.experts)),
-        "notes": [
-            *_notes(run, memory, device_bytes, accelerator=accelerator),
-            *_unproven(composed, files, counts, memory),
-        ],
+        "notes": [*_notes(run, memory, device_bytes, accelerator=accelerator), *unproven],
         "global_batch_size": run.train.global_batch_size,
     }
 
@@ -204,11 +201,11 @@ def _unproven(
     composed: Composed, files: "ModelFiles", counts: Mapping[str, Any], memory: Mapping[str, int | None]
 ) -> Iterator[str]:
     """What is said where the result will not be compared with the model that was trained; see verify.foreseen."""
-    from dsft.telemetry.meter import host_memory_bytes
     from dsft import verify
+    from dsft.telemetry.meter import host_memory_bytes
 
     run, start = composed.run, composed.start
-    machine = host_memory_bytes() if start.place.here else None
+    machine, needed = host_memory_bytes() if start.place.here else None, verify.base_bytes(run, counts["total"])
     ranks = 0 if start.place.gpus else int(start.variables.get("LOCAL_WORLD_SIZE", start.size // run.launcher.nodes))
     why_not = verify.unproven(
         files.init, verify.base_bytes(run, counts["total"]), machine, ranks * (memory["total"] or 0)
