@@ -207,9 +207,7 @@ def _unproven(
     run, start = composed.run, composed.start
     machine, needed = host_memory_bytes() if start.place.here else None, verify.base_bytes(run, counts["total"])
     ranks = 0 if start.place.gpus else int(start.variables.get("LOCAL_WORLD_SIZE", start.size // run.launcher.nodes))
-    why_not = verify.unproven(
-        files.init, verify.base_bytes(run, counts["total"]), machine, ranks * (memory["total"] or 0)
-    )
+    why_not = verify.unproven(files.init, needed, machine, ranks * (memory["total"] or 0))
     if why_not is not None and run.checkpoint.verify_result:
         yield f"the result will not be compared with the model, its tensors alone will: {why_not}"
 
