@@ -67,9 +67,9 @@ def materialize(
             place(module)
 
 
-def _require_meta(param: nn.Parameter, name: str) -> None:
+def _require_meta(tensor: Tensor, name: str) -> None:
     """What has a value already has it from nowhere that is known: no folder, no seed, and another one on each rank."""
-    if not param.is_meta:
+    if not tensor.is_meta:
         raise RuntimeError(
             f"{name} has a value before the weights are read, of which nobody knows whose it is: this model cannot be "
             "built on meta"
@@ -141,9 +141,13 @@ def _fill_buffers(
     """Buffers of the checkpoint are read, new ones come from initial, the others the library computes again."""
     computed = []
     for key, buffer in module._buffers.items():
-        if buffer is None or not buffer.is_meta:
+        if buffer is None:
             continue
         name = names[key]
+        if name in origins and origins[name] in values:
+            _require_meta(buffer, name)
+        if not buffer.is_meta:
+            continue
         if name in origins and origins[name] not in values:
             computed.append(key)
             continue
