@@ -179,7 +179,8 @@ def _refuse_unmergeable(run: Learned | Run, adapter: Path) -> None:
 def merged(run: Learned | Run, adapter: Path) -> Any:
     """The base as training saw it (packed linears unpacked) with the adapter's update added, on CPU in one process.
 
-    The weights are computed in fp32 and kept in the dtype of train.precision, which rounds them once.
+    The weights are computed in fp32 and kept in the dtype of train.precision, which rounds them once; what the base has
+    in another (a buffer in fp32) keeps that.
     """
     return merged_and_beside(run, adapter)[0]
 
@@ -194,6 +195,7 @@ def merged_and_beside(run: Learned | Run, adapter: Path) -> tuple[Any, dict[str,
 
     base = unpacked_base(run)
     dtype, anatomy = base.dtype, dissect(base)
+    dtypes = {name: tensor.dtype for name, tensor in (*base.named_parameters(), *base.named_buffers())}
     base.to(torch.float32)
     if native.holds(adapter):
         method = native.read(adapter)
@@ -205,7 +207,10 @@ def merged_and_beside(run: Learned | Run, adapter: Path) -> tuple[Any, dict[str,
     for name, param in whole.named_parameters():
         param.data, more = run.method.finished(whole, anatomy, name, param.data, dtype)
         beside |= more
-    return whole.to(dtype), beside
+    for name, tensor in (*whole.named_parameters(), *whole.named_buffers()):
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.to(dtypes[name] if name in dtypes else dtype)
+    return whole, beside
 
 
 if __name__ == "__main__":

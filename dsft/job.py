@@ -36,14 +36,11 @@ if TYPE_CHECKING:
     from dsft.models.files import ModelFiles
     from dsft.recorder import Recorder
 
-DAY_S = 86400.0
-"""Limit of a collective where train.hang_after limits every phase; torch's own half hour cuts long ones short."""
-HALF_AN_HOUR_S = 1800.0
-"""Limit of a collective without one: torch's default for gloo."""
-TRACKER_S = 120.0
-"""Of opening the trackers: wandb waits for its server for up to 90 s."""
-TOKENISING_S = 7200.0
-"""Of opening data that are not in the token cache of every node."""
+DAY_S, HALF_AN_HOUR_S = 86400.0, 1800.0
+"""Limits of a collective: where train.hang_after limits every phase, as torch's own half hour would cut long ones
+short; and where it does not, torch's default for gloo."""
+TRACKER_S, TOKENISING_S = 120.0, 7200.0
+"""Of opening the trackers (wandb waits for its server for up to 90 s), and data that are in no node's token cache."""
 
 
 def main() -> int:
@@ -139,6 +136,7 @@ def _train(
     from dsft.engine.progress import STOPPED as ASKED
     from dsft.engine.resume import keeper_for, resume
     from dsft.engine.stop import in_vain
+    from dsft.verify import foreseen
 
     run, world, lease = recorder.run, recorder.world, attempt.lease
     with patience.phase("loading", patience.limits.loading_s):
@@ -156,6 +154,7 @@ def _train(
     recorder.event("assembled", at.step, {})
     if at.over and at.step < total:
         recorder.event("early_stop_holds", at.step, {})
+    why_not = foreseen(session, run_dir, recorder)
     attempt.keeper = keeper = keeper_for(session, run_dir, who, lease, saved=at.step)
     base.read(partial(_tell_base, run_dir, attempt) if lease is not None else None)
     attempt.training = True
@@ -166,7 +165,7 @@ def _train(
     if at.state != ASKED:
         with patience.phase("base digest", base.files.nbytes / BYTES_PER_S):
             recorder.event("base_digest", at.step, {"digest": base.settle()})
-        give_result(session, data, run_dir, lease, recorder, patience=patience)
+        give_result(session, data, run_dir, lease, recorder, patience=patience, why_not=why_not)
     elif run.checkpoint.every and keeper.saved != at.step:
         raise RuntimeError(f"stopped at step {at.step}, which could not be saved; step {keeper.saved} was")
     return at
@@ -268,7 +267,7 @@ def find(
 
 def give_result(
     session: "Session", data: "Dataset", run_dir: Path, lease: "Lease | None", watch: "Recorder",
-    *, patience: "Patience",
+    *, patience: "Patience", why_not: str | None,
 ) -> None:  # fmt: skip
     """Write the result aside, have it read back, and give it its name if the run is still ours. Collective."""
     from dsft.engine.result import write_result
@@ -278,7 +277,7 @@ def give_result(
         place = published.result_place(run_dir, session.world.gather(lease.token if lease else 0)[0])
         digest = write_result(session, place)
     if session.run.checkpoint.verify_result:
-        prove(session, data, run_dir, place, digest, watch, phase=patience.timed)
+        prove(session, data, run_dir, place, digest, watch, phase=patience.timed, why_not=why_not)
     with patience.phase("publishing", 2 * patience.limits.result_s):
         if lease is not None:
             published.describe(place)

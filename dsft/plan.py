@@ -125,6 +125,7 @@ def make_plan(composed: Composed, files: "ModelFiles", *, device_bytes: int | No
     memory["available"] = _available(composed, accelerator=accelerator) if here else device_bytes
     names = {choice.group: choice.option for choice in composed.choices}
     providers = {choice.group: choice.provider for choice in composed.choices if choice.provider != "dsft"}
+    unproven = _unproven(composed, files, counts, memory)
     return {
         "model": files.name_or_path,
         "family": {**family.as_dict(), "verdict": family.verdict},
@@ -137,7 +138,7 @@ def make_plan(composed: Composed, files: "ModelFiles", *, device_bytes: int | No
         "total_by_gradient_checkpointing": {name: budget.as_dict()["total"] for name, budget in budgets.items()},
         "gpu_bytes": device_bytes,
         "proven": proven(run, names, providers, experts=bool(bones.anatomy.experts)),
-        "notes": [*told(files.config), *_notes(run, memory, device_bytes, accelerator=accelerator)],
+        "notes": [*told(files.config), *_notes(run, memory, device_bytes, accelerator=accelerator), *unproven],
         "global_batch_size": run.train.global_batch_size,
     }
 
@@ -206,6 +207,21 @@ def _told(family: Mapping[str, Any]) -> str:
     """How examples of a model are computed that cannot share a row, and why."""
     whose = "" if family["attention"].startswith("dsft") else f", by the model's own attention ({family['attention']})"
     return f"{family['model_type']}: each example is a micro-batch of its own{whose}: {family['reason']}"
+
+
+def _unproven(
+    composed: Composed, files: "ModelFiles", counts: Mapping[str, Any], memory: Mapping[str, int | None]
+) -> Iterator[str]:
+    """What is said where the result will not be compared with the model that was trained; see verify.foreseen."""
+    from dsft import verify
+    from dsft.telemetry.meter import host_memory_bytes
+
+    run, start = composed.run, composed.start
+    machine, needed = host_memory_bytes() if start.place.here else None, verify.base_bytes(run, counts["total"])
+    ranks = 0 if start.place.gpus else int(start.variables.get("LOCAL_WORLD_SIZE", start.size // run.launcher.nodes))
+    why_not = verify.unproven(files.init, needed, machine, ranks * (memory["total"] or 0))
+    if why_not is not None and run.checkpoint.verify_result:
+        yield f"the result will not be compared with the model, its tensors alone will: {why_not}"
 
 
 def as_text(plan: dict[str, Any]) -> str:

@@ -35,6 +35,7 @@ SAID = {
     "put_back": "CHECKPOINT PUT BACK: {checkpoint}: {reason}",
     "condemned": "{checkpoint} stays set aside: {reason}; it is in {moved_to}",
     "verified": "the result was read back in a fresh process: it is the model that was trained",
+    "unverifiable": "the result will not be compared with the model, its tensors alone will: {reason}",
     "unverified": "the result was not read back: {reason}",
     "compile": "train.compile=auto: {steps:,} steps are worth it, blocks are compiled",
     "compiled": "{graphs} graphs compiled in {seconds:.0f} s",

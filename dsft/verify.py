@@ -19,16 +19,16 @@ from typing import TYPE_CHECKING, Any
 from dsft_launchers.place import MEETING
 from dsft_launchers.verdict import WAY_OUT, DivergedError
 
+from dsft.compared import ROUNDED, compare, digest_of
 from dsft.config import Run
-from dsft.learned import FLAG, Learned, learned
-from dsft.loaded import load
+from dsft.learned import FLAG, learned
 from dsft.published import FOUND, PROBE, note
 from dsft.searched import own_folder_last, python
+from dsft.telemetry.meter import available_bytes, host_memory_bytes
 from dsft.wording import refuse
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor
 
     from dsft.data.open import Dataset
     from dsft.engine.assemble import Session
@@ -39,13 +39,10 @@ READS = 2
 """Starts of the fresh process on the CPU, if a signal kills it."""
 GROWTH, ROOM = 1.2, 2**31
 """What it takes of a GPU: the base, of which one weight at a time is there twice, a context, and one forward pass."""
-START_S, BYTES_PER_S = 45.0, 20e6
+START_S, BYTES_PER_S, OPERATIONS_PER_S = 45.0, 20e6, 5e9
 """What the fresh process may take: its imports on a busy machine, and the base, read and computed on a slow one."""
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", MEETING)
-BOUNDS = {"fp32": 1e-4, "bf16": 5e-2}
-"""Largest difference of the logits allowed, relative to the largest logit: another attention and batch layout round
-otherwise (fp32 differs by 1e-6 where both are the same; bf16 has 8 bits)."""
 
 
 Phase = Callable[[str, float], AbstractContextManager[None]]
@@ -89,27 +86,30 @@ def _unlimited(name: str, seconds: float) -> AbstractContextManager[None]:
 
 def prove(
     session: "Session", data: "Dataset", run_dir: Path, result: Path, digest: str, watch: "Watch",
-    *, phase: Phase = _unlimited,
+    *, phase: Phase = _unlimited, why_not: str | None = None,
 ) -> None:  # fmt: skip
     """Have a fresh process read the result back and compare it with the live model. Collective.
 
-    What was found is noted in the result: it is the same, or, known beforehand, the base cannot be loaded for a
-    comparison; then only the tensors in its files are compared. Raises RuntimeError for everything else.
+    What was found is noted in the result: it is the same, or, by why_not, which foreseen has given before the first
+    step, the base cannot be loaded for a comparison; then only the tensors in its files are compared. Raises
+    RuntimeError for everything else.
     """
-    from dsft.data.batch import build_batch
-    from dsft.engine.result import write_probe
+    from dsft.engine.probe import probe_row, write_probe
 
-    world, needed = session.world, _base_bytes(session, run_dir)
-    seconds = START_S + needed / BYTES_PER_S
+    world, run, shape, (parameters, _) = session.world, session.run, session.model.config, _planned(run_dir)
+    row = probe_row(shape.get_text_config(), data.train, run.train.max_length, run.method.positions)
+    needed = base_bytes(run, parameters)
+    seconds = START_S + needed / BYTES_PER_S + _operations(session, parameters, len(row.tokens)) / OPERATIONS_PER_S
     with phase("verification", seconds):
-        why_not = world.gather(_cannot(session, needed))[0]
         if why_not is not None:
             wrong = world.gather(_as_written(result, digest, why_not) if world.rank == 0 else None)[0]
             if wrong is not None:
                 raise RuntimeError(_unpublished(result, wrong))
             watch.event("unverified", 0, {"reason": why_not})
             return
-        write_probe(session, build_batch(data.train, [0]).tokens, result / PROBE, digest)
+        if short := world.gather(_short(needed))[0]:
+            raise RuntimeError(_unpublished(result, short))
+        write_probe(session, row, result / PROBE, digest)
     words = [str(run_dir), str(result), *([FLAG] if session.files.trust_remote_code else [])]
     ended, card = Ended(None), world.gather(_card(world.device, needed))[0]
     for visible in [*filter(None, [card]), *[""] * READS]:
@@ -173,7 +173,7 @@ def _why(ended: Ended, seconds: float) -> str:
     if ended.code is None:
         return f"the process that read it back was not done after {seconds:.0f} s"
     if ended.code == DIFFERENT:
-        found = ", ".join(f"{key} {value}" for key, value in ended.found.items())
+        found = ended.found.get("different")
         return f"read back in a fresh process, it is not the model that was trained: {found}"
     if ended.code < 0:
         return f"the process that read it back was killed by {_signal(-ended.code)} {READS} times"
@@ -196,7 +196,7 @@ def _as_written(result: Path, digest: str, why_not: str) -> str | None:
     try:
         for path in sorted(result.glob("*.json")):
             json.loads(path.read_text(encoding="utf-8"))
-        found, tensors = _digest(result)
+        found, tensors = digest_of(result)
     except Exception as error:  # safetensors' and the file system's, whatever a torn file leads to
         return f"its files cannot be read ({type(error).__name__}: {' '.join(str(error).split())})"
     if found != digest:
@@ -205,76 +205,60 @@ def _as_written(result: Path, digest: str, why_not: str) -> str | None:
     return None
 
 
-def _base_bytes(session: "Session", run_dir: Path) -> int:
-    """Bytes of the base model as the fresh process loads it."""
-    parameters: int = json.loads((run_dir / "plan.json").read_text())["parameters"]["total"]
-    return parameters * (4 if session.run.train.precision == "fp32" else 2)
+def base_bytes(run: Run, parameters: int) -> int:
+    """Bytes of a base of so many parameters as the fresh process loads it."""
+    return parameters * (4 if run.train.precision == "fp32" else 2)
 
 
-def _cannot(session: "Session", needed: int) -> str | None:
-    """Why the base, of so many bytes, cannot be loaded for a comparison; None if it can."""
-    if session.files.init == "random":
+def _planned(run_dir: Path) -> tuple[int, int]:
+    """Parameters of the base, and the bytes of memory that a rank takes."""
+    plan = json.loads((run_dir / "plan.json").read_text())
+    return plan["parameters"]["total"], plan["memory"]["total"]
+
+
+def _operations(session: "Session", parameters: int, tokens: int) -> float:
+    """Multiplications and additions of what the fresh process computes."""
+    again = ROUNDED if session.anatomy.experts and session.run.train.precision == "bf16" else 0
+    return 2.0 * parameters * tokens * (1 + again)
+
+
+def foreseen(session: "Session", run_dir: Path, watch: "Watch") -> str | None:
+    """Why the base cannot be loaded for a comparison once the run has ended; None if it can. Collective.
+
+    Asked, and said, before the first step.
+    """
+    world, here = session.world, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    parameters, of_a_rank = _planned(run_dir)
+    taken = here * of_a_rank if world.device.type == "cpu" else 0
+    found = unproven(session.files.init, base_bytes(session.run, parameters), host_memory_bytes(), taken)
+    why_not = world.gather(found)[0]
+    if why_not is not None and session.run.checkpoint.verify_result:
+        watch.event("unverifiable", 0, {"reason": why_not})
+    return why_not
+
+
+def unproven(init: str, needed: int, memory: int | None, taken: int) -> str | None:
+    """Why no result of such a run can be compared with its model; None if one can.
+
+    init: of the base; needed: its bytes; memory: of this machine, None if unknown; taken: of that, by the run itself.
+    """
+    if init == "random":
         return "the base is random, so there is nothing to load it from"
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if needed > free / 2:
-        return f"the base takes {needed / 2**30:.1f} GiB of this machine's free {free / 2**30:.1f}"
+    if memory is not None and needed > (memory - taken) / 2:
+        gib = [f"{each / 2**30:.1f}" for each in (needed, memory, taken)]
+        return f"the base takes {gib[0]} GiB, and this machine has {gib[1]}, of which the run takes {gib[2]}"
     return None
 
 
-def compare(run: Learned | Run, result: Path) -> dict[str, Any]:
-    """The tensors of result and its logits, against those that the live model left in the probe."""
-    import torch
-    from safetensors import safe_open
-
-    from dsft.models.anatomy import dissect
-
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    with safe_open(result / PROBE, "pt") as probe:
-        expected = {name: probe.get_tensor(name) for name in probe.keys()}  # no dict
-        digest = probe.metadata()["digest"]
-    read_digest, tensors = _digest(result)
-    found: dict[str, Any] = {"digest": read_digest, "tensors": tensors, "expected_digest": digest, "on": device.type}
-    if read_digest != digest:
-        return {**found, "same": False}
-    model = load(run, result, device).to(device)
-    with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=run.train.precision == "bf16"):
-        logits = model(input_ids=expected["tokens"].to(device)).logits.float().cpu()
-    logits = logits[:, -expected["tokens"].shape[1] :]  # PEFT gives a soft prompt's own, too, before them
-    found["diverged"] = _diverged(expected["logits"]) or _diverged(logits)
-    if found["diverged"]:
-        return {**found, "same": False}
-    off = float((logits - expected["logits"]).abs().max() / expected["logits"].abs().max())
-    # a router whose two best experts are nearly equal may choose otherwise once bf16 has rounded: the tensors decide
-    bound = None if run.train.precision == "bf16" and dissect(_base(model)).experts else BOUNDS[run.train.precision]
-    return {**found, "logits_off": off, "bound": bound, "same": bound is None or off <= bound}
-
-
-def _diverged(logits: "Tensor") -> str | None:
-    """Why logits (1, T, V) are of a model that has diverged: its values are what was trained, and say nothing."""
-    if not bool(logits.isfinite().all()):
-        return "its logits are not finite"
-    if bool((logits == logits[..., :1]).all()):
-        return "all its logits are equal"
-    return None
-
-
-def _digest(result: Path) -> tuple[str, int]:
-    """Digest and number of all tensors in the files of a result."""
-    from safetensors import safe_open
-
-    from dsft.checkpoint.digests import of_all, of_tensor
-
-    tensors: dict[str, str] = {}
-    for path in sorted(result.glob("*.safetensors")):
-        if path.name != PROBE:
-            with safe_open(path, "pt") as file:
-                tensors |= {name: of_tensor(file.get_tensor(name)) for name in file.keys()}  # no dict
-    return of_all(tensors), len(tensors)
-
-
-def _base(model: Any) -> Any:
-    """The transformers model, without PEFT's wrapping."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+def _short(needed: int) -> str | None:
+    """What is wrong if a base of so many bytes, that had room before the first step, has none any more."""
+    free = available_bytes()
+    if free is None or GROWTH * needed <= free:
+        return None
+    return (
+        f"the base takes {needed / 2**30:.1f} GiB, {free / 2**30:.1f} are free, and before the first step it had room; "
+        "end what else runs on that machine"
+    )
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import copy
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from dsft_launchers.files import mode_as_usual
@@ -11,12 +12,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dsft.checkpoint.digests import of_all, of_tensor
-from dsft.engine.assemble import DTYPES, Session, autocast
+from dsft.engine.assemble import DTYPES, Session
+from dsft.models.build import build_meta, persistent_buffers
+from dsft.models.checkpoint_values import CheckpointValues
 from dsft.models.randomness import as_published
+from dsft.models.weights import Weights
 from dsft.protocols import Method
-
-PROBED = 64
-"""Tokens of an example, at most, whose logits prove a result."""
 
 SHARD_BYTES = 2 * 2**30
 """A whole model is written in files of about this size, so that rank 0 never holds more than one of them."""
@@ -45,22 +46,6 @@ def write_result(session: Session, folder: Path) -> str:
     return of_all(written)
 
 
-def write_probe(session: Session, tokens: Tensor, path: Path, digest: str) -> None:
-    """Leave the live model's logits for tokens (T,) in path, for a fresh process to compare. Collective."""
-    session.model.eval()
-    tokens = tokens[:PROBED]
-    with torch.no_grad(), autocast(session):
-        logits = session.module(
-            input_ids=tokens[None].to(session.world.device),
-            position_ids=torch.arange(len(tokens), device=session.world.device)[None],
-            segment_lengths=(len(tokens),),
-            use_cache=False,
-        ).logits.float()
-    if session.world.rank == 0:
-        probe = {"tokens": tokens[None].contiguous(), "logits": logits.cpu().contiguous()}
-        save_file(probe, path, metadata={"digest": digest})
-
-
 def _gathered(session: Session, *, everything: bool) -> Iterator[tuple[str, Tensor]]:
     for name, param in session.model.named_parameters():
         if everything or param.requires_grad or session.run.method.kept(name):
@@ -70,9 +55,9 @@ def _gathered(session: Session, *, everything: bool) -> Iterator[tuple[str, Tens
 
 
 def _write_model(session: Session, folder: Path) -> dict[str, str]:
-    """A folder that AutoModelForCausalLM loads: names as the hub has them, in the dtype of the run's precision.
+    """A folder that AutoModelForCausalLM loads: names as the hub has them, parameters in the run's precision.
 
-    Returns name -> digest of what is in its files.
+    Returns name -> digest of what is in its files. Raises RuntimeError if they are not the tensors of the model.
     """
     dtype = DTYPES[session.run.train.precision]
     where: dict[str, str] = {}
@@ -82,7 +67,7 @@ def _write_model(session: Session, folder: Path) -> dict[str, str]:
         file = f"model-{index:05d}.safetensors"
         save_file(part, folder / file, metadata={"format": "pt"})
         write_beside(session.run.method, more, folder, index)
-        where |= dict.fromkeys(part, file)
+        _add(where, dict.fromkeys(part, file))
         digests |= {name: of_tensor(value) for name, value in (part | more).items()}
         total += sum(tensor.nbytes for tensor in part.values())
     if session.world.rank == 0:
@@ -93,7 +78,18 @@ def _write_model(session: Session, folder: Path) -> dict[str, str]:
         as_published(config, session.files.config)
         config.save_pretrained(folder)
         session.model.generation_config.save_pretrained(folder)
+        _require_whole(session, folder, dtype)
     return digests
+
+
+def _require_whole(session: Session, folder: Path, dtype: torch.dtype) -> None:
+    """Raise RuntimeError unless the files give each tensor of the model's class, and nothing else; reads headers."""
+    try:
+        found = CheckpointValues(build_meta(session.files, dtype, attention="eager"), Weights(folder))
+    except ValueError as error:
+        raise RuntimeError(f"{folder} does not hold the model that was trained: {error}") from error
+    if found.unexpected:
+        raise RuntimeError(f"{folder} holds {found.unexpected[0]}, for which the model that was trained has no place")
 
 
 def write_beside(method: Method, more: Mapping[str, Tensor], folder: Path, index: int) -> None:
@@ -112,14 +108,24 @@ def _parts(session: Session, dtype: torch.dtype) -> Iterator[tuple[dict[str, Ten
     size = 0
     for name, value in _gathered(session, everything=True):
         final, more = session.run.method.finished(session.model, session.anatomy, name, value, dtype)
-        part |= revert_weight_conversion(session.model, {name: final.to(dtype)})
+        _add(part, revert_weight_conversion(session.model, {name: final.to(dtype)}))
         beside |= more
         size += value.numel() * dtype.itemsize
         if size >= SHARD_BYTES:
             yield _contiguous(part), _contiguous(beside)
             part, beside, size = {}, {}, 0
+    if session.world.rank == 0:  # no strategy divides buffers, and each keeps its type: a bias in fp32 stays in fp32
+        for name, buffer in persistent_buffers(session.model).items():
+            _add(part, revert_weight_conversion(session.model, {name: buffer.detach().to("cpu", copy=True)}))
     if part:
         yield _contiguous(part), _contiguous(beside)
+
+
+def _add(names: dict[str, Any], more: Mapping[str, Any]) -> None:
+    """Add more to names. Raises RuntimeError for a name that is there already: one tensor would replace another."""
+    if twice := sorted(names.keys() & more.keys()):
+        raise RuntimeError(f"{twice[0]} would be written twice: two tensors of the model have that name on the hub")
+    names |= more
 
 
 def _contiguous(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from dsft.comm.world import World
+from dsft.engine.dropout import keyed
 from dsft.engine.recompute import recompute
 from dsft.engine.scored import Found, apart, off, one_by_one, scored
 from dsft.models import calling, scoring
@@ -198,7 +199,7 @@ def _built(small: ModelFiles, family: Family, *, again: bool = False) -> nn.Modu
     calling.fit(model, family)
     scoring.install(model, model.get_submodule(anatomy.head))
     if again:
-        recompute(model, anatomy, "full", reentrant=False)
+        recompute(model, anatomy, "full", reentrant=False, draws=keyed(model, anatomy, 0, 0))
     values, names = open_values(small, torch.float32, 0), model.state_dict()
     materialize(
         model, values, ALONE, origins={name: name for name in [*names, *dict(model.named_buffers())]},

@@ -11,7 +11,7 @@ from dsft.course import Course
 from dsft.methods.allocator import Allocator, Schedule, Triplets
 from dsft.methods.peft_bridge import ADAPTER, Bridged, inject
 from dsft.methods.peft_folder import Folder
-from dsft.methods.peft_targets import resolve_targets
+from dsft.methods.peft_landing import configured
 from dsft.protocols import Anatomy
 
 PARTS = ("lora_A", "lora_B", "lora_E")
@@ -73,7 +73,7 @@ class AdaLora(Bridged):
 
     def attach(self, model: nn.Module, anatomy: Anatomy) -> nn.Module:
         """Freeze the base and put PEFT's layers around the targets, on meta."""
-        model = inject(model, self.config(resolve_targets(self.target_modules, model, anatomy)))
+        model = inject(model, *configured(self.target_modules, model, anatomy, self.config))
         from dsft.methods.svd_linear import adopt
 
         for name, layer in adopt(model):

@@ -12,7 +12,8 @@ from dsft.imports import uncompiled
 from dsft.locate import Allowed, ForeignNameError, locate
 from dsft.methods.peft_bridge import ADAPTER, Bridged, inject, peft_name
 from dsft.methods.peft_folder import Folder
-from dsft.methods.peft_targets import nearest, resolve_targets
+from dsft.methods.peft_landing import configured
+from dsft.methods.peft_targets import nearest
 from dsft.methods.stored import Stored, as_it_is, shapes
 from dsft.protocols import Anatomy
 
@@ -52,10 +53,9 @@ class Peft(Bridged):
 
     def attach(self, model: nn.Module, anatomy: Anatomy) -> nn.Module:
         """Freeze the base and put PEFT's layers around the targets; nothing has a value until initial."""
-        targets = resolve_targets(self.target_modules, model, anatomy)
         with uncompiled():
-            config = self.config(targets)
-        model = self._inject(model, config, on_meta=True)
+            config, chosen = configured(self.target_modules, model, anatomy, self.config)
+        model = self._inject(model, config, chosen, on_meta=True)
         self._check_unshared(model)
         self._check_dropout(model)
         for module in model.modules():
@@ -118,15 +118,15 @@ class Peft(Bridged):
             here.add_module(part, nn.Module())
             here = here.get_submodule(part)
         here.add_module(leaf, linear)
-        layer = self._inject(twin, self.config([path]), on_meta=False).get_submodule(path)
+        layer = self._inject(twin, self.config([path]), {path}, on_meta=False).get_submodule(path)
         if not torch.equal(linear.weight, weight):
             raise ValueError(f"method.options must leave the base as it is, and {self.type} changes it with these")
         held = {**dict(layer.named_parameters()), **dict(layer.named_buffers())}
         return {name: value.detach() for name, value in held.items() if not name.startswith("base_layer.")}
 
-    def _inject(self, model: nn.Module, config: Any, *, on_meta: bool) -> nn.Module:
+    def _inject(self, model: nn.Module, config: Any, chosen: set[str], *, on_meta: bool) -> nn.Module:
         try:
-            return inject(model, config, on_meta=on_meta)
+            return inject(model, config, chosen, on_meta=on_meta)
         except Exception as error:  # whatever one of PEFT's thirty tuners can raise over targets that do not suit it
             said = " ".join(str(error).split())[:300]
             raise ValueError(
@@ -182,8 +182,8 @@ class Peft(Bridged):
         for key, value in self.options.items():
             if "dropout" in key and value and not drops:
                 raise ValueError(
-                    f"method.options.{key} must be 0 with {self.type}, got {value}: PEFT draws it once for a whole batch, "
-                    "so that micro-batches would change the loss; leave it out"
+                    f"method.options.{key} must be 0 with {self.type}, got {value}: PEFT draws it once for a whole "
+                    "batch, so that micro-batches would change the loss; leave it out"
                 )
 
     def _shares(self) -> str:

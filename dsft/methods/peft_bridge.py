@@ -10,6 +10,7 @@ from torch import Size, Tensor, nn
 
 from dsft.imports import uncompiled
 from dsft.methods.peft_folder import Folder
+from dsft.methods.peft_landing import check_landed, names_as_they_are, portable
 from dsft.methods.stored import TENSORS, Stored, as_it_is
 from dsft.protocols import Method
 
@@ -62,7 +63,7 @@ class Bridged(Method):
     def save(self, model: nn.Module, weights: Mapping[str, Tensor], folder: Path, base: str) -> Mapping[str, Tensor]:
         """Write adapter_config.json and adapter_model.safetensors as PEFT reads them."""
         tensors = {peft_name(name): value for name, value in weights.items()}
-        return write_adapter(model.peft_config[ADAPTER], tensors, folder, base)  # type: ignore[index]
+        return write_adapter(portable(model.peft_config[ADAPTER], model), tensors, folder, base)  # type: ignore[index]
 
     def merge(self, model: nn.Module) -> nn.Module:
         """As PEFT merges; model: PEFT's own around the base, or what attach made of it."""
@@ -70,19 +71,24 @@ class Bridged(Method):
         return merged
 
 
-def inject(model: nn.Module, config: Any, *, on_meta: bool = True) -> nn.Module:
-    """Freeze model and put PEFT's layers around the modules that config names, on meta or CPU. What is new learns."""
+def inject(model: nn.Module, config: Any, chosen: set[str], *, on_meta: bool = True) -> nn.Module:
+    """Freeze model and put PEFT's layers around the modules that config names, on meta or CPU. What is new learns.
+
+    chosen: the full names of those modules. Raises ValueError if PEFT has adapted others.
+    """
     with uncompiled():
         from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING  # seconds: after what can be refused without it
 
     model.requires_grad_(False)
-    tuner: Any = PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type](
-        model, config, adapter_name=ADAPTER, low_cpu_mem_usage=on_meta
-    )
+    with names_as_they_are(config, model):
+        tuner: Any = PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type](
+            model, config, adapter_name=ADAPTER, low_cpu_mem_usage=on_meta
+        )
     for module in model.modules():
         if hasattr(module, "cast_input_dtype_enabled"):
             module.cast_input_dtype_enabled = False  # type: ignore[assignment]  # autocast casts, without an fp32 copy
     injected: nn.Module = tuner.model
+    check_landed(injected, chosen)
     return injected
 
 

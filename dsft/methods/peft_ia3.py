@@ -38,7 +38,7 @@ class IA3(Bridged):
         """Freeze the base and put PEFT's layers around the targets, on meta."""
         inputs = self._inputs(anatomy)
         chosen = self._targets(anatomy) | inputs
-        return inject(model, self._config(shortest(chosen, model), sorted(inputs)))
+        return inject(model, self._config(shortest(chosen, model), sorted(inputs)), chosen)
 
     def config(self, targets: list[str]) -> Any:
         """PEFT's own configuration object, no input scaled."""

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from dsft.methods.patterns import check_pattern
 from dsft.methods.peft_bridge import ADAPTER, Bridged, inject
-from dsft.methods.peft_targets import chosen_linears, nearest, shortest
+from dsft.methods.peft_landing import configured, taken_for_experts
+from dsft.methods.peft_targets import nearest
 from dsft.protocols import Anatomy
 
 OPTIONS: dict[str, type] = {"use_dora": bool, "use_rslora": bool, "rank_pattern": dict, "alpha_pattern": dict}
@@ -64,12 +65,12 @@ class LoraLayers(Bridged):
 
     def attach(self, model: nn.Module, anatomy: Anatomy) -> nn.Module:
         """Freeze the base and put PEFT's layers around the targets, on meta."""
-        chosen = chosen_linears(self.target_modules, anatomy)
+        config, chosen = configured(self.target_modules, model, anatomy, self.config)
+        self._check_taken(taken_for_experts(config, model), model)
         self._check_patterns(chosen)
         for name in sorted(chosen):
             self._check_rank(name, model.get_submodule(name))
-        config = self.config(shortest(chosen, model))
-        model = inject(model, config)
+        model = inject(model, config, chosen)
         self.fused(model)
         return model
 
@@ -99,6 +100,23 @@ class LoraLayers(Bridged):
     @abstractmethod
     def fused(self, model: nn.Module) -> None:
         """Give PEFT's layers in model the forward that they get here."""
+
+    @property
+    def plain(self) -> bool:
+        """True if the result is the product of two matrices for each target, of one rank and scale."""
+        return self.options.items().isdisjoint({("use_dora", True)}) and not (
+            self.pattern("rank_pattern") or self.pattern("alpha_pattern")
+        )
+
+    def _check_taken(self, taken: set[str], model: nn.Module) -> None:
+        """Refuse what no loader of PEFT's would read of linears that have the names of experts (see peft_landing)."""
+        if taken and not self.plain:
+            kind: Any = model.config
+            raise ValueError(
+                f"method.target_modules must not name {min(taken)} with this method or its options: in a "
+                f"{kind.model_type} model PEFT takes that name for the experts and loads no more than plain LoRA for "
+                "the linears that have it; take method.target_modules=attention, or method=lora without options"
+            )
 
     def _check_patterns(self, chosen: set[str]) -> None:
         """Each key of a pattern must be some target's name, by PEFT's own rule: a regular expression for its end."""

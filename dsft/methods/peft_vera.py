@@ -10,7 +10,7 @@ from torch import Size, Tensor, nn
 
 from dsft.methods.peft_bridge import ADAPTER, Bridged, inject, peft_name, write_adapter
 from dsft.methods.peft_folder import Folder
-from dsft.methods.peft_targets import resolve_targets
+from dsft.methods.peft_landing import configured
 from dsft.methods.stored import Stored, as_it_is, shapes
 from dsft.protocols import Anatomy
 
@@ -46,7 +46,7 @@ class Vera(Bridged):
     def attach(self, model: nn.Module, anatomy: Anatomy) -> nn.Module:
         """Freeze the base and put PEFT's layers around the targets; the projections lose their values until initial."""
         dtype = model.get_submodule(anatomy.embedding).weight.dtype
-        model = inject(model, self.config(resolve_targets(self.target_modules, model, anatomy)))
+        model = inject(model, *configured(self.target_modules, model, anatomy, self.config))
         for side in SIDES:
             shared = _shared(model, side)
             shared[ADAPTER] = torch.empty_like(shared[ADAPTER], device="meta", dtype=dtype)  # type: ignore[arg-type]

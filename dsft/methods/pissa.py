@@ -14,6 +14,7 @@ from torch import Size, Tensor, nn
 from dsft.methods.fused_lora import FusedLinear, fuse
 from dsft.methods.peft_bridge import ADAPTER, peft_name, write_adapter
 from dsft.methods.peft_folder import Folder
+from dsft.methods.peft_landing import portable
 from dsft.methods.peft_lora import LoraLayers
 from dsft.methods.stored import Stored
 
@@ -111,7 +112,8 @@ class Pissa(LoraLayers):
             elif f".lora_B.{ADAPTER}." in name:
                 start = weights[name.replace(f"lora_B.{ADAPTER}", "start_b")]
                 tensors[peft_name(name)] = torch.cat([value, -start.to(value.dtype)], dim=1)
-        return write_adapter(_of_twice_the_rank(model.peft_config[ADAPTER]), tensors, folder, base)  # type: ignore[index]
+        config = portable(_of_twice_the_rank(model.peft_config[ADAPTER]), model)  # type: ignore[index]
+        return write_adapter(config, tensors, folder, base)
 
 
 class FusedDifference(FusedLinear):

@@ -61,6 +61,11 @@ class QatLora(Lora):
                 grow(module, Rounded)
             module.grid = self.grid
 
+    @property
+    def plain(self) -> bool:
+        """False: a loader of PEFT's does not round, and what rounds after it knows PEFT's linears alone."""
+        return False
+
     def finished(
         self, model: nn.Module, anatomy: Anatomy, name: str, value: Tensor, dtype: torch.dtype
     ) -> tuple[Tensor, Mapping[str, Tensor]]:

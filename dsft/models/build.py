@@ -1,6 +1,8 @@
 """A model of the right shape on meta: nothing allocated, nothing read."""
 
 import copy
+import re
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
@@ -45,6 +47,7 @@ def build_meta(files: "ModelFiles", dtype: torch.dtype, attention: str | None = 
     if attention == ragged.NAME and not type(model)._can_set_attn_implementation():
         raise _unrouted(files, type(model).__name__)
     model.config.use_cache = False
+    _put_on_meta(model)
     if attention == ragged.NAME:
         record_spans(model)
         own_lengths(model, ragged.NAME)
@@ -82,3 +85,44 @@ def _unrouted(files: "ModelFiles", kind: str) -> OwnAttentionError:
 def base_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Name -> parameter or persistent buffer, every name of a tied one included."""
     return dict(model.state_dict(keep_vars=True))
+
+
+def persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """Name -> buffer of the model that its checkpoints hold, each once."""
+    found = {id(tensor): (name, tensor) for name, tensor in reversed(base_tensors(model).items())}
+    return {name: tensor for name, tensor in reversed(found.values()) if not isinstance(tensor, nn.Parameter)}
+
+
+def _put_on_meta(model: nn.Module) -> None:
+    """Put on meta what a checkpoint holds and torch made elsewhere: torch.normal heeds no default device.
+
+    Its values are one process's draws; on meta it is read from the folder like the rest. Tensors that are tied stay so.
+    A buffer that transformers keeps in fp32 whatever the model's type (a router's correction bias) gets that type.
+    """
+    strict: tuple[str, ...] = tuple(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
+    made: dict[int, tuple[Tensor, Tensor]] = {}
+    for name, module, key, tensor in list(_kept(model)):
+        dtype = tensor.dtype
+        if key in module._buffers and dtype.is_floating_point and _named(name, strict):
+            dtype = torch.float32
+        if tensor.is_meta and dtype == tensor.dtype:
+            continue
+        if id(tensor) not in made:
+            empty = torch.empty_like(tensor, device="meta", dtype=dtype)
+            new = nn.Parameter(empty, requires_grad=tensor.requires_grad) if key in module._parameters else empty
+            made[id(tensor)] = (tensor, new)  # with the old one, so that no id is used again
+        place = module._parameters if key in module._parameters else module._buffers
+        place[key] = made[id(tensor)][1]  # type: ignore[assignment]
+
+
+def _kept(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tensor]]:
+    """(full name, module, key in it, tensor) of each parameter and persistent buffer, tied ones under every name."""
+    for path, module in model.named_modules():
+        for key, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is not None and key not in module._non_persistent_buffers_set:
+                yield f"{path}.{key}" if path else key, module, key, tensor
+
+
+def _named(name: str, patterns: tuple[str, ...]) -> bool:
+    """True if transformers' loader would find one of these patterns in the name."""
+    return any(re.search(pattern.replace("*", ".*"), name) for pattern in patterns)

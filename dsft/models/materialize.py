@@ -37,12 +37,14 @@ def materialize(
 
     origins: current name -> name in the base, for parameters, buffers and packed linears (see Lineage); what it does
     not name is new and comes from initial. place(module) is called for each module once its own tensors are whole.
-    Peak host memory above the shard: two of the largest tensors. Raises RuntimeError for a buffer of unknown value.
+    Peak host memory above the shard: two of the largest tensors. Raises RuntimeError for a buffer of unknown value, and
+    for a parameter that is not on meta without having been filled here.
     """
     if values.unexpected and world.rank == 0:
         count, first = len(values.unexpected), values.unexpected[0]
         said = f"warning: model.path holds {count} tensor(s) that the model does not use, first {first}"
         sys.stderr.write(f"{in_a_line(said)}\n")
+    filled: set[int] = set()
     with returned_at_once():
         owner = model
         for path, module in list(model.named_modules()):
@@ -51,9 +53,11 @@ def materialize(
             _fill_buffers(module, owner, names, values, world, origins=origins, initial=initial)
             packed = _packed(module, path, values, world, origins)
             for key, param in module._parameters.items():
-                if param is None or not param.is_meta:  # not meta: the other end of a tie, already filled
+                if param is None or id(param) in filled:  # the other end of a tie
                     continue
                 name = names[key]
+                _require_meta(param, name)
+                filled.add(id(param))
                 if key in packed:
                     _set(param, packed.pop(key), world.device)
                 elif name in origins and origins[name] in values:
@@ -61,6 +65,15 @@ def materialize(
                 else:
                     _set(param, initial(name, param), world.device)
             place(module)
+
+
+def _require_meta(tensor: Tensor, name: str) -> None:
+    """What has a value already has it from nowhere that is known: no folder, no seed, and another one on each rank."""
+    if not tensor.is_meta:
+        raise RuntimeError(
+            f"{name} has a value before the weights are read, of which nobody knows whose it is: this model cannot be "
+            "built on meta"
+        )
 
 
 def _packed(
@@ -128,9 +141,13 @@ def _fill_buffers(
     """Buffers of the checkpoint are read, new ones come from initial, the others the library computes again."""
     computed = []
     for key, buffer in module._buffers.items():
-        if buffer is None or not buffer.is_meta:
+        if buffer is None:
             continue
         name = names[key]
+        if name in origins and origins[name] in values:
+            _require_meta(buffer, name)
+        if not buffer.is_meta:
+            continue
         if name in origins and origins[name] not in values:
             computed.append(key)
             continue

@@ -63,3 +63,10 @@ def host_memory_bytes() -> int | None:
             text = (folder / name).read_text().strip() if (folder / name).is_file() else ""
             limits += [int(text)] if text.isdigit() else []
     return min(limits, default=None)
+
+
+def available_bytes() -> int | None:
+    """Bytes of this machine's memory that a new process can have, without swapping; None if the system does not say."""
+    info = Path("/proc/meminfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)

@@ -1,4 +1,7 @@
-"""LoRA+ on two gloo processes: two groups of parameters, whose saved state goes on in the same bits when it is read."""
+"""LoRA+ on two gloo processes: two groups of parameters, whose saved state goes on in the same bits when it is read.
+
+In the same processes: a whole result, of a base with buffers that no rank has a part of alone.
+"""
 
 import gc
 import json
@@ -9,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from dsft_launchers.local import launch
-from safetensors.torch import load, save
+from safetensors.torch import load, load_file, save
 from torch import Tensor
 from torch.distributed.tensor import distribute_tensor
 
@@ -18,23 +21,44 @@ from dsft.compose import compose
 from dsft.data.open import open_data
 from dsft.engine.assemble import Session, assemble
 from dsft.engine.loop import step_batches
+from dsft.engine.result import write_result
 from dsft.engine.step import train_step
+from tests.families import write_family
 
 MODULE = "tests.distributed.test_two_rates"
 """This one, as it is started on each rank."""
 STRATEGIES = ("ddp", "zero2", "zero3")
+SHARDED = ("fsdp", "zero3")
+BIAS = "model.layers.1.mlp.gate.e_score_correction_bias"
 Steps = list[tuple[float, float]]
 
 
 @pytest.fixture(scope="module")
-def ran(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Steps, Steps]]:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the ranks find the base of the whole results, and leave all that they make."""
+    place = tmp_path_factory.mktemp("ran")
+    write_family(place / "base", "deepseek_v3")
+    return place
+
+
+@pytest.fixture(scope="module")
+def ran(folder: Path) -> dict[str, tuple[Steps, Steps]]:
     """Strategy -> (losses and norms of steps 3 and 4 of an unbroken run, the same of one that was restored)."""
-    folder = tmp_path_factory.mktemp("ran")
     out = folder / "out.json"
     code = launch([sys.executable, "-m", MODULE, str(out)], num_processes=2, log_dir=folder / "logs", env={})
     assert code == 0, "\n".join(path.read_text()[-1500:] for path in (folder / "logs").iterdir())
     found: dict[str, tuple[Steps, Steps]] = json.loads(out.read_text())
     return found
+
+
+@pytest.mark.parametrize("strategy", SHARDED)
+@pytest.mark.usefixtures("ran")
+def test_a_whole_result_of_two_ranks_holds_every_tensor_of_its_base(strategy: str, folder: Path) -> None:
+    base = load_file(folder / "base" / "model.safetensors")
+    (result,) = map(load_file, (folder / strategy).glob("model-*.safetensors"))
+    assert result.keys() == base.keys()
+    assert torch.equal(result[BIAS], base[BIAS])
+    assert {name for name, value in result.items() if value.dtype == torch.float32} == {BIAS}
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -49,10 +73,11 @@ def test_both_rates_are_the_same_under_every_strategy(strategy: str, ran: dict[s
         assert mine == pytest.approx(theirs, rel=1e-5)  # the house's bound: fp32, AdamW
 
 
-def _session(strategy: str, world: World) -> Session:
+def _session(strategy: str, world: World, *words: str) -> Session:
     run = compose([
-        "model=tiny", "data=reasoning_gym", "data.size=32", "data.eval_size=0", "train.precision=fp32", "train.steps=4",
-        "train.global_batch_size=4", "optim.lr=1e-3", "optim.schedule=constant", "method=lora_plus",
+        *(words or ("model=tiny", "method=lora_plus", "train.precision=fp32")),
+        "data=reasoning_gym", "data.size=32", "data.eval_size=0", "train.steps=4",
+        "train.global_batch_size=4", "optim.lr=1e-3", "optim.schedule=constant",
         f"strategy={strategy}", "launcher.devices=2",
     ]).run  # fmt: skip
     return assemble(run, run.model.resolve(), world)
@@ -100,6 +125,13 @@ def main() -> None:
     found = {}
     for strategy in STRATEGIES:
         found[strategy] = _unbroken_and_restored(strategy, world)
+        gc.collect()
+    folder = Path(sys.argv[1]).parent
+    for strategy in SHARDED:
+        words = ("model=custom", f"model.path={folder / 'base'}", "method=full", "train.precision=bf16")
+        session = _session(strategy, world, *words)
+        write_result(session, folder / strategy)
+        session.run.strategy.close()
         gc.collect()
     if world.rank == 0:
         Path(sys.argv[1]).write_text(json.dumps(found))

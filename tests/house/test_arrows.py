@@ -42,6 +42,7 @@ FLOORS = (
         "snapshot",
         "learned",
         "loaded",
+        "compared",
         "results",
     ),
     VERBS,

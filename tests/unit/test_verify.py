@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -23,6 +24,7 @@ from tests.contract.sessions import composed_of, session_of, train
 from tests.warm import fresh
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+PLAN = {"parameters": {"total": 525_184, "trainable": 89_088}, "memory": {"total": 10_000_000}}
 
 
 class Told:
@@ -47,8 +49,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Session, Dataset,
     run_dir = tmp_path_factory.mktemp("run")
     session, data = session_of("lora", "optim.lr=1e-2")
     train(session, data, 1)
-    plan = {"parameters": {"total": 525_184, "trainable": 89_088}}
-    folder.create(run_dir, composed_of("lora"), plan, {**digests_of(session.files), **data.digests})
+    folder.create(run_dir, composed_of("lora"), PLAN, {**digests_of(session.files), **data.digests})
     return session, data, run_dir
 
 
@@ -57,9 +58,11 @@ def proved(
 ) -> dict[str, Any]:
     """Write a result to place, damage it, have it proved, and describe it; what is known of it then."""
     session, data, run_dir = trained
+    why_not = verify.foreseen(session, run_dir, told)  # type: ignore[arg-type]
     digest = write_result(session, place)
     damage(place)
-    verify.prove(session, data, run_dir, place, digest, told, phase=told.phase)  # type: ignore[arg-type]
+    watch: Any = told
+    verify.prove(session, data, run_dir, place, digest, watch, phase=told.phase, why_not=why_not)
     published.describe(place)
     found: dict[str, Any] = json.loads((place / published.FOUND).read_text())
     return found
@@ -93,14 +96,14 @@ def test_what_is_the_model_that_was_trained_is_the_same(trained, tmp_path: Path)
     assert (found["same"], found["why"], found["on"]) == (True, None, "cpu")
     assert found["files"].keys() >= {WEIGHTS, CONFIG}
     assert told.events == ["verified"]
-    assert told.phases == [("verification", 45.0 + 4 * 525_184 / 20e6)] * 2
+    assert told.phases == [("verification", 45.0 + 4 * 525_184 / 20e6 + 2 * 525_184 * 64 / 5e9)] * 2
 
 
 DAMAGES: dict[Callable[[Path], None], str] = {
     _torn: r"the process that read it back ended with 1: \S*SafetensorError: .*",
     _without_a_description: r"the process that read it back ended with 1: \S*JSONDecodeError: .*",
-    _one_flipped_bit: "it is not the model that was trained: digest .*",
-    _removed: "it is not the model that was trained: digest .*, tensors 0, .*",
+    _one_flipped_bit: "it is not the model that was trained: other tensors: digest .*",
+    _removed: "it is not the model that was trained: other tensors: digest .* of 0, .*",
 }
 
 
@@ -173,7 +176,7 @@ def test_a_random_base_is_known_beforehand_and_the_tensors_are_compared_all_the_
     assert found["same"] is None
     assert found["why"] == "the base is random, so there is nothing to load it from"
     assert found["files"].keys() >= {WEIGHTS, CONFIG}
-    assert told.events == [f"unverified {found['why']}"]
+    assert told.events == [f"unverifiable {found['why']}", f"unverified {found['why']}"], "said before the first step"
 
 
 @pytest.mark.parametrize("damage", DAMAGES, ids=lambda each: each.__name__)
@@ -183,7 +186,24 @@ def test_known_beforehand_is_no_excuse_for_files_that_are_not_what_was_written(d
     with pytest.raises(RuntimeError, match="is not published as the run's result: its files") as refused:
         proved((random, data, run_dir), tmp_path / "adapter.tmp-1", damage, told)
     assert "\n" not in str(refused.value)
-    assert told.events == []
+    assert told.events == ["unverifiable the base is random, so there is nothing to load it from"]
+
+
+def test_a_base_that_is_too_large_is_known_before_the_first_step_and_no_excuse_after_it(
+    trained: tuple[Session, Dataset, Path], tmp_path: Path
+) -> None:
+    session, data, run_dir = trained
+    large = tmp_path / "run"
+    shutil.copytree(run_dir, large)
+    (large / "plan.json").write_text(json.dumps({**PLAN, "parameters": {"total": 10**15}}))
+    told, place = Told(), tmp_path / "adapter.tmp-1"
+    watch: Any = told
+    found = proved((session, data, large), place, _nothing, told)
+    assert found["same"] is None
+    assert re.fullmatch(r"the base takes \S+ GiB, and this machine has \S+, of which the run takes 0\.0", found["why"])
+    assert told.events == [f"unverifiable {found['why']}", f"unverified {found['why']}"]
+    with pytest.raises(RuntimeError, match=r"is not published .* takes \S+ GiB, \S+ are free, and before the"):
+        verify.prove(session, data, large, place, "", watch, why_not=None)
 
 
 def test_the_reader_takes_the_gpu_of_rank_0_where_the_base_fits(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -231,9 +251,7 @@ def test_a_reader_that_fails_on_a_gpu_is_followed_by_one_on_the_cpu(
 def test_a_model_that_says_nothing_has_diverged(value: float, why: str, tmp_path: Path) -> None:
     session, data = session_of("lora", "optim.lr=1e-2")
     run_dir = tmp_path / "run"
-    folder.create(
-        run_dir, composed_of("lora"), {"parameters": {"total": 525_184}}, {**digests_of(session.files), **data.digests}
-    )
+    folder.create(run_dir, composed_of("lora"), PLAN, {**digests_of(session.files), **data.digests})
     with torch.no_grad():
         for name, param in session.model.named_parameters():
             if "down_proj.lora_" in name:  # 1e10: the square of a hidden state overflows, and the norm makes it 0

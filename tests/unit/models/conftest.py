@@ -23,6 +23,7 @@ SHAPES = {
     "llama_tied": {**NUMBERS, "hidden_size": 64, "intermediate_size": 96, "tie_word_embeddings": True},
     "qwen3": {**NUMBERS, "hidden_size": 64, "intermediate_size": 96, "head_dim": 32},
     "mixtral": {**NUMBERS, "hidden_size": 64, "intermediate_size": 96, "num_local_experts": 4, "sliding_window": None},
+    "diffllama": {**NUMBERS, "hidden_size": 64, "intermediate_size": 96},
     "gpt2": {"vocab_size": 260, "n_embd": 64, "n_layer": 2, "n_head": 4, "bos_token_id": 0, "eos_token_id": 0},
 }
 ALONE = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))

@@ -177,6 +177,31 @@ def test_a_buffer_that_nobody_can_compute_is_refused(source: Callable) -> None:
         )
 
 
+def test_what_the_class_makes_off_meta_is_put_there_and_read_like_the_rest(shape: Callable, load: Callable) -> None:
+    files = shape("diffllama")  # whose lambdas are torch.normal's
+    names = [name for name, tensor in build_meta(files, torch.bfloat16).state_dict().items() if not tensor.is_meta]
+    assert names == []
+    first, second = (load(files).state_dict() for _ in range(2))
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
+
+
+@pytest.mark.parametrize("kind", ["parameter", "buffer"])
+def test_what_has_a_value_before_the_weights_are_read_is_refused(kind: str, source: Callable) -> None:
+    files = source("tiny").resolve()
+    model = build_meta(files, torch.float32)
+    norm, values = model.model.norm, open_values(files, torch.float32, 0)
+    if kind == "parameter":
+        norm.weight = nn.Parameter(torch.ones(norm.weight.shape))
+    else:
+        del norm.weight
+        norm.register_buffer("weight", torch.ones(model.config.hidden_size))
+    world = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
+    with pytest.raises(RuntimeError, match=r"^model\.norm\.weight has a value before the weights are read"):
+        materialize(
+            model, values, world, origins=Lineage(model).origins(model), initial=counted, place=lambda module: None
+        )
+
+
 @pytest.mark.slow
 def test_a_rank_never_holds_more_than_its_shard_and_two_tensors(tmp_path: Path) -> None:
     """Two processes on gloo load a 600 MB checkpoint; each peak is read from VmHWM."""
