@@ -1,16 +1,20 @@
 """The start-up self-test of packing: on the model itself, which was examined as a small copy of its class alone."""
 
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
-from dsft.engine.assemble import Session, autocast
+if TYPE_CHECKING:
+    from dsft.engine.assemble import Session
 
 TOKENS, BOUND = 8, 1e-2
 """Tokens of an example, and the largest difference relative to the largest score."""
 
 
-def check_apart(session: Session) -> None:
-    """Require that what an example holds changes nothing of the next one in its row. Collective.
+def require_apart(session: "Session", cast: AbstractContextManager[object]) -> None:
+    """Require that what an example holds changes nothing of the next one in its row. Collective. cast: the precision.
 
     The median over positions is compared, as rounding may send a token to another expert. Raises RuntimeError on every
     rank.
@@ -20,7 +24,8 @@ def check_apart(session: Session) -> None:
     rows = session.files.config.get_text_config().vocab_size
     first, last = (torch.arange(start, start + TOKENS) % rows for start in (1, 1 + TOKENS))
     session.model.eval()
-    scores = torch.stack([_scores_of_last(session, tokens, last) for tokens in (first, first.flip(0))])
+    with torch.no_grad(), cast:
+        scores = torch.stack([_scores_of_last(session, tokens, last) for tokens in (first, first.flip(0))])
     median = float((scores[0] - scores[1]).abs().median() / scores.abs().max())
     if median > BOUND:
         raise RuntimeError(
@@ -29,16 +34,15 @@ def check_apart(session: Session) -> None:
         )
 
 
-def _scores_of_last(session: Session, first: Tensor, last: Tensor) -> Tensor:
+def _scores_of_last(session: "Session", first: Tensor, last: Tensor) -> Tensor:
     """Scores (TOKENS - 1,) float32 on CPU of an example that comes behind another one in its row."""
     device, places = session.world.device, torch.arange(TOKENS)
-    with torch.no_grad(), autocast(session):
-        scores = session.module(
-            input_ids=torch.cat([first, last])[None].to(device),
-            position_ids=torch.cat([places, places])[None].to(device),
-            segment_lengths=(TOKENS, TOKENS),
-            logits_to_keep=(TOKENS + places[:-1]).to(device),
-            targets=last[1:].to(device),
-            use_cache=False,
-        ).logits[0]
+    scores = session.module(
+        input_ids=torch.cat([first, last])[None].to(device),
+        position_ids=torch.cat([places, places])[None].to(device),
+        segment_lengths=(TOKENS, TOKENS),
+        logits_to_keep=(TOKENS + places[:-1]).to(device),
+        targets=last[1:].to(device),
+        use_cache=False,
+    ).logits[0]
     return scores.float().cpu()  # type: ignore[no-any-return]

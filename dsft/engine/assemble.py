@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from dsft.comm.world import World
 from dsft.config import Run
+from dsft.engine.apart import require_apart
 from dsft.engine.compiling import Compiler, compiler_for
 from dsft.engine.determinism import choose
 from dsft.engine.dropout import Draws, keyed
@@ -135,7 +136,7 @@ def assemble(run: Run, files: ModelFiles, world: World, total: int = 0, *, famil
     if first is not None:
         _check_bytes(run, bones, first, values, home.device)
     module = run.strategy.prepare(model, _groups(run, model), factory(run.optim))
-    return Session(
+    session = Session(
         run=run,
         files=files,
         world=world,
@@ -148,6 +149,8 @@ def assemble(run: Run, files: ModelFiles, world: World, total: int = 0, *, famil
         family=family,
         draws=bones.draws,
     )
+    require_apart(session, autocast(session))
+    return session
 
 
 def _groups(run: Run, model: nn.Module) -> list[dict[str, Any]]:
