@@ -99,6 +99,11 @@ def _check_family(run: Run, model: nn.Module, family: Family) -> None:
             f"train.gradient_checkpointing must be none for {name}, whose blocks do not give the same when they are "
             f"computed again, got {run.train.gradient_checkpointing}; take train.gradient_checkpointing=none"
         )
+    if not family.whole and run.method.whole:
+        raise ValueError(
+            f"method must leave the base as it is for {name}, which transformers would not load again as it was "
+            "trained; take method=lora"
+        )
     if not family.ragged and run.train.compile is True:
         raise ValueError(f"train.compile must be false for {name}, which computes attention in its own way, got true")
 

@@ -25,9 +25,10 @@ from dsft.engine.recompute import recompute
 from dsft.engine.scored import Found, apart, off, one_by_one, scored
 from dsft.models import calling, scoring
 from dsft.models.anatomy import dissect
-from dsft.models.build import OwnAttentionError, build_meta
+from dsft.models.build import OwnAttentionError, build_meta, persistent_buffers
 from dsft.models.family import Family
 from dsft.models.files import ModelFiles
+from dsft.models.headers import INDEX, weight_files
 from dsft.models.materialize import materialize
 from dsft.models.small import fill, small_copies, still
 from dsft.models.values import open_values
@@ -107,7 +108,12 @@ def _accepted(
         _require_apart(model, family, examples, first)
     _require_alike(first, truth)
     _require_held(model, small)
-    return replace(family, reason=reasons[0] if reasons else "", recomputes=_recomputes(small, family, examples, first))
+    return replace(
+        family,
+        reason=reasons[0] if reasons else "",
+        recomputes=_recomputes(small, family, examples, first),
+        whole=_loads(small, family, model, examples, truth),
+    )
 
 
 def _require_still(files: ModelFiles, reference: nn.Module, examples: Sequence[Tensor], truth: Found) -> None:
@@ -165,6 +171,32 @@ def _recomputes(small: ModelFiles, family: Family, examples: Sequence[Tensor], f
     except Exception:  # a class's own, of any kind: then it is not to be computed again
         return False
     return off(found.scores, first.scores) <= SAME and apart(found.grads, first.grads) <= ALIKE
+
+
+def _loads(small: ModelFiles, family: Family, model: Any, examples: Sequence[Tensor], truth: Found) -> bool:
+    """True if the model's tensors, written as a whole result has them, are the model where transformers loads them."""
+    from safetensors.torch import save_file
+    from transformers import AutoModelForCausalLM
+    from transformers.core_model_loading import revert_weight_conversion
+
+    assert small.folder is not None
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in [*model.named_parameters(), *persistent_buffers(model).items()]:
+        tensors |= revert_weight_conversion(model, {name: tensor.detach().clone()})
+    for file in weight_files(small.folder):
+        file.unlink()
+    (small.folder / INDEX).unlink(missing_ok=True)
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, small.folder / "model.safetensors",
+              metadata={"format": "pt"})  # fmt: skip
+    try:
+        read = AutoModelForCausalLM.from_pretrained(
+            small.folder, dtype=torch.float32, attn_implementation=family.library,
+            trust_remote_code=small.trust_remote_code,
+        )  # fmt: skip
+        found = one_by_one(read.train(), examples)
+    except Exception:  # transformers' own, of any kind, over names that it does not know
+        return False
+    return off(found.scores, truth.scores) <= ALIKE
 
 
 def _library(files: ModelFiles, config: Any, reference: nn.Module, examples: Sequence[Tensor], truth: Found) -> str:

@@ -13,7 +13,8 @@ class Family:
     packs: examples may share a row of tokens; otherwise each is a micro-batch of its own. attention: dsft's ragged one,
     or the name of the family's own ("sdpa", "eager"). library: which of those two the model is right with elsewhere,
     to generate and to be compared. reason: why it does not pack, or not with dsft's attention; "" if it does.
-    recomputes: False if a block that is computed again in backward gives other values.
+    recomputes: False if a block that is computed again in backward gives other values. whole: False if the model's
+    tensors, written as a whole result and loaded by transformers, are not the model.
     """
 
     model_type: str
@@ -22,6 +23,7 @@ class Family:
     library: str = "sdpa"
     reason: str = ""
     recomputes: bool = True
+    whole: bool = True
 
     @property
     def ragged(self) -> bool:
