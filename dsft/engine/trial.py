@@ -31,6 +31,7 @@ from dsft.models.files import ModelFiles
 from dsft.models.headers import INDEX, weight_files
 from dsft.models.materialize import materialize
 from dsft.models.small import fill, small_copies, still
+from dsft.models.spans import UnheldError
 from dsft.models.values import open_values
 
 LENGTHS = (37, 11, 40)
@@ -90,6 +91,8 @@ def _examine(files: ModelFiles, config: Any) -> Family:
                 reasons.append(str(error))
             except OwnAttentionError:
                 reasons.append(f"{type(reference).__name__} computes attention itself")
+            except UnheldError as error:
+                reasons.append(str(error))
             except Exception as error:  # a class's own, of any kind, over a call that it does not know
                 reasons.append(_line(error))
     raise ValueError(

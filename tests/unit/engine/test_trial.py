@@ -7,10 +7,13 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from dsft.engine import trial
 from dsft.engine.trial import examine
+from dsft.models import attention, build
 from dsft.models.attention import NAME
 from dsft.models.family import Family
 from dsft.models.files import ModelFiles
+from dsft.models.spans import Span
 
 SIZES: dict[str, Any] = {
     "vocab_size": 260, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -106,7 +109,34 @@ class Drawn(nn.Module):
         return self.inner(hidden + noise)  # type: ignore[no-any-return]
 
 
-FAULTS = {"none": lambda config, inner: inner, "convolved": Convolved, "drawn": Drawn}
+class Corrected(nn.Module):
+    """A module with a buffer that decides, and that its class leaves out of what it saves."""
+
+    def __init__(self, config: Any, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+        self.register_buffer("correction", torch.zeros(config.hidden_size))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.inner(hidden * (1 + self.correction))  # type: ignore[no-any-return]
+
+
+class Escaped(nn.Module):
+    """A module whose parameter torch makes on CPU though the model is built on meta, each time with other values."""
+
+    def __init__(self, config: Any, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+        self.scale = nn.Parameter(torch.normal(1.0, 0.3, size=(config.hidden_size,), device="cpu"))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.inner(hidden * self.scale)  # type: ignore[no-any-return]
+
+
+FAULTS = {
+    "none": lambda config, inner: inner, "convolved": Convolved, "drawn": Drawn, "corrected": Corrected,
+    "escaped": Escaped,
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -126,3 +156,35 @@ def test_a_planted_convolution_across_examples_is_seen() -> None:
 def test_planted_random_numbers_are_refused() -> None:
     with pytest.raises(ValueError, match="draws random numbers"):
         examine(files("planted", fault="drawn"))
+
+
+def test_a_buffer_that_decides_is_in_a_whole_result_and_its_loss_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert examine(files("planted", fault="corrected")).whole
+    monkeypatch.setattr(trial, "persistent_buffers", lambda model: {})
+    assert not examine(files("planted", fault="corrected")).whole
+
+
+def test_a_tensor_off_meta_is_read_from_the_folder_and_its_loss_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert examine(files("planted", fault="escaped")).packs
+    monkeypatch.setattr(build, "_put_on_meta", lambda model: None)
+    with pytest.raises(ValueError, match="scale"):
+        examine(files("planted", fault="escaped"))
+
+
+WINDOWED = {"sliding_window": 16, "num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"]}
+
+
+def test_a_window_that_is_dropped_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert examine(files("qwen2", use_sliding_window=True, **WINDOWED)).ragged
+    monkeypatch.setattr(attention, "span_of", lambda module, window: Span())
+    found = examine(files("qwen2", use_sliding_window=True, **WINDOWED))
+    assert not found.ragged
+    assert "otherwise than by the class itself" in found.reason
+
+
+def test_a_rope_that_goes_by_the_longest_of_a_row_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 8, "long_factor": [9.0] * 8}
+    sizes = {"rope_parameters": {**rope, "original_max_position_embeddings": 64}, "max_position_embeddings": 512}
+    assert examine(files("phi3", **sizes)).packs
+    monkeypatch.setattr(build, "own_lengths", lambda model, packed: None)
+    assert not examine(files("phi3", **sizes)).packs
