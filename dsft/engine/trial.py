@@ -56,6 +56,8 @@ def examine(files: ModelFiles) -> Family:
                 return _examine(files, config)
             except _UnusableError as error:
                 tried = error.__cause__ if isinstance(error.__cause__, Exception) else error
+    if tried is None:
+        dissect(_on_meta(files, files.config))  # which says more, if that is what no copy could be made of
     kind, said = type(files.config).__name__.removesuffix("Config"), _line(tried) if tried else "no copy can be built"
     raise ValueError(
         f"model {files.name_or_path} must compute in a small copy of it, which is examined before weights load, got "

@@ -50,7 +50,9 @@ def small_copies(config: Any, build: Any) -> Iterator[Any]:
 
     build(config) gives the model of a configuration on meta; what it raises says that the next one is to be tried.
     """
-    depth = config.get_text_config().num_hidden_layers
+    depth = getattr(config.get_text_config(), "num_hidden_layers", None)
+    if not _whole(depth) or depth < 1:
+        return
     narrow, few = _factors(config.to_dict())
     for by in dict.fromkeys([(narrow, few), (max(1, narrow // 2), few), (narrow, 1), (1, 1)]):
         try:
