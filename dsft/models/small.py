@@ -50,7 +50,7 @@ def small_copies(config: Any, build: Any) -> Iterator[Any]:
 
     build(config) gives the model of a configuration on meta; what it raises says that the next one is to be tried.
     """
-    depth = getattr(config.get_text_config(), "num_hidden_layers", None)
+    depth: Any = getattr(config.get_text_config(), "num_hidden_layers", None)
     if not _whole(depth) or depth < 1:
         return
     narrow, few = _factors(config.to_dict())
