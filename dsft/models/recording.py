@@ -5,14 +5,15 @@ real positions. It runs on a copy of the model, and a block may fail on meta beh
 """
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from dsft.models.anatomy import dissect
+from dsft.models.mixed import Mixed, tensors
 from dsft.models.spans import SPAN, UNRECORDED, Span, UnheldError, check_extras, configured, read_off
 
 NAME = "dsft_recorded"
@@ -34,7 +35,8 @@ def record_spans(model: Any) -> None:
     that has no blocks or is no causal language model.
     """
     blocks = dissect(model).blocks
-    recorder = _Recorder()
+    config = model.config.get_text_config()
+    recorder = _Recorder(config)
     try:
         twin = copy.deepcopy(model)
         twin.set_attn_implementation(NAME)
@@ -46,7 +48,6 @@ def record_spans(model: Any) -> None:
         raise
     except Exception as error:  # whatever a model's own code can raise over tensors without values
         recorder.failed = _one_line(error)
-    config = model.config.get_text_config()
     reach = getattr(config, "max_position_embeddings", None) or REACH
     known: dict[int, Span] = {}
     for name, masks in recorder.masks.items():
@@ -74,11 +75,13 @@ def _span(mask: "_Mask | None", reach: int, kind: str, known: dict[int, Span]) -
 def _unrecorded(block: nn.Module, config: Any, index: int, recorder: "_Recorder") -> str:
     """Why a block's attention could not be recorded, once its modules have what the configuration says; else ""."""
     attentions = [m for m in block.modules() if hasattr(m, "is_causal") or hasattr(m, "num_key_value_groups")]
-    if not attentions or index in recorder.ended or any(SPAN in vars(module) for module in block.modules()):
+    known = recorder.blocks.get(index)
+    reached = known is not None and (known.masks or not known.missed)
+    if not attentions or reached:
         return ""
     for module in attentions:
         setattr(module, SPAN, configured(config, index))
-    return recorder.missed.get(index) or recorder.failed or "its block was not called"
+    return (known.missed if known else recorder.failed) or "its block was not called"
 
 
 def _one_line(error: Exception) -> str:
@@ -116,7 +119,7 @@ class _Mask(Tensor):
             result = func(*args, **(kwargs or {}))
         if not isinstance(result, Tensor):
             return result
-        source = next((part for part in _tensors((args, kwargs)) if isinstance(part, cls)), None)
+        source = next((part for part in tensors((args, kwargs)) if isinstance(part, cls)), None)
         if source is None:
             return result
         return cls.of(result, source.function, source.changed or func.__name__ not in VIEWS)
@@ -152,25 +155,41 @@ def recorded_attention(
     return query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[3]), None
 
 
-class _Recorder:
-    """masks: attention's name -> the masks it was called with; missed: block -> why its attention was not reached.
+@dataclass
+class _Run:
+    """What a block did, the first of its kind. masks: attention's name, within the block or without -> its masks.
 
-    ended: blocks that ran to their end; failed: why the whole pass did not, "" if it did.
+    prefix: of names within the block; missed: why it did not run to its end, "" if it did, with result.
     """
 
-    def __init__(self) -> None:
-        self.failed = ""
+    prefix: str
+    masks: dict[tuple[bool, str], dict[Any, "_Mask | None"]] = field(default_factory=dict)
+    missed: str = ""
+    result: Any = None
+
+
+class _Recorder:
+    """masks: attention's name -> the masks it was called with; blocks: number -> what it did.
+
+    failed: why the whole pass did not end, "" if it did.
+    """
+
+    def __init__(self, config: Any) -> None:
+        self.config, self.failed = config, ""
         self.masks: dict[str, dict[Any, _Mask | None]] = {}
-        self.missed: dict[int, str] = {}
-        self.ended: set[int] = set()
+        self.blocks: dict[int, _Run] = {}
+        self.kinds: dict[Any, _Run] = {}
+        self.now = _Run("")
         self.names: dict[int, str] = {}
         self.hidden: Tensor | None = None
-        self.mixed = _Mixed()
+        self.mixed = Mixed()
 
     def note(self, module: nn.Module, mask: _Mask | None) -> None:
-        """Module is called with mask."""
-        what = None if mask is None else (id(mask.function), mask.changed)
-        self.masks.setdefault(self.names[id(module)], {})[what] = mask
+        """Module is called with mask, within a block."""
+        name = self.names[id(module)]
+        within = name.startswith(self.now.prefix)
+        called = self.now.masks.setdefault((within, name.removeprefix(self.now.prefix)), {})
+        called[None if mask is None else (id(mask.function), mask.changed)] = mask
 
     def wrap(self, model: nn.Module, blocks: tuple[str, ...]) -> None:
         """Let model's parts run on meta, and what is between them on CPU."""
@@ -179,14 +198,15 @@ class _Recorder:
         way = {stack[:end] for end, letter in enumerate(stack) if letter == "."} | {"", stack}
         for name, module in list(model.named_modules()):
             if name in blocks:
-                module.forward = self._block(module.forward, blocks.index(name))  # type: ignore[method-assign]
+                kind = _kind(module, self.config, blocks.index(name), len(blocks))
+                module.forward = self._block(module.forward, name, blocks.index(name), kind)  # type: ignore[method-assign]
             elif name not in way and name.rpartition(".")[0] in way - {stack}:
                 module.forward = self._part(module.forward)  # type: ignore[method-assign]
 
     def _part(self, forward: Callable[..., Any]) -> Callable[..., Any]:
         return lambda *args, **kwargs: self.mixed.inside(forward, args, kwargs)
 
-    def _block(self, forward: Callable[..., Any], index: int) -> Callable[..., Any]:
+    def _block(self, forward: Callable[..., Any], name: str, index: int, kind: Any) -> Callable[..., Any]:
         def ran(*args: Any, **kwargs: Any) -> Any:
             first = args[0] if args else kwargs["hidden_states"]
             self.hidden = first if self.hidden is None else self.hidden  # a block that failed gave no tuple to unpack
@@ -194,80 +214,35 @@ class _Recorder:
                 args = (self.hidden, *args[1:])
             else:
                 kwargs["hidden_states"] = self.hidden
-            try:
-                result = self.mixed.inside(forward, args, kwargs)
-            except UnheldError:
-                raise
-            except Exception as error:  # behind its attention a block may fail; if it did before, the model says so
-                self.missed[index] = _one_line(error)
-                return self.hidden
-            self.ended.add(index)
-            return result
+            masks = [(id(m.function), m.changed) for m in tensors((args, kwargs)) if isinstance(m, _Mask)]
+            key = (*masks, kind)
+            if key not in self.kinds:
+                self.now = self.kinds[key] = _Run(f"{name}.")
+                self._run(forward, args, kwargs)
+            self.blocks[index] = known = self.kinds[key]
+            for (within, attention), called in known.masks.items():
+                self.masks.setdefault(f"{name}.{attention}" if within else attention, {}).update(called)
+            return self.hidden if known.missed else known.result
 
         return ran
 
-
-class _Mixed(TorchFunctionMode):
-    """What meets a tensor on meta goes to meta; outside of the model's parts the result is zeros on CPU."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.depth = 0
-
-    def inside(self, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """Run a part of the model on meta, but for whole numbers: positions keep their values until they meet it."""
-        self.depth += 1
+    def _run(self, forward: Callable[..., Any], args: Any, kwargs: Any) -> None:
         try:
-            return self._left(forward(*_mapped(args, _floats_to_meta), **_mapped(kwargs, _floats_to_meta)), depth=1)
-        finally:
-            self.depth -= 1
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Call func with all of its tensors on one device."""
-        kwargs = kwargs or {}
-        if not any(part.is_meta for part in _tensors((args, kwargs))):
-            return func(*args, **kwargs)
-        if func is Tensor.cpu:
-            return self._left(args[0], depth=0)
-        result = func(*_mapped(args, _to_meta, places=True), **_mapped(kwargs, _to_meta, places=True))
-        return self._left(result, depth=0)
-
-    def _left(self, value: Any, *, depth: int) -> Any:
-        return _mapped(value, _zeros) if self.depth == depth else value
+            self.now.result = self.mixed.inside(forward, args, kwargs)
+        except UnheldError:
+            raise
+        except Exception as error:  # behind its attention a block may fail; if it did before, the model says so
+            self.now.missed = _one_line(error)
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
-    """All tensors in tuples, lists and mappings."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, (tuple, list)):
-        for part in value:
-            yield from _tensors(part)
-    elif isinstance(value, dict):
-        yield from _tensors(list(value.values()))
+def _kind(block: nn.Module, config: Any, index: int, count: int) -> tuple[Any, ...]:
+    """What blocks that do the same have in common: modules and their settings, and what the configuration lists.
 
-
-def _mapped(value: Any, change: Callable[[Tensor], Tensor], *, places: bool = False) -> Any:
-    """Value with each tensor changed, in tuples, lists and dictionaries; places: devices become meta."""
-    if isinstance(value, Tensor):
-        return change(value)
-    if type(value) in (tuple, list):
-        return type(value)(_mapped(part, change, places=places) for part in value)
-    if type(value) is dict:
-        return {name: _mapped(part, change, places=places) for name, part in value.items()}
-    if places and (isinstance(value, torch.device) or value == "cpu"):
-        return torch.device("meta")
-    return value
-
-
-def _to_meta(part: Tensor) -> Tensor:
-    return part if part.is_meta else part.to("meta")
-
-
-def _floats_to_meta(part: Tensor) -> Tensor:
-    return _to_meta(part) if part.is_floating_point() or part.is_complex() else part
-
-
-def _zeros(part: Tensor) -> Tensor:
-    """Zeros on CPU in place of a tensor without values; masks stay as they are."""
-    return torch.zeros(part.shape, dtype=part.dtype) if part.is_meta and not isinstance(part, _Mask) else part
+    A block's own number is left out. Blocks of one kind that are handed the same masks run once.
+    """
+    parts: list[Any] = []
+    for name, module in block.named_modules():
+        settings = ((key, value) for key, value in vars(module).items() if isinstance(value, (bool, int, float, str)))
+        parts.append((name, type(module), *(pair for pair in settings if pair[1] is True or pair[1] != index)))
+    lists = [value for value in vars(config).values() if isinstance(value, (list, tuple)) and len(value) == count]
+    return (*parts, *(str(value[index]) for value in lists))

@@ -18,6 +18,8 @@ REFUSED = ("position_bias", "head_mask", "indices")
 """Arguments of an attention by which it changes its scores, or chooses its keys, in a way that is not computed here."""
 FARTHEST = 2**20
 """Positions up to which a mask function is looked at, where the model knows as many."""
+NEAR = 2**13
+"""Keys from the first one on that are all compared; behind them, those around the edges of windows and chunks."""
 
 MaskFunction = Callable[[Any, Any, Tensor, Tensor], Tensor]
 """(batch, head, query's position, key's position) -> True where the query sees the key; transformers' masking_utils."""
@@ -83,24 +85,31 @@ def read_off(function: MaskFunction, reach: int, kind: str) -> Span:
     kind: the model's class, for the message. Raises UnheldError if it is neither causal, nor a window, nor chunks.
     """
     reach = max(2, min(reach, FARTHEST))
-    keys = torch.arange(reach)
     try:
-        sees_first = _called(function, keys[:, None], keys[None, :1])[:, 0]
+        sees_first = _called(function, torch.arange(reach)[:, None], torch.zeros(1, 1, dtype=torch.int64))[:, 0]
         size = reach if bool(sees_first.all()) else int(sees_first.long().argmin())
-        edges = (0, 1, 2, size - 1, size, size + 1, 2 * size - 1, 2 * size, 2 * size + 1, reach // 2, reach - 1)
-        queries = torch.tensor(sorted({edge for edge in edges if 0 <= edge < reach}))[:, None]
-        seen = _called(function, queries, keys[None])
+        queries, keys = _places(size, reach)
+        seen = _called(function, queries, keys)
     except Exception as error:  # whatever a model's own function can raise over positions: it asks for more than these
         raise UnheldError(
             f"model must mask by positions alone, got {kind}, whose mask depends on more: {type(error).__name__}"
         ) from error
     candidates = [Span()] if size == reach else [Span(window=size), Span(chunk=size)] if size else []
     for span in candidates:
-        if torch.equal(seen, span.sees(queries, keys[None])):
+        if torch.equal(seen, span.sees(queries, keys)):
             return span
-    ahead = bool((seen & (keys[None] > queries)).any())
+    ahead = bool((seen & (keys > queries)).any())
     what = "shows tokens what follows them" if ahead else "is neither a window nor chunks"
     raise UnheldError(f"model must have causal masks, windows or chunks, got {kind}, whose mask {what}")
+
+
+def _places(size: int, reach: int) -> tuple[Tensor, Tensor]:
+    """Queries (q, 1) and keys (1, k) below reach where spans of size would differ, with the first NEAR keys."""
+    edges = (0, 1, 2, size - 1, size, size + 1, 2 * size - 1, 2 * size, 2 * size + 1, reach // 2, reach - 1)
+    queries = torch.tensor(sorted({edge for edge in edges if 0 <= edge < reach}))[:, None]
+    around = torch.cat([queries, queries - size, queries // max(size, 1) * size]) + torch.arange(-32, 33)
+    keys = torch.cat([around.flatten(), torch.arange(NEAR), torch.arange(0, reach, reach // 64 + 1)]).unique()
+    return queries, keys[(keys >= 0) & (keys < reach)][None]
 
 
 def _called(function: MaskFunction, queries: Tensor, keys: Tensor) -> Tensor:
