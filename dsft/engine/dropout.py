@@ -73,7 +73,8 @@ class Draws:
         if limit == HALF:
             return x * 0
         columns = _columns(name, number, x.shape[-1], x.device)
-        return (x * kept(rows, columns, x.shape[-1], limit)).mul_(HALF / (HALF - limit))
+        dropped: Tensor = _Drop.apply(x, kept(rows, columns, x.shape[-1], limit), HALF / (HALF - limit))
+        return dropped
 
     def held(self, forward: Forward) -> Forward:
         """forward, which draws the same whenever it is called: as it would at this moment."""
@@ -91,6 +92,22 @@ class Draws:
     def taking(self) -> AbstractContextManager[object]:
         """Within it calls of torch's dropout draw here, where the model may make any."""
         return _Taking(self) if self.functional else nullcontext()
+
+
+class _Drop(torch.autograd.Function):
+    """x mask scale, (..., H), and the same of the gradient: no tensor of x's size but the result in either."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, mask: Tensor, scale: float) -> Tensor:
+        ctx.save_for_backward(mask)
+        ctx.scale = scale
+        return (x * mask).mul_(scale)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        (mask,) = ctx.saved_tensors
+        return (grad * mask).mul_(ctx.scale), None, None
 
 
 @lru_cache(maxsize=4096)
