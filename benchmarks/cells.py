@@ -141,6 +141,7 @@ def _plant(session: Session, fault: str | None) -> Session:
         whole = strategy.backward
         object.__setattr__(strategy, "backward", lambda loss, *, last: whole(loss * 0, last=last))
     if fault == "torch-dropout":  # masks drawn per micro-batch
+        session.draws.functional, session.draws.watched = None, True
         for module in session.model.modules():
             if isinstance(module, Keyed):
                 module.__class__ = nn.Dropout

@@ -34,6 +34,9 @@ METHODS |= {
 }  # fmt: skip
 """Every method on its own base, and on each packed one unless it brings that itself."""
 
+DROPPING = {"lora+dropout": ["method=lora", "method.dropout=0.1"]}
+"""What the tests run beside METHODS, and the matrix does not."""
+
 NEEDED = {f"{model} vera": ["method.rank=8"] for model in MODELS}
 NEEDED |= {"tiny_moe ia3": ["method.feedforward_modules=[]"], "tiny qat": ["optim.eps=1e-5"]}
 NEEDED |= {f"{model} adalora": ["method.alpha=1024", "method.interval=2"] for model in MODELS}
@@ -101,7 +104,7 @@ def words(column: Column, row: str, data: Path) -> tuple[str, ...]:
     model, method, variant = row.split()
     sgd = column.optim == "sgd"
     return (
-        f"model={model}", *METHODS[method], *needed(row), *VARIANTS[variant],
+        f"model={model}", *(METHODS | DROPPING)[method], *needed(row), *VARIANTS[variant],
         "data=local", f"data.path={data}", "data.shuffle=false", "train.precision=fp32", "train.steps=10",
         "train.max_length=512", "tracker=[]", f"optim.name={column.optim}", "optim.schedule=constant",
         f"train.max_grad_norm={'inf' if sgd else 1.0}", f"strategy={column.strategy}", *column.extra,

@@ -24,8 +24,9 @@ HEAD = """\
 
 Largest relative difference of loss and of gradient norm to one process over 10 steps: fp32, AdamW at lr
 1e-3 (the sgd column: 0.05) or, where the loss would hardly move, the multiple of it that stands beside the row;
-constant rate, dropout 0. none: nothing is computed again in backward; global batch 8, a rank's two or four
-examples in one micro-batch. full: every block is; global batch 4, each example in a micro-batch of its own, as
+constant rate, dropout 0 (0.1: tests/distributed/test_equality.py and tests/unit/engine/test_dropout.py). none:
+nothing is computed again in backward; global batch 8, a rank's two or four examples in one micro-batch. full: every
+block is; global batch 4, each example in a micro-batch of its own, as
 all are in the one process that a cell is compared to. A base packed by nf4 goes with none, one packed by int8
 with full, except where a method brings its own (qlora): that has both. In every cell the label counts of the
 ranks differ by 2 x or more and the loss moves by 1 % or more. A sharding cell is green only if the ranks

@@ -88,6 +88,11 @@ def skeleton(run: Run, files: ModelFiles, family: Family = PACKS) -> Skeleton:
         if param.requires_grad:
             param.data = param.data.float()
     draws = keyed(model, anatomy, run.train.seed, run.method.positions)
+    if draws.functional and run.train.compile is True:
+        raise ValueError(
+            f"train.compile must be false or auto where a model may drop without a module ({draws.functional} of its "
+            "configuration), got true; set train.compile=false"
+        )
     return Skeleton(model, anatomy, origins, stored, family, draws)
 
 
@@ -117,7 +122,8 @@ def assemble(run: Run, files: ModelFiles, world: World, total: int = 0, *, famil
     bones = skeleton(run, files, family)
     model, anatomy, tokenizer = bones.model, bones.anatomy, files.tokenizer()
     run.method.tokenize(model, tokenizer)
-    compiler = compiler_for(run.train, total, model, anatomy) if family.ragged else None
+    plain = family.ragged and not bones.draws.functional
+    compiler = compiler_for(run.train, total, model, anatomy) if plain else None
     course = run.method.course(model, total or run.train.steps or 0, world.device)
     reentrant = run.strategy.reentrant_recompute
     recompute(model, anatomy, run.train.gradient_checkpointing, reentrant=reentrant, run=compiler, draws=bones.draws)

@@ -30,12 +30,14 @@ Forward = Callable[..., Any]
 class Draws:
     """What the masks of one model are drawn by. more: positions that a method may put before each example.
 
-    any: whether there is dropout in it. functional: whether it may call torch's function for it. watched: whether a
-    forward pass was searched for other random numbers. counts: calls of each module in this micro-batch.
+    any: whether there is dropout in it. functional: why it may call torch's function for it, None if it does not.
+    watched: whether a forward pass was searched for other random numbers. counts: calls of each module in this
+    micro-batch.
     """
 
-    def __init__(self, seed: int, more: int, *, modules: bool, functional: bool) -> None:
-        self.seed, self.more, self.any, self.functional = seed, more, modules or functional, functional
+    def __init__(self, seed: int, more: int, *, modules: bool, functional: str | None) -> None:
+        self.seed, self.more, self.functional = seed, more, functional
+        self.any = modules or functional is not None
         self.watched = False
         self.counts: dict[str, int] = {}
         self.rows: dict[int, Tensor] = {}
@@ -71,7 +73,8 @@ class Draws:
         if limit == HALF:
             return x * 0
         columns = _columns(name, number, x.shape[-1], x.device)
-        return (x * kept(rows, columns, x.shape[-1], limit)).mul_(HALF / (HALF - limit))
+        dropped: Tensor = _Drop.apply(x, kept(rows, columns, x.shape[-1], limit), HALF / (HALF - limit))
+        return dropped
 
     def held(self, forward: Forward) -> Forward:
         """forward, which draws the same whenever it is called: as it would at this moment."""
@@ -89,6 +92,22 @@ class Draws:
     def taking(self) -> AbstractContextManager[object]:
         """Within it calls of torch's dropout draw here, where the model may make any."""
         return _Taking(self) if self.functional else nullcontext()
+
+
+class _Drop(torch.autograd.Function):
+    """x mask scale, (..., H), and the same of the gradient: no tensor of x's size but the result in either."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, mask: Tensor, scale: float) -> Tensor:
+        ctx.save_for_backward(mask)
+        ctx.scale = scale
+        return (x * mask).mul_(scale)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        (mask,) = ctx.saved_tensors
+        return (grad * mask).mul_(ctx.scale), None, None
 
 
 @lru_cache(maxsize=4096)
@@ -156,14 +175,18 @@ def _is_routed(name: str, anatomy: Anatomy) -> bool:
     return block is not None and any(part.isdigit() for part in name.removeprefix(block).split("."))
 
 
-def _may_call(model: Any) -> bool:
-    """True if some probability to drop, of the configuration or of a module, is above 0."""
+def _may_call(model: Any) -> str | None:
+    """A probability to drop above 0 that some module or the configuration holds as a number; None if none does."""
     holders = [vars(module) for module in model.modules() if not isinstance(module, _DropoutNd)]
     configs = [model.config]
     for config in configs:
         configs += [value for value in vars(config).values() if hasattr(value, "to_dict")]
-    return any(
-        "drop" in key and isinstance(value, float) and value > 0
-        for holder in (*holders, *map(vars, configs))
-        for key, value in holder.items()
+    return next(
+        (
+            f"{key}={value:g}"
+            for holder in (*map(vars, configs), *holders)
+            for key, value in holder.items()
+            if "drop" in key and isinstance(value, float) and value > 0
+        ),
+        None,
     )

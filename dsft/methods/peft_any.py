@@ -182,8 +182,8 @@ class Peft(Bridged):
         for key, value in self.options.items():
             if "dropout" in key and value and not drops:
                 raise ValueError(
-                    f"method.options.{key} must be 0 with {self.type}, got {value}: PEFT draws it once for a whole "
-                    "batch, so that micro-batches would change the loss; leave it out"
+                    f"method.options.{key} must be 0 with {self.type}, got {value}: PEFT draws it for a whole batch, "
+                    "so that micro-batches would change the loss; leave it out"
                 )
 
     def _shares(self) -> str:

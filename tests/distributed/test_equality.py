@@ -76,8 +76,14 @@ def _corner(size: int) -> list[tuple[Column, str]]:
     return [(column, row) for row in CORNER for column in _columns(size)]
 
 
+def _dropping() -> list[tuple[Column, str]]:
+    """Dropout under two strategies: packed without recomputation, and alone with it."""
+    variants = {"fsdp x2": "none", "zero3 x2": "full"}
+    return [(column, f"tiny lora+dropout {variants[column.name]}") for column in COLUMNS if column.name in variants]
+
+
 def test_every_strategy_and_every_method_equals_one_process_on_two(rows: Path, shared: Path) -> None:
-    _all_green(*_run([*_corner(2), *_cover()], rows, shared))
+    _all_green(*_run([*_corner(2), *_cover(), *_dropping()], rows, shared))
 
 
 def test_every_strategy_equals_one_process_on_four(rows: Path, shared: Path) -> None:

@@ -84,7 +84,7 @@ def test_masks_of_a_micro_batch_would_be_seen() -> None:
 
 
 def draws_of(more: int = 0, seed: int = 0) -> Draws:
-    return Draws(seed, more, modules=True, functional=False)
+    return Draws(seed, more, modules=True, functional=None)
 
 
 def dropped(batch: Batch, *, step: int = 1, name: str = "m", seed: int = 0) -> Tensor:

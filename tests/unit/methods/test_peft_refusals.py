@@ -52,7 +52,7 @@ SMALL = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
         ),
         (
             ["method=peft", "+method.options.rank_dropout=0.1"],
-            r"method\.options\.rank_dropout must be 0 with peft\.LoHaConfig, got 0\.1: PEFT draws it once for a whole",
+            r"method\.options\.rank_dropout must be 0 with peft\.LoHaConfig, got 0\.1: PEFT draws it for a whole b",
         ),
         (["method=peft", "method.type=peft.AdaLoraConfig"], r"its ranks are allocated while it trains"),
         (["method=peft", "method.type=peft.PromptTuningConfig"], r"must be an adapter of linears"),
