@@ -125,6 +125,8 @@ def make_plan(composed: Composed, files: "ModelFiles", *, device_bytes: int | No
     memory["available"] = _available(composed, accelerator=accelerator) if here else device_bytes
     names = {choice.group: choice.option for choice in composed.choices}
     providers = {choice.group: choice.provider for choice in composed.choices if choice.provider != "dsft"}
+    notes = [*told(files.config), *_notes(run, memory, device_bytes, accelerator=accelerator)]
+    notes += run.method.notes(bones.model, bones.anatomy)
     unproven = _unproven(composed, files, counts, memory)
     return {
         "model": files.name_or_path,
@@ -138,7 +140,7 @@ def make_plan(composed: Composed, files: "ModelFiles", *, device_bytes: int | No
         "total_by_gradient_checkpointing": {name: budget.as_dict()["total"] for name, budget in budgets.items()},
         "gpu_bytes": device_bytes,
         "proven": proven(run, names, providers, experts=bool(bones.anatomy.experts)),
-        "notes": [*told(files.config), *_notes(run, memory, device_bytes, accelerator=accelerator), *unproven],
+        "notes": [*notes, *unproven],
         "global_batch_size": run.train.global_batch_size,
     }
 

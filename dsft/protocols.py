@@ -121,6 +121,10 @@ class Method(ABC):
         """True for a frozen parameter that attach added and save needs."""
         return False
 
+    def notes(self, model: nn.Module, anatomy: Anatomy) -> Iterable[str]:
+        """What a person should know of where it went in model, which has this method in it; lines of the plan."""
+        return ()
+
     def check(self, total: int) -> None:
         """Raise ValueError, one line, if this method cannot do with a run of total steps. Asked before weights load."""
 

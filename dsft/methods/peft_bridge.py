@@ -1,7 +1,7 @@
 """The bridge to PEFT: its layers put on meta, its names and its file format; one file beside this one per family."""
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,9 +10,9 @@ from torch import Size, Tensor, nn
 
 from dsft.imports import uncompiled
 from dsft.methods.peft_folder import Folder
-from dsft.methods.peft_landing import check_landed, names_as_they_are, portable
+from dsft.methods.peft_landing import check_landed, names_as_they_are, portable, refused
 from dsft.methods.stored import TENSORS, Stored, as_it_is
-from dsft.protocols import Method
+from dsft.protocols import Anatomy, Method
 
 ADAPTER = "default"
 """PEFT's name for the one adapter that learns."""
@@ -42,6 +42,13 @@ class Bridged(Method):
     @abstractmethod
     def config(self, targets: list[str]) -> Any:
         """PEFT's own configuration object, for modules of these names."""
+
+    def notes(self, model: nn.Module, anatomy: Anatomy) -> Iterable[str]:
+        """Linears that PEFT adapts under no name."""
+        out = refused(model.peft_config[ADAPTER], model, anatomy.linears)  # type: ignore[index]
+        if out:
+            kind = model.config.model_type  # type: ignore[union-attr]
+            yield f"all-linear leaves out {min(out)} and {len(out) - 1} more: PEFT refuses them in a {kind} model"
 
     def agree(self) -> Mapping[str, str]:
         """Keys of PEFT's configuration that decide what an adapter's numbers mean -> ours, under method."""

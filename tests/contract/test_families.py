@@ -4,8 +4,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from dsft.compared import compare, digest_of
 from dsft.compose import compose
@@ -24,7 +27,7 @@ BIAS = "model.layers.1.mlp.gate.e_score_correction_bias"
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     place = tmp_path_factory.mktemp("families")
-    return {name: write_family(place / name, name) for name in ("deepseek_v3", "glm4_moe", "diffllama", "mistral")}
+    return {name: write_family(place / name, name) for name in ("deepseek_v3", "glm4_moe", "afmoe")}
 
 
 def session_on(folder: Path, *words: str) -> tuple[Session, Dataset]:
@@ -88,9 +91,7 @@ def test_a_whole_result_holds_the_buffers_of_its_base(
 
 
 def test_a_merged_export_keeps_the_type_of_a_buffer(folders: dict[str, Path], tmp_path: Path) -> None:
-    session, data = session_on(
-        folders["deepseek_v3"], "method=lora", "method.target_modules=attention", "train.precision=bf16"
-    )
+    session, data = session_on(folders["deepseek_v3"], "method=lora", "train.precision=bf16")
     train(session, data, 1)
     write_result(session, tmp_path)
     found = merged(session.run, tmp_path).state_dict()
@@ -108,3 +109,43 @@ def test_a_result_without_a_tensor_of_its_model_is_not_given(folders: dict[str, 
     gate._non_persistent_buffers_set.clear()
     with pytest.raises(RuntimeError, match=r"holds model\.layers\.1\.mlp\.gate\.more, for which the model"):
         write_result(session, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("family", "words"),
+    [
+        ("deepseek_v3", ("method=lora",)),
+        ("deepseek_v3", ("method=lora", "method.target_modules=mlp", "method.dropout=0.1")),
+        ("glm4_moe", ("method=pissa", "method.rank=4")),
+        ("glm4_moe", ("method=vera",)),
+        ("afmoe", ("method=lora", "method.target_modules=attention")),
+    ],
+    ids=lambda value: value if isinstance(value, str) else " ".join(value),
+)
+def test_an_adapter_lands_on_the_linears_that_were_chosen_here_and_elsewhere(
+    family: str, words: tuple[str, ...], folders: dict[str, Path], tmp_path: Path
+) -> None:
+    session, data = session_on(folders[family], *words)
+    role = words[1].partition("target_modules=")[2] if len(words) > 1 else ""
+    chosen = {name for name, of in session.anatomy.linears.items() if role in ("", of)}
+    assert {name.partition(".lora_")[0].partition(".vera_")[0] for name in _learning(session)} == chosen
+    train(session, data, 1)
+    _written(session, data, tmp_path)
+    elsewhere = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folders[family]), tmp_path)
+    adapted = {
+        name for name, module in elsewhere.base_model.model.named_modules() if isinstance(module, BaseTunerLayer)
+    }
+    assert adapted == chosen
+    assert compare(session.run, tmp_path)["different"] is None
+
+
+def test_what_no_loader_would_read_of_such_linears_is_refused(folders: dict[str, Path]) -> None:
+    with pytest.raises(
+        ValueError, match=r"^method.target_modules must not name down_proj with this method .*deepseek_v3"
+    ):
+        session_on(folders["deepseek_v3"], "method=dora")
+    session_on(folders["deepseek_v3"], "method=dora", "method.target_modules=attention")
+
+
+def _learning(session: Session) -> list[str]:
+    return [name for name, param in session.model.named_parameters() if param.requires_grad]

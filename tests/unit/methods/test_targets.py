@@ -1,7 +1,11 @@
 """What method.target_modules and method.trainable mean on a real anatomy."""
 
+from typing import Any
+
 import pytest
+import torch
 from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from dsft.compose import compose
 from dsft.methods.freeze import Freeze
@@ -61,3 +65,29 @@ def test_freeze_takes_blocks_head_norms_and_patterns() -> None:
 def test_freeze_refuses_more_blocks_than_there_are() -> None:
     with pytest.raises(ValueError, match=r"method\.trainable must be at most"):
         Freeze(trainable=(99,)).attach(*_bones("tiny"))
+
+
+def _mamba() -> tuple[Any, Anatomy]:
+    config = AutoConfig.for_model("mamba", vocab_size=260, hidden_size=64, num_hidden_layers=2, state_size=8)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    return model, dissect(model)
+
+
+def test_all_linear_leaves_out_what_peft_refuses_and_says_so() -> None:
+    model, anatomy = _mamba()
+    lora = compose(["model=tiny", "method=lora", "method.rank=4", "train.steps=1"]).run.method
+    learning = {name for name, param in lora.attach(model, anatomy).named_parameters() if param.requires_grad}
+    adapted = {name.partition(".lora_")[0] for name in learning}
+    assert adapted == {name for name in anatomy.linears if not name.endswith("out_proj")}
+    said = "all-linear leaves out model.layers.0.mixer.out_proj and 1 more: PEFT refuses them in a mamba model"
+    assert list(lora.notes(model, anatomy)) == [said.replace("model.layers", anatomy.blocks[0].rpartition(".")[0])]
+
+
+@pytest.mark.parametrize("words", ["[out_proj,in_proj]", "out_proj"])
+def test_a_linear_that_peft_refuses_is_refused_by_its_name(words: str) -> None:
+    lora = compose(["model=tiny", "method=lora", f"method.target_modules={words}", "train.steps=1"]).run.method
+    with pytest.raises(
+        ValueError, match=r"^method\.target_modules must not name \S+out_proj: PEFT refuses it in a mamba"
+    ):
+        lora.attach(*_mamba())
