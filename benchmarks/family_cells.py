@@ -8,6 +8,7 @@ import faulthandler
 import gc
 import json
 import os
+import shutil
 import sys
 import time
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ import torch
 from dsft_launchers.place import MEETING
 from torch import Tensor
 
-from benchmarks.family_models import config_of, kind, make, shape_of
+from benchmarks.family_models import LORA_RANKS, config_of, kind, make, shape_of
 from benchmarks.family_plain import Plain
 from benchmarks.groups import Job, Journal, Progress
 from benchmarks.verdicts import differences
@@ -32,6 +33,7 @@ from dsft.engine.result import write_result
 from dsft.engine.step import train_step
 from dsft.examined import family_of
 from dsft.models.family import Family
+from dsft.models.small import NoCopyError
 from dsft.preflight import preflight
 
 STEPS, BATCH = 3, 4
@@ -68,19 +70,22 @@ def write_rows(path: Path) -> None:
 
 def words(spec: FamilySpec) -> list[str]:
     """Overrides of the run."""
-    method = ["method.rank=4", "method.alpha=8"] if spec.method == "lora" else ["optim.name=sgd"]
+    rank = LORA_RANKS.get(spec.name, 4)
+    method = [f"method.rank={rank}", f"method.alpha={2 * rank}"] if spec.method == "lora" else ["optim.name=sgd"]
     return [
         "model=custom", f"model.path={spec.folder}", f"method={spec.method}", *method, "data=local",
         f"data.path={spec.place}/rows.jsonl", "train.precision=fp32", f"train.steps={STEPS}",
         f"train.global_batch_size={BATCH}", f"optim.lr={RATES[spec.method]}", "optim.schedule=constant",
-        "tracker=[none]", f"strategy={spec.strategy}", f"run_dir={spec.place}/none", *kind(spec.name).words,
+        "tracker=[none]", f"strategy={spec.strategy}", f"run_dir={spec.place}/none",
     ]  # fmt: skip
 
 
-def trained(composed: Composed, world: World, family: Family, **changed: Any) -> tuple[Session, Dataset, dict[str, Any]]:
-    """The session of a run after its steps, and their losses and norms. changed: settings of train."""
+def trained(composed: Composed, world: World, family: Family, **changed: Any) -> dict[str, Any]:
+    """Losses and norms of a run's steps. changed: settings of train. Collective."""
     session, data = opened(composed, world, family, **changed)
-    return session, data, steps(session, data)
+    found = steps(session, data)
+    session.run.strategy.close()
+    return found
 
 
 def opened(composed: Composed, world: World, family: Family, **changed: Any) -> tuple[Session, Dataset]:
@@ -98,28 +103,35 @@ def steps(session: Session, data: Dataset) -> dict[str, Any]:
     return {"losses": [each.loss for each in found], "norms": [each.grad_norm for each in found]}
 
 
-def refused(spec: FamilySpec) -> str | Composed:
-    """Why the run is refused before its weights are read, else the run."""
-    if not make(spec.name, spec.folder):
+def early(spec: FamilySpec) -> dict[str, str] | Composed:
+    """Why there is no such model, or why its run is refused before weights are read, else the run."""
+    try:
+        config_of(spec.name)
+    except Exception as error:  # of any configuration class: dsft gets none of it either
+        return {"unmade": _line(error)}
+    try:
+        make(spec.name, spec.folder)
+    except NoCopyError:  # then dsft says why it takes no model of this class
         try:
             family_of(shape_of(spec.name, config_of(spec.name)))
         except ValueError as error:
-            return str(error)
-        raise RuntimeError("the class can be built small, and no small model was made")
+            return {"refused": str(error)}
+        raise
     composed = compose(words(spec))
     try:
         preflight(composed)
     except ValueError as error:
-        return str(error)
+        return {"refused": str(error)}
     return composed
 
 
 def single(spec: FamilySpec, world: World, plain: Plain, place: Path) -> dict[str, Any]:
     """All columns of one process: each the largest relative difference, or {"failed": why}."""
-    composed = refused(spec)
-    if isinstance(composed, str):
-        return {"refused": composed}
+    composed = early(spec)
+    if isinstance(composed, dict):
+        return composed
     family = family_of(composed.run.model.resolve())
+    shutil.rmtree(place, ignore_errors=True)  # an adapter that is left would be loaded into a whole model beside it
     session, data = opened(composed, world, family)
     lora = spec.method == "lora"
     if lora:
@@ -129,9 +141,9 @@ def single(spec: FamilySpec, world: World, plain: Plain, place: Path) -> dict[st
     start = {"base": str(spec.folder), "adapter": str(place / "start") if lora else None}
     if not kind(spec.name).drops:
         cell["plain"] = _against(cell, plain.ask({**asked, **start, "do": "train", "steps": examples(data)}))
-    cell["packed"] = _same(cell, trained(composed, world, family, micro_batch_tokens=1)[2])
+    cell["packed"] = _same(cell, trained(composed, world, family, micro_batch_tokens=1))
     if family.recomputes:
-        cell["again"] = _same(cell, trained(composed, world, family, gradient_checkpointing="full")[2])
+        cell["again"] = _same(cell, trained(composed, world, family, gradient_checkpointing="full"))
     write_result(session, place / "result")
     result = {"base": str(spec.folder), "adapter": str(place / "result")}
     if not lora:
@@ -182,9 +194,7 @@ def _same(cell: dict[str, Any], other: dict[str, Any]) -> float:
 def both(spec: FamilySpec, world: World) -> dict[str, Any]:
     """Losses and norms on two ranks. Collective."""
     composed = compose(words(spec))
-    session, _, found = trained(composed, world, family_of(composed.run.model.resolve()))
-    session.run.strategy.close()
-    return found
+    return trained(composed, world, family_of(composed.run.model.resolve()))
 
 
 def _run(job: Job, rank: int, world: World) -> None:

@@ -63,7 +63,7 @@ def score(asked: dict[str, Any], folder: Path) -> dict[str, Any]:
     """A file with the logits (T, V) of one row of ids (T,)."""
     from safetensors.torch import save_file
 
-    logits = load(asked, learning=False)(input_ids=torch.tensor([asked["ids"]])).logits[0].float()
+    logits = load(asked, learning=False)(input_ids=torch.tensor([asked["ids"]]), use_cache=False).logits[0].float()
     save_file({"logits": logits.contiguous()}, folder / "logits.safetensors")
     return {"logits": str(folder / "logits.safetensors")}
 

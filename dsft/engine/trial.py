@@ -28,7 +28,7 @@ from dsft.models.build import OwnAttentionError, build_meta
 from dsft.models.family import Family
 from dsft.models.files import ModelFiles
 from dsft.models.materialize import materialize
-from dsft.models.small import fill, random_settings, small_copies, still
+from dsft.models.small import NoCopyError, fill, random_settings, small_copies, still
 from dsft.models.values import open_values
 
 LENGTHS = (37, 11, 40)
@@ -47,16 +47,21 @@ class UnfitError(Exception):
 def examine(files: ModelFiles) -> Family:
     """The verdict on the class and configuration of files. Raises ValueError for a model that dsft cannot hold."""
     with _quiet(), torch.random.fork_rng(devices=[]):
-        tried: Exception | None = None
-        for config in small_copies(files.config, lambda config: _on_meta(files, config)):
-            try:
-                return _examine(files, config)
-            except _UnusableError as error:
-                tried = error.__cause__ if isinstance(error.__cause__, Exception) else error
-    kind, said = type(files.config).__name__.removesuffix("Config"), _line(tried) if tried else "no copy can be built"
+        tried: BaseException
+        try:
+            for config in small_copies(files.config, lambda config: _on_meta(files, config)):
+                try:
+                    return _examine(files, config)
+                except _UnusableError as error:
+                    tried = error.__cause__ or error
+        except NoCopyError as error:
+            tried = error.__cause__ or error
+            if isinstance(tried, ValueError) and str(tried).startswith("model "):  # ours
+                raise tried from None
     raise ValueError(
         f"model {files.name_or_path} must compute in a small copy of it, which is examined before weights load, got "
-        f"{kind} ({files.config.model_type}): {said}; check model.config and config.json, or use another model"
+        f"{type(files.config).__name__.removesuffix('Config')} ({files.config.model_type}): {_line(tried)}; check "
+        "model.config and config.json, or use another model"
     )
 
 

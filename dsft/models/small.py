@@ -45,23 +45,38 @@ RANDOM = re.compile(r"drop(out|$|_?prob|_?rate)|pdrop|layerdrop|jitter|noise", r
 """Settings that draw random numbers in training."""
 
 
+class NoCopyError(Exception):
+    """No small copy of a configuration can be built; the cause is what the first attempt raised."""
+
+
 def small_copies(config: Any, build: Any, *, vocabulary: int = VOCABULARY) -> Iterator[Any]:
     """Configurations that are small copies of config, the smallest first; each has every kind of block of the model.
 
-    vocabulary: tokens of a copy, at most. build(config) gives the model of a configuration on meta; what it raises says that the next one is to be tried.
+    vocabulary: tokens of a copy, at most. build(config) gives the model of a configuration on meta; what it raises says
+    that the next one is to be tried. Raises NoCopyError if there is none.
     """
-    depth = config.get_text_config().num_hidden_layers
-    narrow, few = _factors(config.to_dict())
-    for by in dict.fromkeys([(narrow, few), (max(1, narrow // 2), few), (narrow, 1), (1, 1)]):
+    failed, found = None, False
+    for by in _scales(config):
         try:
+            depth = config.get_text_config().num_hidden_layers
             kinds = _kinds(build(_resized(config, *by, depth, vocabulary)))
-        except Exception:  # whatever a class raises over sizes that do not fit together: other sizes are tried
+        except Exception as error:  # whatever a class raises over sizes that do not fit together: others are tried
+            failed = failed or error
             continue
         for layers in [n for n in (2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32) if n < depth] + [depth]:
             copy_ = _copy_of(config, build, (*by, layers, vocabulary), kinds)
             if copy_ is not None:
+                found = True
                 yield copy_
                 break
+    if not found:
+        raise NoCopyError(f"each copy has more than {LARGEST:,} parameters") from failed
+
+
+def _scales(config: Any) -> Iterator[tuple[int, int]]:
+    """What widths of heads and numbers of heads are divided by, the smallest copy first."""
+    narrow, few = _factors(config.to_dict())
+    yield from dict.fromkeys([(narrow, few), (max(1, narrow // 2), few), (narrow, 1), (1, 1)])
 
 
 def _copy_of(config: Any, build: Any, sizes: tuple[int, int, int, int], kinds: set[Any]) -> Any | None:
@@ -157,13 +172,16 @@ def _resized(config: Any, narrow: int, few: int, layers: int, vocabulary: int) -
 
 
 def _entries(values: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str, Any]]:
+    """(holder, key, value) of all that is inside, and of what is kept by the number of a layer also each layer's."""
     for key, value in list(values.items()):
         if not isinstance(key, str):
             continue
-        if isinstance(value, dict) and not (value and all(_index(inner) is not None for inner in value)):
-            yield from _entries(value)
-        else:
+        by_layer = isinstance(value, dict) and bool(value) and all(_index(inner) is not None for inner in value)
+        if by_layer or not isinstance(value, dict):
             yield values, key, value
+        for inside in [value] if not by_layer else value.values():
+            if isinstance(inside, dict):
+                yield from _entries(inside)
 
 
 def _number(key: str, value: int, narrow: int, few: int, most_of: tuple[int, int]) -> int:
