@@ -5,7 +5,7 @@ python -m benchmarks.families   writes dsft/families.json, and docs/families.md 
 
 import argparse
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,16 +44,17 @@ def measure(chosen: Sequence[str], journal: Journal, jobs: int, *, ranks: bool) 
 
 
 def told(chosen: Sequence[str], cells: Mapping[str, Any], code: str) -> dict[str, Any]:
-    """What families.json keeps of each row whose cells of one process are there."""
-    return {
-        name: {**row_of(kind(name), {method: _columns(name, method, cells) for method in METHODS}), "code": code}
-        for name in chosen
-        if all(f"{ONE}|{name} {method}" in cells for method in METHODS)
-    }
+    """What families.json keeps of each row that ran under a method at least."""
+    found = {}
+    for name in chosen:
+        methods = {method: mine for method in METHODS if ONE in (mine := _columns(name, method, cells))}
+        if methods:
+            found[name] = {**row_of(kind(name), methods), "code": code}
+    return found
 
 
 def _columns(name: str, method: str, cells: Mapping[str, Any]) -> dict[str, Any]:
-    found: Iterator[tuple[str, Any]] = ((column, cells.get(f"{column}|{name} {method}")) for column in (ONE, *RANKS))
+    found = ((column, cells.get(f"{column}|{name} {method}")) for column in (ONE, *RANKS))
     return {column: cell for column, cell in found if cell is not None}
 
 

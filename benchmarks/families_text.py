@@ -87,7 +87,7 @@ def right(data: Mapping[str, Any], method: str) -> list[str]:
     """Model types of which a row is run under method, and no column of it is red."""
     wrong = {name.split(", ")[0] for name in red(data) if name.split(", ")[1] == method}
     return sorted(
-        {row["model_type"] for name, row in data["rows"].items() if "plain" in row["methods"][method]}
+        {row["model_type"] for name, row in data["rows"].items() if "plain" in row["methods"].get(method, {})}
         - {data["rows"][name]["model_type"] for name in wrong}
     )
 
@@ -127,6 +127,7 @@ def _counts(data: Mapping[str, Any]) -> Iterator[str]:
     refused = sum(row["verdict"] == "refused" for row in rows)
     cells = [cell for row in rows for cells in row["methods"].values() for cell in cells.values()]
     absent = sum(isinstance(cell, dict) and cell.get("none") == "not run" for cell in cells)
+    absent += sum(len(BOUNDS) * (len(METHODS) - len(row["methods"])) for row in rows)
     yield (
         f"{len(types)} model types, {len(data['rows'])} rows: "
         + ", ".join(f"{count} {word}" for word, count in words.items())

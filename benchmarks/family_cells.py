@@ -19,8 +19,9 @@ import torch
 from dsft_launchers.place import MEETING
 from torch import Tensor
 
-from benchmarks.family_models import LORA_RANKS, config_of, kind, make, shape_of
+from benchmarks.family_models import config_of, kind, make, shape_of
 from benchmarks.family_plain import Plain
+from benchmarks.family_shapes import LORA_RANKS
 from benchmarks.groups import Job, Journal, Progress
 from benchmarks.verdicts import differences
 from dsft.comm.world import World, join, leave

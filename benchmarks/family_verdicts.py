@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from benchmarks.families_text import BOUNDS, ONE, RANKS
-from benchmarks.family_models import Kind
+from benchmarks.family_shapes import Kind
 from benchmarks.verdicts import differences
 
 OWN = "own attention"
