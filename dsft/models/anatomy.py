@@ -35,7 +35,7 @@ def dissect(model: Any) -> Anatomy:
     for name, module in model.named_modules():
         if not name.startswith(f"{stack}."):
             continue
-        if isinstance(module, nn.Linear):
+        if isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward:
             linears[name] = _role(name.removeprefix(f"{stack}."))
         elif _stacks_experts(module):
             experts.append(name)
