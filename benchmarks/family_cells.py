@@ -38,8 +38,10 @@ from dsft.models.small import NoCopyError
 from dsft.preflight import preflight
 
 STEPS, BATCH = 3, 4
-RATES = {"lora": 1e-2, "full": 1e-2}
-"""AdamW for adapters; plain SGD for the whole model, where steps of AdamW along gradients near 0 are but rounding."""
+RATE, EPS = 1e-2, 1e-4
+"""Of AdamW for adapters, of plain SGD for the whole model. With AdamW's usual eps, gradients that are but rounding would
+be steps: those of a router that chooses one expert, whose weight is 1, say.
+"""
 
 PROMPTS = (5, 40, 12, 30, 8, 50, 3, 25, 20, 35, 15, 45)
 """Letters of each row's prompt; half as many are supervised. The model's windows and chunks are 8 to 16 tokens."""
@@ -72,11 +74,12 @@ def write_rows(path: Path) -> None:
 def words(spec: FamilySpec) -> list[str]:
     """Overrides of the run."""
     rank = LORA_RANKS.get(spec.name, 4)
-    method = [f"method.rank={rank}", f"method.alpha={2 * rank}"] if spec.method == "lora" else ["optim.name=sgd"]
+    lora = [f"method.rank={rank}", f"method.alpha={2 * rank}", f"optim.eps={EPS}"]
+    method = lora if spec.method == "lora" else ["optim.name=sgd"]
     return [
         "model=custom", f"model.path={spec.folder}", f"method={spec.method}", *method, "data=local",
         f"data.path={spec.place}/rows.jsonl", "train.precision=fp32", f"train.steps={STEPS}",
-        f"train.global_batch_size={BATCH}", f"optim.lr={RATES[spec.method]}", "optim.schedule=constant",
+        f"train.global_batch_size={BATCH}", f"optim.lr={RATE}", "optim.schedule=constant",
         "tracker=[none]", f"strategy={spec.strategy}", f"run_dir={spec.place}/none",
     ]  # fmt: skip
 
@@ -138,7 +141,7 @@ def single(spec: FamilySpec, world: World, plain: Plain, place: Path) -> dict[st
     if lora:
         write_result(session, place / "start")
     cell: dict[str, Any] = {"family": family.as_dict(), **steps(session, data)}
-    asked = {"attention": "eager", "stilled": list(family.stilled), "adam": lora, "rate": RATES[spec.method]}
+    asked = {"attention": "eager", "stilled": list(family.stilled), "eps": EPS if lora else None, "rate": RATE}
     start = {"base": str(spec.folder), "adapter": str(place / "start") if lora else None}
     if not kind(spec.name).drops:
         cell["plain"] = _against(cell, plain.ask({**asked, **start, "do": "train", "steps": examples(data)}))

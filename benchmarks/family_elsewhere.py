@@ -3,7 +3,7 @@
 python -m benchmarks.family_elsewhere   reads a request per line, JSON, and answers each with a line; nothing of dsft is
 imported. A request: {"do": "train" | "score", "base": folder, "adapter": folder or null, "attention": of transformers,
 "stilled": settings of the configuration that become 0, ...}; train: "steps": [[[ids, learned], ...], ...], "rate",
-"adam"; score: "ids". The answer: {"losses", "norms"}, {"logits": file} or {"error": line}.
+"eps" of AdamW or null for SGD; score: "ids". The answer: {"losses", "norms"}, {"logits": file} or {"error": line}.
 """
 
 import contextlib
@@ -11,6 +11,7 @@ import json
 import sys
 import tempfile
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +41,9 @@ def train(asked: dict[str, Any]) -> dict[str, Any]:
     """Losses per supervised token and gradient norms of the steps, each example in a forward pass of its own."""
     model = load(asked, learning=True)
     params = [param for param in model.parameters() if param.requires_grad]
-    kind = torch.optim.AdamW if asked["adam"] else torch.optim.SGD
-    optimizer = kind(params, lr=asked["rate"], weight_decay=0.0)
+    sgd = asked["eps"] is None
+    adam = partial(torch.optim.AdamW, eps=asked["eps"], weight_decay=0.0)
+    optimizer = (torch.optim.SGD if sgd else adam)(params, lr=asked["rate"])
     losses, norms = [], []
     for examples in asked["steps"]:
         total, loss = sum(sum(learned[1:]) for _, learned in examples), 0.0

@@ -43,7 +43,7 @@ def build_meta(
     except Exception as error:  # transformers' own, and whatever a model's own code raises
         if attention == ragged.NAME and isinstance(error, KeyError) and error.args == (ragged.NAME,):
             raise OwnAttentionError(_own(files, config.model_type)) from error  # a class for each name that it knows
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ValueError(
             f"model {files.name_or_path} must be a causal language model that transformers can build with "
             f"{attention} attention, got model_type={config.model_type}: {reason}"
