@@ -18,7 +18,7 @@ OTHER_PIP := .venv/bin/python -m pip --disable-pip-version-check --python $(OTHE
 # DeepSpeed builds an operator at first use and looks for ninja on PATH.
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: help demo test test-oldest check slow slurm-test matrix pages learns faults gpu gpu-rehearsal bench bench-peers audit clean
+.PHONY: help demo test test-oldest check slow slurm-test matrix families pages learns faults gpu gpu-rehearsal bench bench-peers audit clean
 
 help:
 	@echo 'make demo     fine-tune a small real model on this machine, and see it before and after'
@@ -26,6 +26,7 @@ help:
 	@echo 'make test-oldest  the same with the oldest torch and transformers that dsft takes: some GB, not a part of CI; another: TORCH=2.14.1'
 	@echo 'make check    lint, types, and the house, unit and contract tests'
 	@echo 'make matrix   every method x quantization x strategy: equal to the single process, or refused'
+	@echo 'make families  every causal model class of transformers, small: equal to plain transformers and PEFT, or refused; goes on where it was'
 	@echo 'make pages    docs/methods: a page per method, from its YAML, its class and counts'
 	@echo 'make learns   what each method learns in 60 steps, at its own settings; an hour, goes on where it was'
 	@echo 'make faults   what breaks, on every layout: 50 damages of a run folder, and real starts with planted faults; an hour;'
@@ -56,6 +57,9 @@ check: $(READY)
 
 matrix: $(READY)
 	@.venv/bin/python -m benchmarks.matrix $(ARGS)
+
+families: $(READY)
+	@.venv/bin/python -m benchmarks.families $(ARGS)
 
 pages: $(READY)
 	@.venv/bin/python -m benchmarks.method_pages

@@ -174,9 +174,10 @@ def _blame(folder: Path, todo: Mapping[str, Any], journal: Journal, code: int, h
     if not silent:
         tails = "\n".join(text[-1500:] for text in logs.values())
         raise RuntimeError(f"the group of a matrix ended with {code} outside of any cell:\n{tails}")
-    for rank, name in silent.items():
-        hung = "Timeout (" in logs.get(rank, "")
-        journal.write(name, {"crashed": f"no end within {hung_s:g} s" if hung else f"the group ended with {code}"})
+    hung = {rank: name for rank, name in silent.items() if "Timeout (" in logs.get(rank, "")}
+    for rank, name in (hung if hung and len(set(silent.values())) > 1 else silent).items():  # alone: others go on
+        line = f"no end within {hung_s:g} s" if rank in hung else f"the group ended with {code}"
+        journal.write(name, {"crashed": line})
 
 
 @dataclass

@@ -41,15 +41,15 @@ tiny qat full, ddp and zero1, then differ by 9e-4 from step 4 on. Run with real 
 """
 
 
-def origin() -> dict[str, str]:
+def origin(code: Sequence[str] = CODE) -> dict[str, str]:
     """What is measured, and on what: a digest of the code, the commit (+ where files differ from it), the machine."""
-    paths = [ROOT / place for place in CODE]
+    paths = [ROOT / place for place in code]
     files = sorted(file for path in paths for file in ([path] if path.is_file() else path.rglob("*")))
     digest = hashlib.sha256()
     for file in files:
         if file.suffix in (".py", ".yaml"):
             digest.update(str(file.relative_to(ROOT)).encode() + b"\0" + file.read_bytes())
-    changed = "+" if _git("status", "--porcelain", "--", *CODE, ":!dsft/matrix.json") else ""
+    changed = "+" if _git("status", "--porcelain", "--", *code, ":!dsft/matrix.json") else ""
     commit = (_git("rev-parse", "--short", "HEAD") or "unknown") + changed
     return {"code": digest.hexdigest()[:12], "commit": commit, "machine": hardware()}
 

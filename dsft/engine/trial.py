@@ -30,7 +30,7 @@ from dsft.models.family import Family
 from dsft.models.files import ModelFiles
 from dsft.models.headers import INDEX, weight_files
 from dsft.models.materialize import materialize
-from dsft.models.small import fill, small_copies, still
+from dsft.models.small import NoCopyError, fill, small_copies, still
 from dsft.models.spans import UnheldError
 from dsft.models.values import open_values
 
@@ -50,18 +50,21 @@ class UnfitError(Exception):
 def examine(files: ModelFiles) -> Family:
     """The verdict on the class and configuration of files. Raises ValueError for a model that dsft cannot hold."""
     with _apart_from_all():
-        tried: Exception | None = None
-        for config in small_copies(files.config, lambda config: _on_meta(files, config)):
-            try:
-                return _examine(files, config)
-            except _UnusableError as error:
-                tried = error.__cause__ if isinstance(error.__cause__, Exception) else error
-    if tried is None:
-        dissect(_on_meta(files, files.config))  # which says more, if that is what no copy could be made of
-    kind, said = type(files.config).__name__.removesuffix("Config"), _line(tried) if tried else "no copy can be built"
+        tried: BaseException
+        try:
+            for config in small_copies(files.config, lambda config: _on_meta(files, config)):
+                try:
+                    return _examine(files, config)
+                except _UnusableError as error:
+                    tried = error.__cause__ or error
+        except NoCopyError as error:
+            tried = error.__cause__ or error
+            if isinstance(tried, ValueError) and str(tried).startswith("model "):  # ours
+                raise tried from None
     raise ValueError(
         f"model {files.name_or_path} must compute in a small copy of it, which is examined before weights load, got "
-        f"{kind} ({files.config.model_type}): {said}; check model.config and config.json, or use another model"
+        f"{type(files.config).__name__.removesuffix('Config')} ({files.config.model_type}): {_line(tried)}; check "
+        "model.config and config.json, or use another model"
     )
 
 

@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from dsft.protocols import Anatomy
 
@@ -35,7 +36,7 @@ def dissect(model: Any) -> Anatomy:
     for name, module in model.named_modules():
         if not name.startswith(f"{stack}."):
             continue
-        if isinstance(module, nn.Linear):
+        if isinstance(module, nn.Linear) and _gives_rows(module):
             linears[name] = _role(name.removeprefix(f"{stack}."))
         elif _stacks_experts(module):
             experts.append(name)
@@ -47,6 +48,19 @@ def dissect(model: Any) -> Anatomy:
         tied=getattr(head, "weight", None) is getattr(embedding, "weight", None),
         experts=tuple(experts),
     )
+
+
+@torch.no_grad()
+def _gives_rows(linear: nn.Linear) -> bool:
+    """Whether it takes rows (T, in) and gives (T, out); one whose class computes group by group does not."""
+    if type(linear).forward is nn.Linear.forward:
+        return True
+    weight = linear.weight
+    try:
+        given: Tensor = linear.forward(torch.empty(3, linear.in_features, device=weight.device, dtype=weight.dtype))
+    except Exception:  # of any class, over a shape that it does not take
+        return False
+    return given.shape == (3, linear.out_features)
 
 
 def _role(name: str) -> str:

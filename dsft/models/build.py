@@ -39,7 +39,7 @@ def build_meta(files: "ModelFiles", dtype: torch.dtype, attention: str | None = 
     except Exception as error:  # transformers' own, and whatever a model's own code raises
         if attention == ragged.NAME and _can_be_built(files, dtype):
             raise _unrouted(files, str(files.config.model_type)) from error
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ValueError(
             f"model {files.name_or_path} must be a causal language model that transformers can build with "
             f"{attention or 'its own'} attention, got model_type={files.config.model_type}: {reason}"

@@ -45,31 +45,44 @@ RANDOM = re.compile(r"drop(out|$|_?prob|_?rate)|pdrop|layerdrop|jitter|noise", r
 """Settings that draw random numbers in training."""
 
 
-def small_copies(config: Any, build: Any) -> Iterator[Any]:
+class NoCopyError(Exception):
+    """No small copy of a configuration can be built; the cause is what the first attempt raised."""
+
+
+def small_copies(config: Any, build: Any, *, vocabulary: int = VOCABULARY) -> Iterator[Any]:
     """Configurations that are small copies of config, the smallest first; each has every kind of block of the model.
 
-    build(config) gives the model of a configuration on meta; what it raises says that the next one is to be tried.
+    vocabulary: tokens of a copy, at most. build(config) gives the model of a configuration on meta; what it raises says
+    that the next one is to be tried. Raises NoCopyError if there is none.
     """
-    depth: Any = getattr(config.get_text_config(), "num_hidden_layers", None)
-    if not _whole(depth) or depth < 1:
-        return
-    narrow, few = _factors(config.to_dict())
-    for by in dict.fromkeys([(narrow, few), (max(1, narrow // 2), few), (narrow, 1), (1, 1)]):
+    failed, found = None, False
+    for by in _scales(config):
         try:
-            kinds = _kinds(build(_resized(config, *by, depth)))
-        except Exception:  # whatever a class raises over sizes that do not fit together: other sizes are tried
+            depth = config.get_text_config().num_hidden_layers
+            kinds = _kinds(build(_resized(config, *by, depth, vocabulary)))
+        except Exception as error:  # whatever a class raises over sizes that do not fit together: others are tried
+            failed = failed or error
             continue
         for layers in [n for n in (2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32) if n < depth] + [depth]:
-            copy_ = _copy_of(config, build, by, layers, kinds)
+            copy_ = _copy_of(config, build, (*by, layers, vocabulary), kinds)
             if copy_ is not None:
+                found = True
                 yield copy_
                 break
+    if not found:
+        raise NoCopyError(f"each copy has more than {LARGEST:,} parameters") from failed
 
 
-def _copy_of(config: Any, build: Any, by: tuple[int, int], layers: int, kinds: set[Any]) -> Any | None:
-    """The copy with so many layers, if it has all kinds of blocks and is small."""
+def _scales(config: Any) -> Iterator[tuple[int, int]]:
+    """What widths of heads and numbers of heads are divided by, the smallest copy first."""
+    narrow, few = _factors(config.to_dict())
+    yield from dict.fromkeys([(narrow, few), (max(1, narrow // 2), few), (narrow, 1), (1, 1)])
+
+
+def _copy_of(config: Any, build: Any, sizes: tuple[int, int, int, int], kinds: set[Any]) -> Any | None:
+    """The copy of these sizes, see _resized, if it has all kinds of blocks and is small."""
     try:
-        found = _resized(config, *by, layers)
+        found = _resized(config, *sizes)
         model = build(found)
         fits = _kinds(model) == kinds and sum(param.numel() for param in model.parameters()) <= LARGEST
     except Exception:  # as above
@@ -127,20 +140,20 @@ def _factors(values: dict[str, Any]) -> tuple[int, int]:
     return narrow, few
 
 
-def _resized(config: Any, narrow: int, few: int, layers: int) -> Any:
+def _resized(config: Any, narrow: int, few: int, layers: int, vocabulary: int) -> Any:
     values = copy.deepcopy(config.to_dict())
     depth = config.get_text_config().num_hidden_layers
     groups = max([v for _, k, v in _entries(values) if k in GROUPS and _whole(v)], default=1)
     experts = max(EXPERTS, 2 * groups)
     for holder, key, value in _entries(values):
         if _whole(value):
-            holder[key] = _number(key, value, narrow, few, experts)
+            holder[key] = _number(key, value, narrow, few, (experts, vocabulary))
             if key in DEPTH and value == depth:
                 holder[key] = layers
             elif key == "num_kv_shared_layers" and value:
                 holder[key] = max(1, value * layers // depth)
         elif isinstance(value, list) and value:
-            holder[key] = _numbers(key, value, narrow, few, depth, layers)
+            holder[key] = _numbers(key, value, (narrow, few, vocabulary), depth, layers)
         elif isinstance(value, dict) and value and all(_index(inner) is not None for inner in value):
             holder[key] = {inner: each for inner, each in value.items() if (_index(inner) or 0) < layers}
     for key in ("torch_dtype", "dtype"):
@@ -149,17 +162,20 @@ def _resized(config: Any, narrow: int, few: int, layers: int) -> Any:
 
 
 def _entries(values: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str, Any]]:
+    """(holder, key, value) of all that is inside, and of what is kept by the number of a layer also each layer's."""
     for key, value in list(values.items()):
         if not isinstance(key, str):
             continue
-        if isinstance(value, dict) and not (value and all(_index(inner) is not None for inner in value)):
-            yield from _entries(value)
-        else:
+        by_layer = isinstance(value, dict) and bool(value) and all(_index(inner) is not None for inner in value)
+        if by_layer or not isinstance(value, dict):
             yield values, key, value
+        for inside in [value] if not by_layer else value.values():
+            if isinstance(inside, dict):
+                yield from _entries(inside)
 
 
-def _number(key: str, value: int, narrow: int, few: int, experts: int) -> int:
-    for pattern, most in _caps(experts):
+def _number(key: str, value: int, narrow: int, few: int, most_of: tuple[int, int]) -> int:
+    for pattern, most in _caps(*most_of):
         if pattern.search(key):
             return min(value, most)
     if HEADS.search(key):
@@ -169,10 +185,10 @@ def _number(key: str, value: int, narrow: int, few: int, experts: int) -> int:
     return _narrowed(value, narrow * few) if WIDTH.search(key) else value
 
 
-def _caps(experts: int) -> Iterator[tuple[re.Pattern[str], int]]:
+def _caps(experts: int, vocabulary: int) -> Iterator[tuple[re.Pattern[str], int]]:
     """Name -> the most that a number of that name may be, the first that fits; experts: of a layer."""
-    yield TOKENS, VOCABULARY - 1
-    yield re.compile("vocab_size"), VOCABULARY
+    yield TOKENS, vocabulary - 1
+    yield re.compile("vocab_size"), vocabulary
     yield re.compile("^vocab_offset$"), 0
     yield EXPERT_COUNTS, experts
     yield CHOSEN, 2 if experts == EXPERTS else 4
@@ -188,8 +204,9 @@ def _narrowed(value: int, by: int) -> int:
     return value // by if value % (4 * by) == 0 else min(value, max(16, 16 * -(-value // (16 * by))))
 
 
-def _numbers(key: str, values: list[Any], narrow: int, few: int, depth: int, layers: int) -> list[Any]:
-    """A list that is one entry per layer, the numbers of some layers, or sizes."""
+def _numbers(key: str, values: list[Any], by: tuple[int, int, int], depth: int, layers: int) -> list[Any]:
+    """A list that is one entry per layer, the numbers of some layers, or sizes. by: narrow, few, vocabulary."""
+    narrow, few, vocabulary = by
     if key in ("short_factor", "long_factor"):
         return values[::narrow]
     whole = all(map(_whole, values))
@@ -198,7 +215,7 @@ def _numbers(key: str, values: list[Any], narrow: int, few: int, depth: int, lay
     elif whole and OF_LAYERS.search(key):
         return [value for value in values if value < layers]
     if whole and (WIDTH.search(key) or HEADS.search(key) or key.endswith("token_id")):
-        return [_number(key, value, narrow, few, EXPERTS) for value in values]
+        return [_number(key, value, narrow, few, (EXPERTS, vocabulary)) for value in values]
     return values
 
 

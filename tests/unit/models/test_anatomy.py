@@ -27,3 +27,26 @@ def test_parts_are_found_by_structure(family: str, shape: Callable) -> None:
     assert model.get_submodule(anatomy.head) is model.lm_head
     assert model.get_submodule(anatomy.embedding) is model.get_input_embeddings()
     assert all(role == ("attention" if "self_attn" in name else "mlp") for name, role in anatomy.linears.items())
+
+
+class Grouped(torch.nn.Linear):
+    """A linear that takes and gives groups, as DeepSeek-V4's output projection."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.bmm(x, self.weight.view(x.shape[0], -1, x.shape[-1]).transpose(1, 2))
+
+
+class Spelled(torch.nn.Linear):
+    """A linear that says itself what a linear does, as Falcon's."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ self.weight.T
+
+
+@pytest.mark.parametrize(("kind", "is_one"), [(Grouped, False), (Spelled, True)])
+def test_a_linear_with_a_forward_of_its_own_gives_rows_or_is_none(kind: type, is_one: bool, shape: Callable) -> None:
+    model = build_meta(shape("llama"), torch.float32)
+    before = dissect(model).linears
+    name = "model.layers.1.self_attn.o_proj"
+    model.get_submodule(name).__class__ = kind
+    assert dissect(model).linears == {other: role for other, role in before.items() if is_one or other != name}

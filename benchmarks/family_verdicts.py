@@ -1,0 +1,67 @@
+"""What the table of families says of a row: right in which columns, refused why, or what is wrong with it."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from benchmarks.families_text import BOUNDS, ONE, RANKS
+from benchmarks.family_shapes import Kind
+from benchmarks.verdicts import differences
+
+OWN = "own attention"
+
+
+def row_of(kind: Kind, methods: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """The row. methods: method -> column of processes -> what a cell gave."""
+    families = [cells[ONE]["family"] for cells in methods.values() if "family" in cells[ONE]]
+    family = families[0] if families else {}
+    said = [cells[ONE].get("refused") or cells[ONE].get("unmade") or "" for cells in methods.values()]
+    return {
+        "model_type": kind.model_type,
+        "changed": dict(kind.changes),
+        "verdict": _word(family) if family else "refused" if any("refused" in c[ONE] for c in methods.values()) else "",
+        "reason": family["reason"] if family else max(said, key=len),
+        "seconds": round(sum(cell.get("seconds", 0.0) for cells in methods.values() for cell in cells.values()), 1),
+        "methods": {method: _method(kind, cells) for method, cells in methods.items()},
+    }
+
+
+def _word(family: Mapping[str, Any]) -> str:
+    if family["packs"]:
+        return "packs"
+    return "alone" if family["attention"] == "dsft_ragged" else OWN
+
+
+def _method(kind: Kind, cells: Mapping[str, Any]) -> dict[str, Any]:
+    """Column -> verdict, or {"refused": why}, {"unmade": why}, {"red": why}."""
+    single = cells[ONE]
+    for word in ("refused", "unmade"):
+        if word in single:
+            return {word: single[word]}
+    if "crashed" in single:
+        return {"red": f"after the weights were read: {single['crashed']}"}
+    return dict(_verdicts(kind, single, cells))
+
+
+def _verdicts(kind: Kind, single: Mapping[str, Any], cells: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    for column, bound in BOUNDS.items():
+        if column in RANKS:
+            yield column, _on_ranks(cells.get(column), single, bound)
+        elif column not in single:
+            yield column, {"none": "random" if kind.drops and column == "plain" else "not computed again"}
+        elif isinstance(single[column], dict):
+            yield column, {"red": single[column]["failed"]}
+        else:
+            yield column, _held(single[column], bound)
+
+
+def _on_ranks(cell: Mapping[str, Any] | None, single: Mapping[str, Any], bound: float) -> dict[str, Any]:
+    if cell is None:
+        return {"none": "not run"}
+    if "crashed" in cell:
+        return {"red": cell["crashed"]}
+    return _held(max(differences(cell, single)), bound)
+
+
+def _held(off: float, bound: float) -> dict[str, Any]:
+    """off, or red where it is beyond the bound (or is no number)."""
+    return {"off": float(f"{off:.1e}")} if off <= bound else {"red": f"differs by {off:.1e}"}
