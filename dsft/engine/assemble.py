@@ -107,7 +107,7 @@ def _check_family(run: Run, model: nn.Module, family: Family) -> None:
     if not family.whole and run.method.whole:
         raise ValueError(
             f"method must leave the base as it is for {name}, which transformers would not load again as it was "
-            "trained; take method=lora"
+            "trained; take a method that trains an adapter"
         )
     if not family.ragged and run.train.compile is True:
         raise ValueError(f"train.compile must be false for {name}, which computes attention in its own way, got true")
