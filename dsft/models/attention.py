@@ -119,7 +119,7 @@ def cached_attention(
     if before is not None:
         assert attention_mask is not None
         span = span_of(module, sliding_window)
-        attention_mask = _seen_before(span, before[0].shape[2], attention_mask, extras["position_ids"])
+        attention_mask = _seen_before(span, before[0].shape[2], attention_mask, extras)
         key, value = _joined([part.expand(rows, -1, -1, -1) for part in before], key, value)
     if sinks is not None:
         assert attention_mask is not None
@@ -141,12 +141,15 @@ def _whole_mask(query: Tensor, key: Tensor, mask: Tensor | None) -> Tensor:
     return mask.expand(len(query), -1, -1, -1)
 
 
-def _seen_before(span: Span, length: int, mask: Tensor, positions: Tensor) -> Tensor:
+def _seen_before(span: Span, length: int, mask: Tensor, extras: dict[str, Any]) -> Tensor:
     """Mask (B, 1, T, S) with length columns before it, for a prefix at positions 0, 1, ... of each row.
 
-    positions (B, T): of the queries, those of the prefix counted. Chunks are counted from the prefix too, which the
-    mask does not know: there it is made anew, from positions that go on without a gap behind a row's padding.
+    Chunks are counted from the prefix too, which the mask does not know: there it is made anew, from positions that go
+    on without a gap behind a row's padding.
     """
+    if span.window is None and span.chunk is None:
+        return F.pad(mask, (length, 0), value=True)
+    positions = extras["position_ids"]  # (B, T), those of the prefix counted
     places, queries = torch.arange(length, device=mask.device), positions[:, None, :, None]
     before = span.sees(queries, places).expand(*mask.shape[:3], -1)
     if span.chunk is not None:
