@@ -27,7 +27,7 @@ from dsft.protocols import Batch
 
 PAGE = Path(__file__).parent / "results" / "dropout.md"
 SHAPES = ((2048, 576), (2048, 1536), (2048, 64), (300, 64))
-ROUNDS = 15
+ROUNDS = 9
 WORDS = (
     "method=lora", "train.precision=fp32", "train.steps=100", "train.max_length=512", "train.compile=false",
     "tracker=[]", "data=local", "train.global_batch_size=8", "launcher=local",
@@ -88,7 +88,7 @@ def steps(model: str, rows: Path) -> tuple[float, float, float]:
         session.draws.watched = True
         train_step(session, batches, 1, 1.0)
 
-    return paired(lambda: step(Keyed), lambda: step(nn.Dropout), ROUNDS if model == "tiny" else 3)
+    return paired(lambda: step(Keyed), lambda: step(nn.Dropout), ROUNDS if model == "tiny" else 2)
 
 
 def main() -> None:

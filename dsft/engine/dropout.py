@@ -112,7 +112,7 @@ class _Drop(torch.autograd.Function):
 
 @lru_cache(maxsize=4096)
 def _columns(name: str, number: int, width: int, device: torch.device) -> Tensor:
-    return columns_of(stream(name, number), width, device)
+    return sent(columns_of(stream(name, number), width), device)
 
 
 class Keyed(nn.Dropout):

@@ -23,7 +23,7 @@ def forward(session: Session, step: int, index: int, batch: Batch) -> Tensor:
     # Torch's own generator is for what a model draws without an effect, as the layers that a probability of 0 leaves
     # out: unlike dropout, its numbers depend on what is packed together.
     torch.manual_seed(stream(run.train.seed, step, batch.ids[0], index))
-    before = _states(world.device)
+    before = [] if draws.watched else _states(world.device)
     draws.begin(step, batch, world.device)
     with autocast(session), offloaded(run.train, world.device), draws.taking():
         terms: Tensor = run.objective.loss(session.module, there)[0]

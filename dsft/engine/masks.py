@@ -59,10 +59,10 @@ def rows_of(keys: Tensor, positions: Tensor) -> Tensor:
     return torch.stack([first, second])[:, :, None]
 
 
-def columns_of(key: int, width: int, device: torch.device) -> Tensor:
+def columns_of(key: int, width: int) -> Tensor:
     """The words (1, ceil(width / 2)) of the features, two in each, of one call of a module, which key tells."""
-    low, high = (torch.tensor(half, dtype=torch.int32, device=device) for half in halves(key))
-    return words(low, high, torch.arange((width + 1) // 2, dtype=torch.int32, device=device))[None]
+    low, high = torch.tensor(halves(key), dtype=torch.int32)
+    return words(low, high, torch.arange((width + 1) // 2, dtype=torch.int32))[None]
 
 
 def threshold(p: float) -> int:

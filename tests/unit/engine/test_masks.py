@@ -9,7 +9,6 @@ from torch import Tensor
 from dsft.engine import masks
 from dsft.engine.masks import HALF, columns_of, halves, kept, rows_of, stream, threshold, words
 
-CPU = torch.device("cpu")
 TOKENS, WIDTH, P = 512, 512, 0.1
 
 WORDS = [1057762636, 1887518746, 1133183137, 1912535462, -627454723]
@@ -23,7 +22,7 @@ def rows(*example: object) -> Tensor:
 
 
 def mask(example: str = "example", module: str = "module", p: float = P, width: int = WIDTH) -> Tensor:
-    return kept(rows(example), columns_of(stream(module), width, CPU), width, threshold(p))
+    return kept(rows(example), columns_of(stream(module), width), width, threshold(p))
 
 
 def test_the_words_are_the_known_ones() -> None:
@@ -36,7 +35,7 @@ def test_the_words_are_the_known_ones() -> None:
 
 
 def test_a_part_is_what_it_is_in_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    whole, all_rows, columns = mask(), rows("example"), columns_of(stream("module"), WIDTH, CPU)
+    whole, all_rows, columns = mask(), rows("example"), columns_of(stream("module"), WIDTH)
     monkeypatch.setattr(masks, "AT_ONCE", 3 * WIDTH)
     assert torch.equal(kept(all_rows, columns, WIDTH, threshold(P)), whole)
     assert torch.equal(kept(all_rows[:, 7:9], columns, WIDTH, threshold(P)), whole[7:9])
