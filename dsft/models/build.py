@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dsft.models import attention as ragged
+from dsft.models.numbers import check_numbers, check_sizes, without_warnings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -28,10 +29,12 @@ def build_meta(files: "ModelFiles", dtype: torch.dtype, attention: str = ragged.
         ragged.register()
     config = copy.deepcopy(files.config)
     try:
-        with torch.device("meta"):
+        check_numbers(config)
+        with without_warnings(), torch.device("meta"):
             model: PreTrainedModel = AutoModelForCausalLM.from_config(
                 config, dtype=dtype, attn_implementation=attention, trust_remote_code=files.trust_remote_code
             )
+        check_sizes(model)
     except Exception as error:  # transformers' own, and whatever a model's own code raises
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(
