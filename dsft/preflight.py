@@ -61,6 +61,7 @@ def preflight(composed: Composed) -> dict[str, Any] | None:
     from dsft.plan import make_plan
 
     plan = make_plan(composed, files)
+    _check_weights(run, files)
     if not anew:
         folder.check_parameters(run_dir, plan)
     started = _origin(composed, digests, files) if starting else []
@@ -71,6 +72,14 @@ def preflight(composed: Composed) -> dict[str, Any] | None:
         "tokens": data.train.folder.parent,
         "notes": [*data.notes, *_unevaluated(run, data), *started],
     }
+
+
+def _check_weights(run: Run, files: "ModelFiles") -> None:
+    """Refuse a folder whose weights are not those of the model that its config.json describes; reads headers."""
+    from dsft.engine.assemble import DTYPES
+    from dsft.models.values import open_values
+
+    open_values(files, DTYPES[run.train.precision], run.train.seed)
 
 
 def _check_torch(composed: Composed) -> None:

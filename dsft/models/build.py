@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dsft.models import attention as ragged
+from dsft.models.numbers import check_numbers, check_sizes, without_warnings
 from dsft.models.randomness import still
 from dsft.models.recording import record_spans
 from dsft.models.rope import own_lengths
@@ -59,10 +60,12 @@ def _described(files: "ModelFiles", dtype: torch.dtype, attention: str | None) -
 
     config = copy.deepcopy(files.config)
     still(config)
-    with torch.device("meta"):
+    check_numbers(config)
+    with without_warnings(), torch.device("meta"):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(
             config, dtype=dtype, attn_implementation=attention, trust_remote_code=files.trust_remote_code
         )
+    check_sizes(model)
     return model
 
 

@@ -1,18 +1,57 @@
 """A model's shape from the numbers of model.config: what transformers cannot build of them is refused in one line."""
 
+import contextlib
 import difflib
 import json
 import re
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from torch import nn
     from transformers import PretrainedConfig
 
 FEW_TOKENS = 2
 """Tokens of the forward pass that is tried: two sequence positions show every product of shapes."""
 _tried: set[str] = set()
 """Numbers, as JSON, of which this process has tried a forward pass: it takes a tenth of a second."""
+
+
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
+"""Keys of configurations that hold the number of experts a router chooses from."""
+
+
+def check_numbers(config: "PretrainedConfig") -> None:
+    """Raise ValueError for numbers that each are possible and together are not, which no class of transformers refuses.
+
+    The line names no file: whoever asks knows where the configuration is from.
+    """
+    numbers = config.get_text_config().to_dict()
+    count = {key: value for key, value in numbers.items() if type(value) is int}
+    heads, groups = count.get("num_attention_heads", 0), count.get("num_key_value_heads", 0)
+    if heads > 0 and groups > 0 and heads % groups:
+        raise ValueError(f"num_key_value_heads must divide num_attention_heads={heads}, got {groups}")
+    for key in EXPERTS:
+        there = count.get(key, 0)  # of one or none a dense model's configuration may say that two are chosen
+        chosen = count.get("num_experts_per_tok", 1)
+        if there > 1 and not 1 <= chosen <= there:
+            raise ValueError(f"num_experts_per_tok must be from 1 to {key}={there}, got {chosen}")
+
+
+@contextlib.contextmanager
+def without_warnings() -> Iterator[None]:
+    """Keep torch from warning of a tensor without a number while a model is built: check_sizes refuses it."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Initializing zero-element tensors", UserWarning)
+        yield
+
+
+def check_sizes(model: "nn.Module") -> None:
+    """Raise ValueError for a model, on meta, of which a tensor has no number."""
+    for name, param in model.named_parameters():
+        if param.numel() == 0:
+            raise ValueError(f"every size must be 1 or more, got {name} of shape {tuple(param.shape)}")
 
 
 def config_of(numbers: Mapping[str, Any]) -> "PretrainedConfig":
@@ -40,8 +79,10 @@ def config_of(numbers: Mapping[str, Any]) -> "PretrainedConfig":
         config: PretrainedConfig = AutoConfig.for_model(str(kind), **rest)
         if (same := json.dumps(numbers, sort_keys=True, default=repr)) in _tried:
             return config
-        with torch.device("meta"), torch.no_grad():
+        check_numbers(config)
+        with without_warnings(), torch.device("meta"), torch.no_grad():
             model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="eager")
+            check_sizes(model)
             tokens, mask = (
                 torch.zeros(1, FEW_TOKENS, dtype=torch.long),
                 torch.zeros(1, 1, FEW_TOKENS, FEW_TOKENS).bfloat16(),

@@ -32,7 +32,7 @@ WIDTH = re.compile(
 OTHER = re.compile(
     r"kernel|conv|patch|image|spatial|temporal|token|ngram|multiple|pattern|position|group_size|byte|type_"
 )
-SPANS = re.compile(r"(?<!max_)window(?!_layers)|chunk|^local_attention$|block_size$|^index_topk$")
+SPANS = re.compile(r"(?<!max_)window(?!_layers)|chunk|^local_attention$|floor|block_size$|^index_topk$")
 STATES = re.compile(r"d_state$|state_size$")
 EXPERT_COUNTS = re.compile(r"^(moe_)?(num|n)_(routed_|local_)?experts$|^zero_expert_num$")
 CHOSEN = re.compile(r"experts?_per_tok(en)?$|^moe_topk$|^moe_k$|^top_k$")
