@@ -34,9 +34,9 @@ tokens, rows up to 75. The numbers are largest relative differences of loss and 
   process without dsft, to those of the model that was trained.
 
 LoRA has rank 4 on all linears and AdamW with eps 1e-4, the whole model SGD, both at lr 1e-2. A model *packs* if its
-examples may share a row; *alone*: each example is a micro-batch of its own; *own attention*: so it is, with the attention of its
-class. A refusal is the line that `dsft run` ends with, exit code 2, before weights are read and a run folder is made.
-Which of these a model is, dsft finds out on a small copy of it before each new run
+examples may share a row; *alone*: each example is a micro-batch of its own; *own attention*: so it is, with the
+attention of its class. A refusal is the line that `dsft run` ends with, exit code 2, before weights are read and a run
+folder is made. Which of these a model is, dsft finds out on a small copy of it before each new run
 ([trial.py](../dsft/engine/trial.py)); this table is what that finds for the defaults of transformers, and holds it to
 the numbers above.
 """

@@ -39,8 +39,8 @@ from dsft.preflight import preflight
 
 STEPS, BATCH = 3, 4
 RATE, EPS = 1e-2, 1e-4
-"""Of AdamW for adapters, of plain SGD for the whole model. With AdamW's usual eps, gradients that are but rounding would
-be steps: those of a router that chooses one expert, whose weight is 1, say.
+"""Of AdamW for adapters, of plain SGD for the whole model. With AdamW's usual eps, gradients that are but rounding
+would be steps: those of a router that chooses one expert, whose weight is 1, say.
 """
 
 PROMPTS = (5, 40, 12, 30, 8, 50, 3, 25, 20, 35, 15, 45)
