@@ -32,7 +32,7 @@ from dsft.engine.assemble import Session, assemble
 from dsft.engine.loop import step_batches
 from dsft.engine.result import write_result
 from dsft.engine.step import train_step
-from dsft.examined import family_of
+from dsft.examined import family_of, family_on_ranks
 from dsft.models.family import Family
 from dsft.models.randomness import unkeyed
 from dsft.models.small import NoCopyError
@@ -204,7 +204,7 @@ def _same(cell: dict[str, Any], other: dict[str, Any]) -> float:
 def both(spec: FamilySpec, world: World) -> dict[str, Any]:
     """Losses and norms on two ranks. Collective."""
     composed = compose(words(spec))
-    return trained(composed, world, family_of(composed.run.model.resolve()))
+    return trained(composed, world, family_on_ranks(composed.run.model.resolve(), world))
 
 
 def _run(job: Job, rank: int, world: World) -> None:

@@ -40,6 +40,7 @@ INDEXED = {
 
 CHANGES: Mapping[str, Mapping[str, Any]] = {
     **dict.fromkeys(ENCODERS, DECODER),
+    "big_bird": {"is_decoder": True, "attention_type": "original_full"},
     "bamba": {"attn_layer_indices": [1, 3]},
     "cohere_compass_text": {
         "layer_types": ["sliding_attention"] * 3 + ["full_attention"], "num_hidden_layers": 4,
@@ -49,6 +50,7 @@ CHANGES: Mapping[str, Mapping[str, Any]] = {
     "deepseek_v2": {"num_experts_per_tok": 6, "n_routed_experts": 64, "first_k_dense_replace": 1},
     "dots1": {"n_routed_experts": 64, "n_shared_experts": 2, "num_experts_per_tok": 6, "first_k_dense_replace": 1},
     "falcon_h1": {"mamba_d_ssm": 4096, "mamba_n_heads": 64, "mamba_d_head": 64},
+    "gemma3n_text": {"activation_sparsity_pattern": [0.0] * 35},
     "hunyuan_v1_dense": {"num_key_value_heads": 8, "head_dim": 128},
     "hunyuan_v1_moe": {"num_key_value_heads": 8, "head_dim": 128},
     "lfm2_moe": {"layer_types": ["conv", "conv", "full_attention", "conv"] * 8},
@@ -69,5 +71,14 @@ VARIANTS: Mapping[str, Kind] = {
     ),
 }
 
-LORA_RANKS = {"axk2": 2, "doge": 1}
+GATED = (
+    "qwen2_moe",
+    "qwen2_moe with windows",
+    "qwen3_5_moe",
+    "qwen3_5_moe_text",
+    "qwen3_next",
+    "qwen4_exp",
+    "qwen4_exp_text",
+)
+LORA_RANKS = {"axk2": 2, "doge": 1, "hunyuan_v1_moe": 1, "hy_v4": 2, **dict.fromkeys(GATED, 1)}
 """Ranks of LoRA where a linear of the small model has a smaller side than 4."""
