@@ -17,7 +17,7 @@ from dsft.comm.world import World
 TABLE = read(DATA)
 ALONE = World(0, 1, 0, torch.device("cpu"))
 SAMPLE = [
-    ("llama tied", "full"), ("mistral", "lora"), ("gemma3_text", "lora"), ("deepseek_v2", "lora"), ("lfm2", "lora"),
+    ("llama tied", "full"), ("mistral", "lora"), ("gemma3_text", "lora"), ("qwen3_moe", "lora"), ("lfm2", "lora"),
     ("granitemoehybrid", "lora"), ("mamba2", "full"), ("bloom", "lora"), ("falcon", "lora"), ("gpt2", "lora"),
     ("bart", "lora"), ("diffllama", "lora"),
 ]  # fmt: skip
