@@ -53,6 +53,7 @@ CHANGES: Mapping[str, Mapping[str, Any]] = {
     "gemma3n_text": {"activation_sparsity_pattern": [0.0] * 35},
     "hunyuan_v1_dense": {"num_key_value_heads": 8, "head_dim": 128},
     "hunyuan_v1_moe": {"num_key_value_heads": 8, "head_dim": 128},
+    "lfm2": {"layer_types": ["conv", "conv", "full_attention", "conv"] * 8},
     "lfm2_moe": {"layer_types": ["conv", "conv", "full_attention", "conv"] * 8},
     "ministral": {"head_dim": 128},
     "nemotron": {"num_key_value_heads": 8, "head_dim": 128},
