@@ -72,14 +72,5 @@ VARIANTS: Mapping[str, Kind] = {
     ),
 }
 
-GATED = (
-    "qwen2_moe",
-    "qwen2_moe with windows",
-    "qwen3_5_moe",
-    "qwen3_5_moe_text",
-    "qwen3_next",
-    "qwen4_exp",
-    "qwen4_exp_text",
-)
-LORA_RANKS = {"axk2": 2, "doge": 1, "hunyuan_v1_moe": 1, "hy_v4": 2, **dict.fromkeys(GATED, 1)}
+LORA_RANKS = {"axk2": 2, "doge": 1, "hunyuan_v1_moe": 1, "hy_v4": 2}
 """Ranks of LoRA where a linear of the small model has a smaller side than 4."""

@@ -32,13 +32,8 @@ def family_of(files: "ModelFiles") -> "Family":
     key = _key(files)
     known = _remembered(key)
     if known is None:
-        try:
-            known = examine(files).as_dict()
-        except ValueError as error:
-            known = {"refused": str(error).replace(files.name_or_path, "{model}")}
+        known = examine(files).as_dict()  # a refusal is not remembered: what is in the way may be this machine's
         _remember(key, known)
-    if "refused" in known:
-        raise ValueError(known["refused"].replace("{model}", files.name_or_path))
     return Family.from_dict(known)
 
 
@@ -92,7 +87,7 @@ def _remembered(key: str) -> dict[str, Any] | None:
         found = None if place is None else json.loads((place / f"{key}.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):  # never known, or a damaged note: it is examined again
         return None
-    return found if isinstance(found, dict) and ("refused" in found or "packs" in found) else None
+    return found if isinstance(found, dict) and "packs" in found else None
 
 
 def _remember(key: str, found: dict[str, Any]) -> None:

@@ -36,7 +36,7 @@ def dissect(model: Any) -> Anatomy:
     for name, module in model.named_modules():
         if not name.startswith(f"{stack}."):
             continue
-        if isinstance(module, nn.Linear) and _gives_rows(module):
+        if isinstance(module, nn.Linear) and module.out_features > 1 and _gives_rows(module):  # one output is a gate
             linears[name] = _role(name.removeprefix(f"{stack}."))
         elif _stacks_experts(module):
             experts.append(name)
@@ -57,10 +57,10 @@ def _gives_rows(linear: nn.Linear) -> bool:
         return True
     weight = linear.weight
     try:
-        given: Tensor = linear.forward(torch.empty(3, linear.in_features, device=weight.device, dtype=weight.dtype))
+        given: Any = linear.forward(torch.empty(3, linear.in_features, device=weight.device, dtype=weight.dtype))
     except Exception:  # of any class, over a shape that it does not take
         return False
-    return given.shape == (3, linear.out_features)
+    return isinstance(given, Tensor) and given.shape == (3, linear.out_features)
 
 
 def _role(name: str) -> str:

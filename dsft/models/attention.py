@@ -66,7 +66,7 @@ def ragged_attention(
     if dropout:  # masks over pairs of tokens would be those of a row, not of an example; build_meta sets it to 0
         raise RefusedError(f"model must drop nothing inside attention, got {dropout:g} in {type(module).__name__}")
     check_extras(module, extras)
-    how = How(span_of(module, sliding_window), query.shape[3] ** -0.5 if scaling is None else scaling, dropout)
+    how = How(span_of(module, sliding_window), query.shape[3] ** -0.5 if scaling is None else scaling)
     sinks, width, before = extras.get("s_aux"), value.shape[3], _prefix(module, key, extras)
     if extras.get("softcap") is not None:
         how = replace(how, cap=float(extras["softcap"]))
@@ -87,7 +87,6 @@ class How:
 
     span: Span
     scale: float
-    dropout: float
     cap: float | None = None
     sink: tuple[Tensor, Tensor] | None = None
 
@@ -233,8 +232,8 @@ def _windows(query: Tensor, key: Tensor, value: Tensor, how: How) -> Tensor:
     length, window = query.shape[2], how.span.window
     if how.cap is not None:
         dtype = _computed_in(query)
-        return capped(query.to(dtype), key.to(dtype), value.to(dtype), Cap(how.cap, how.scale, window, how.dropout))
-    options: dict[str, Any] = {"dropout_p": how.dropout, "scale": how.scale}
+        return capped(query.to(dtype), key.to(dtype), value.to(dtype), Cap(how.cap, how.scale, window))
+    options: dict[str, Any] = {"scale": how.scale}
     if window is None or length <= window:
         if how.sink is None:
             return _attend(query, key, value, is_causal=True, **options)

@@ -19,26 +19,24 @@ AT_ONCE_ELSEWHERE = 2**19
 
 @dataclass(frozen=True)
 class Cap:
-    """cap: of the scores; scale: of the products before it; window: as Span's; dropout: share of weights that is 0."""
+    """cap: of the scores; scale: of the products before it; window: as Span's."""
 
     cap: float
     scale: float
     window: int | None = None
-    dropout: float = 0.0
 
 
 def capped(query: Tensor, key: Tensor, value: Tensor, how: Cap) -> Tensor:
     """One example: query (1, H, L, D), key (1, G, L, D), value (1, G, L, E), H a multiple of G -> (1, H, L, E)."""
     groups = key.shape[1]
     rows = query[0].unflatten(0, (groups, query.shape[1] // groups))  # (G, H / G, L, D)
-    seed = int(torch.randint(2**62, ())) if how.dropout else 0
-    return _Capped.apply(rows, key[0], value[0], how, seed).flatten(0, 1)[None]  # type: ignore[no-any-return]
+    return _Capped.apply(rows, key[0], value[0], how).flatten(0, 1)[None]  # type: ignore[no-any-return]
 
 
 def capped_over(query: Tensor, key: Tensor, value: Tensor, visible: Tensor, how: Cap) -> Tensor:
     """Some rows over their caches, without gradients: visible (B, 1, T, S) is True where a query sees a key.
 
-    query (B, H, T, D), key and value (B, G, S, .) -> (B, H, T, E). how: its window and dropout are not used.
+    query (B, H, T, D), key and value (B, G, S, .) -> (B, H, T, E). how: its window is not used.
     """
     assert not torch.is_grad_enabled() or not query.requires_grad, "in-place operations have no gradient"
     rows, groups = key.shape[:2]
@@ -59,17 +57,14 @@ class _Capped(torch.autograd.Function):
     """query (G, R, L, D), key (G, L, D), value (G, L, E) -> (G, R, L, E): R heads share a group's keys and values."""
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, how: Cap, seed: int) -> Tensor:
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, how: Cap) -> Tensor:
         ctx.save_for_backward(query, key, value)
-        ctx.how, ctx.seed = how, seed
+        ctx.how = how
         output = query.new_empty(*query.shape[:3], value.shape[2])
         with torch.autocast(query.device.type, enabled=False):
-            draws = _draws(how, seed, query.device)
             for rows, columns, hidden in _blocks(query, how):
                 weights = _weights(_tanh(query[:, :, rows], key[:, columns], how), hidden, how)
-                kept = _kept(weights, how, draws)
-                used = weights if kept is None else weights.mul_(kept)
-                output[:, :, rows] = _times(used.to(value.dtype), value[:, columns])
+                output[:, :, rows] = _times(weights.to(value.dtype), value[:, columns])
         return output
 
     @staticmethod
@@ -80,22 +75,17 @@ class _Capped(torch.autograd.Function):
         grad_query = torch.empty_like(query)
         grad_key, grad_value = (torch.zeros_like(part, dtype=torch.float32) for part in (key, value))
         with torch.autocast(grad.device.type, enabled=False):
-            draws = _draws(how, ctx.seed, grad.device)
             for rows, columns, hidden in _blocks(query, how):
                 tanh, asked = _tanh(query[:, :, rows], key[:, columns], how), grad[:, :, rows]
                 weights = _weights(tanh.clone(), hidden, how)
-                kept = _kept(weights, how, draws)
-                used = weights if kept is None else weights * kept
-                grad_value[:, columns] += _summed(used.to(value.dtype), asked)
+                grad_value[:, columns] += _summed(weights.to(value.dtype), asked)
                 slope = _times(asked, value[:, columns].mT)
-                if kept is not None:
-                    slope.mul_(kept)
                 slope.sub_((slope * weights).sum(-1, keepdim=True)).mul_(weights)  # of the softmax
                 slope.mul_(tanh.square_().neg_().add_(1)).mul_(how.scale)  # of the cap, and of the scale
                 slope = slope.to(key.dtype)
                 grad_query[:, :, rows] = _times(slope, key[:, columns])
                 grad_key[:, columns] += _summed(slope, query[:, :, rows])
-        return grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype), None, None
+        return grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype), None
 
 
 def _blocks(query: Tensor, how: Cap) -> Iterator[tuple[slice, slice, Tensor]]:
@@ -127,17 +117,6 @@ def _tanh(query: Tensor, key: Tensor, how: Cap) -> Tensor:
 def _weights(tanh: Tensor, hidden: Tensor, how: Cap) -> Tensor:
     """Softmax of the capped scores that are seen, in the memory of tanh."""
     return tanh.mul_(how.cap).masked_fill_(hidden, float("-inf")).softmax(-1)
-
-
-def _draws(how: Cap, seed: int, device: torch.device) -> torch.Generator | None:
-    return torch.Generator(device).manual_seed(seed) if how.dropout else None
-
-
-def _kept(weights: Tensor, how: Cap, draws: torch.Generator | None) -> Tensor | None:
-    """Factors 0 and 1 / (1 - dropout), the next ones of draws; None without dropout."""
-    if draws is None:
-        return None
-    return torch.empty_like(weights).bernoulli_(1 - how.dropout, generator=draws).div_(1 - how.dropout)
 
 
 def _times(left: Tensor, right: Tensor) -> Tensor:

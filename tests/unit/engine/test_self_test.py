@@ -52,7 +52,7 @@ def other_sums(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
 
     def last_bit(value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         found = mean(value, *args, **kwargs)
-        if there[0]:
+        if there[0] and not args and not kwargs:  # of scales, as they are packed, and not of a norm's rows
             found = torch.nextafter(found, torch.full_like(found, torch.inf))
             given.append(found)
         return found

@@ -75,8 +75,8 @@ def test_another_mask_is_refused(function: Any, reason: str) -> None:
     [
         ("stablelm", {}, "StableLmAttention, which gets no segment_lengths"),
         ("doge", {}, "DogeForCausalLM, which changes its masks in a layer"),
-        ("bloom", {}, "got BloomForCausalLM, which does not: examples could not be packed"),
-        ("falcon", {}, "got falcon, which does not: examples could not be packed"),
+        ("bloom", {}, "got BloomForCausalLM, which does not: its examples cannot share a row"),
+        ("falcon", {}, "got falcon, which does not: its examples cannot share a row"),
     ],
 )
 def test_a_model_that_cannot_be_packed_is_refused_before_it_has_weights(
