@@ -27,14 +27,13 @@ def family_of(files: "ModelFiles") -> "Family":
     Raises ValueError, one line, for a model whose training dsft cannot hold to what its class computes.
     """
     from dsft.engine.trial import examine
-    from dsft.models.family import Family
 
     key = _key(files)
     known = _remembered(key)
     if known is None:
-        known = examine(files).as_dict()  # a refusal is not remembered: what is in the way may be this machine's
-        _remember(key, known)
-    return Family.from_dict(known)
+        known = examine(files)  # a refusal is not remembered: what is in the way may be this machine's
+        _remember(key, known.as_dict())
+    return known
 
 
 def family_on_ranks(files: "ModelFiles", world: "World") -> "Family":
@@ -81,13 +80,14 @@ def _code() -> str:
     return hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()
 
 
-def _remembered(key: str) -> dict[str, Any] | None:
+def _remembered(key: str) -> "Family | None":
+    from dsft.models.family import Family
+
     place = _place()
     try:
-        found = None if place is None else json.loads((place / f"{key}.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # never known, or a damaged note: it is examined again
+        return None if place is None else Family.from_dict(json.loads((place / f"{key}.json").read_text("utf-8")))
+    except (OSError, ValueError, TypeError):  # never known, or a damaged note: it is examined again
         return None
-    return found if isinstance(found, dict) and "packs" in found else None
 
 
 def _remember(key: str, found: dict[str, Any]) -> None:

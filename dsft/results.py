@@ -116,10 +116,7 @@ def _found(path: Path) -> tuple[Path, Path | None]:
         path = path.parent
     if (path / "config.yaml").is_file():
         if not _format(path / "adapter"):
-            raise ValueError(
-                f"RUN must have a result, {path} is {state(path).get('state', 'not started')} and has none; finish it: "
-                f"{command_of(path)}"
-            )
+            raise ValueError(f"RUN must have a result, {path} {_why_none(path)}")
         return path / "adapter", path
     if not path.is_dir():
         what = "is a file" if path.exists() else "does not exist"
@@ -130,6 +127,14 @@ def _found(path: Path) -> tuple[Path, Path | None]:
             "run_dir of a run, of one point of a sweep"
         )
     return path, None
+
+
+def _why_none(run_dir: Path) -> str:
+    """What keeps a run from having a result, and the way out."""
+    found = state(run_dir)
+    if found.get("state") == "diverged":
+        return f"has diverged and has none: {found.get('reason')}; begin anew with other settings, in another run_dir"
+    return f"is {found.get('state', 'not started')} and has none; finish it: {command_of(run_dir)}"
 
 
 def _format(folder: Path) -> str | None:

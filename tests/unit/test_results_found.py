@@ -66,3 +66,11 @@ def test_a_run_below_a_folder_without_rights_is_refused_in_one_line(run_dir: Pat
         tmp_path.chmod(0o700)
     assert "ValueError: RUN must be a folder that can be read, got" in done.stderr
     assert done.stderr.splitlines()[-1].endswith(": Permission denied; give the run_dir of a run")
+
+
+def test_a_run_that_diverged_says_at_which_step(run_dir: Path) -> None:
+    for path in (run_dir / "adapter").iterdir():
+        path.unlink()
+    (run_dir / "status.json").write_text('{"state": "diverged", "step": 1, "reason": "step 2: loss nan"}')
+    with pytest.raises(ValueError, match=r"has diverged and has none: step 2: loss nan; begin anew"):
+        find([run_dir])
