@@ -103,12 +103,20 @@ def _logits(model: Any, probe: dict[str, "Tensor"], *, bf16: bool) -> "Tensor":
     """Logits (1, P, V) in fp32 of the positions kept; counted from the end, as PEFT puts a soft prompt before them."""
     import torch
 
+    from dsft.models.calling import takes_rows
+
     tokens = probe["tokens"]
     device = next(model.parameters()).device
     kept = (probe["kept"] - tokens.shape[1]).to(device)
+    known = {"logits_to_keep": kept} if takes_rows(_base(model)) else {}
     with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-        logits: torch.Tensor = model(input_ids=tokens.to(device), logits_to_keep=kept).logits
-    return logits.float().cpu()
+        logits: torch.Tensor = model(input_ids=tokens.to(device), **known).logits
+    return (logits if known else logits[:, kept]).float().cpu()
+
+
+def _base(model: Any) -> Any:
+    """The transformers model, without PEFT's wrapping."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def _rounded_otherwise(model: Any, probe: dict[str, "Tensor"]) -> "Iterator[Tensor]":
@@ -117,7 +125,7 @@ def _rounded_otherwise(model: Any, probe: dict[str, "Tensor"]) -> "Iterator[Tens
 
     from dsft.models.anatomy import dissect
 
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model  # without PEFT's wrapping
+    base = _base(model)
     anatomy = dissect(base)
     if not anatomy.experts:
         return
