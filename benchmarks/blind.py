@@ -33,7 +33,8 @@ from dsft.data.open import Dataset, open_data
 from dsft.engine.assemble import Session, assemble
 from dsft.engine.evaluate import evaluate
 from dsft.engine.loop import step_batches
-from dsft.engine.result import write_probe, write_result
+from dsft.engine.probe import probe_row, write_probe
+from dsft.engine.result import write_result
 from dsft.engine.step import train_step
 
 WORDS = (
@@ -114,7 +115,7 @@ def measured(run: Run, world: World, *, steps_alone: bool) -> dict[str, Any]:
     if not steps_alone:
         saved = copied(session)
         if world.size == 1:
-            finished(session, data, saved, batches[0].tokens)
+            finished(session, data, saved)
     run.strategy.close()
     return {
         "losses": [result.loss for result in results],
@@ -124,12 +125,13 @@ def measured(run: Run, world: World, *, steps_alone: bool) -> dict[str, Any]:
     }
 
 
-def finished(session: Session, data: Dataset, saved: Mapping[str, Tensor], tokens: Tensor) -> None:
+def finished(session: Session, data: Dataset, saved: Mapping[str, Tensor]) -> None:
     """What a resume does with what was saved, and the end of a run: result, probe, evaluation if there are rows."""
     taken_over(session, saved)
     with tempfile.TemporaryDirectory() as folder:
         write_result(session, Path(folder) / "adapter")
-        write_probe(session, tokens, Path(folder) / "probe", "")
+        row = probe_row(session.files.config.get_text_config(), data.train, session.run.train.max_length, 0)
+        write_probe(session, row, Path(folder) / "probe", "")
     if data.eval is not None:
         evaluate(session, data)
 

@@ -42,7 +42,7 @@ STOPS = {
     "loading": (ASSEMBLED, 1), "the first step": (STEP, 1), "a later step": (STEP, 6),
     "evaluation": ("dsft.engine.evaluate:_loss", 1), "generation": ("dsft.engine.evaluate:_generate", 1),
     "a save": (WRITTEN, 2), "the result": ("dsft.engine.result:write_result", 1),
-    "the verification": ("dsft.engine.result:write_probe", 1),
+    "the verification": ("dsft.engine.probe:write_probe", 1),
 }  # fmt: skip
 """Phase of a run -> function and call at which a rank stops."""
 

@@ -28,7 +28,6 @@ from dsft.models.anatomy import dissect
 from dsft.models.build import OwnAttentionError, build_meta, persistent_buffers
 from dsft.models.family import Family
 from dsft.models.files import ModelFiles
-from dsft.models.headers import INDEX, weight_files
 from dsft.models.materialize import materialize
 from dsft.models.small import NoCopyError, fill, small_copies, still
 from dsft.models.spans import UnheldError
@@ -82,7 +81,7 @@ def _examine(files: ModelFiles, config: Any) -> Family:
             fill(reference)
             examples = [torch.randint(3, config.get_text_config().vocab_size - 2, (length,)) for length in LENGTHS]
             truth = one_by_one(reference, examples)
-            reference.save_pretrained(folder)
+            _write(reference, Path(folder))
         except Exception as error:  # whatever the class raises over this configuration
             raise _UnusableError from error
         _require_still(files, reference, examples, truth)
@@ -185,19 +184,10 @@ def _recomputes(small: ModelFiles, family: Family, examples: Sequence[Tensor], f
 
 def _loads(small: ModelFiles, family: Family, model: Any, examples: Sequence[Tensor], truth: Found) -> bool:
     """True if the model's tensors, written as a whole result has them, are the model where transformers loads them."""
-    from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM
-    from transformers.core_model_loading import revert_weight_conversion
 
     assert small.folder is not None
-    tensors: dict[str, Tensor] = {}
-    for name, tensor in [*model.named_parameters(), *persistent_buffers(model).items()]:
-        tensors |= revert_weight_conversion(model, {name: tensor.detach().clone()})
-    for file in weight_files(small.folder):
-        file.unlink()
-    (small.folder / INDEX).unlink(missing_ok=True)
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, small.folder / "model.safetensors",
-              metadata={"format": "pt"})  # fmt: skip
+    _write(model, small.folder)
     try:
         read = AutoModelForCausalLM.from_pretrained(
             small.folder, dtype=torch.float32, attn_implementation=family.library,
@@ -207,6 +197,19 @@ def _loads(small: ModelFiles, family: Family, model: Any, examples: Sequence[Ten
     except Exception:  # transformers' own, of any kind, over names that it does not know
         return False
     return off(found.scores, truth.scores) <= ALIKE
+
+
+def _write(model: Any, folder: Path) -> None:
+    """Write model as a whole result is; transformers' own way would import DeepSpeed, which takes seconds."""
+    from safetensors.torch import save_file
+    from transformers.core_model_loading import revert_weight_conversion
+
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in [*model.named_parameters(), *persistent_buffers(model).items()]:
+        tensors |= revert_weight_conversion(model, {name: tensor.detach().clone()})
+    held = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    save_file(held, folder / "model.safetensors", metadata={"format": "pt"})
+    model.config.save_pretrained(folder)
 
 
 def _library(files: ModelFiles, config: Any, reference: nn.Module, examples: Sequence[Tensor], truth: Found) -> str:

@@ -160,7 +160,13 @@ def test_planted_random_numbers_are_refused() -> None:
 
 def test_a_buffer_that_decides_is_in_a_whole_result_and_its_loss_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     assert examine(files("planted", fault="corrected")).whole
-    monkeypatch.setattr(trial, "persistent_buffers", lambda model: {})
+    calls: list[str] = []
+
+    def once(model: nn.Module) -> dict[str, Tensor]:
+        calls.append("")
+        return build.persistent_buffers(model) if len(calls) == 1 else {}  # first the folder, then the result
+
+    monkeypatch.setattr(trial, "persistent_buffers", once)
     assert not examine(files("planted", fault="corrected")).whole
 
 
