@@ -106,7 +106,9 @@ def measured(run: Run, world: World, *, steps_alone: bool) -> dict[str, Any]:
     files = run.model.resolve()
     data = open_data(run.data, files.tokenizer(), max_length=run.train.max_length, seed=0)
     session = assemble(run, files, world)
-    syncs, steps, results, batches = Syncs(), 3 if run.method.guides else 2, [], []
+    # ZeRO-3 looks once more at what the model does, since the self-test of packing called it in another way
+    steps = 2 + int(run.method.guides) + int(run.strategy.reentrant_recompute)
+    syncs, results, batches = Syncs(), [], []
     for step in range(1, steps + 1):
         batches = step_batches(session, data, step)[1]
         with syncs if step == steps else nullcontext():
