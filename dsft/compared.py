@@ -19,12 +19,12 @@ otherwise (fp32 differs by 1e-6 where both are the same; bf16 has 8 bits)."""
 ROUNDED = 8
 """Times that a model with experts computes anew, each time rounded otherwise, where bf16 has left the bound."""
 NOISE = 2.0**-8
-"""Of each number between two blocks in such a pass, relative: the last bit of bf16."""
+"""The relative change of each number between two blocks in such a pass: the last bit of bf16."""
 TIMES = 2.0
 """How far a position's logits may be off, in the largest change that such rounding has shown for that position."""
 BEYOND = 32
-"""Of so many positions one may be further off than that. Measured on random models of 1 to 20 layers of experts, 64
-positions each: 0 or 1 for 40 honest results, 5 to 60 for 26 of 27 whose correction bias was left out."""
+"""One of so many positions may be further off than that. Measured on random models of 1 to 20 layers of experts, 64
+positions each: 0 or 1 for 17 honest results; 5 to 58 for those whose correction bias was left out, but for one."""
 
 
 def compare(run: Learned | Run, result: Path) -> dict[str, Any]:
@@ -59,7 +59,7 @@ def compare(run: Learned | Run, result: Path) -> dict[str, Any]:
 
 
 def judged(live: "Tensor", read: "Tensor", bound: float, again: "Iterator[Tensor]") -> dict[str, Any]:
-    """What is to say of logits read (1, P, V) of a result, where the live model gave live.
+    """Judge the logits read (1, P, V) of a result, where the live model gave live.
 
     again: what the result gives where it is rounded otherwise; nothing for a model that rounding moves by less than
     bound. A router whose two best experts are nearly equal chooses otherwise then, and that position's logits are

@@ -28,7 +28,7 @@ Forward = Callable[..., Any]
 
 
 class Draws:
-    """What the masks of one model are drawn by. more: positions that a method may put before each example.
+    """The numbers by which the masks of one model are drawn. more: positions that a method may put before each example.
 
     any: whether there is dropout in it. functional: why it may call torch's function for it, None if it does not.
     watched: whether a forward pass was searched for other random numbers. counts: calls of each module in this
@@ -147,7 +147,7 @@ class _Taking(TorchFunctionMode):
 
 
 def keyed(model: nn.Module, anatomy: Anatomy, seed: int, positions: int) -> Draws:
-    """What the masks of model are drawn by, once each nn.Dropout that drops is keyed.
+    """Key each nn.Dropout of model that drops, and return the numbers by which masks are drawn.
 
     positions: that the method puts before each example. Raises ValueError, one line, for dropout that cannot be keyed.
     """

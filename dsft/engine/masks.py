@@ -34,7 +34,7 @@ def halves(number: int) -> tuple[int, int]:
 
 
 def words(key: Tensor, more: Tensor, counter: Tensor) -> Tensor:
-    """One int32 for each entry of the three int32 tensors, which broadcast: uniform over all 2^32 values."""
+    """Mix three int32 tensors, which broadcast, into one int32 for each entry: uniform over all 2^32 values."""
     word = torch.add(key, counter)
     other = torch.empty_like(word)
     _fold(word, other, 16)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Found:
-    """What a model gives for the examples: scores (T,) of each, and the gradient of their sum by parameter."""
+    """The scores (T,) that a model gives each example, and the gradient of their sum by parameter."""
 
     scores: list[Tensor]
     grads: dict[str, Tensor]
