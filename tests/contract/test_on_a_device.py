@@ -76,7 +76,7 @@ STRAYS = {
 """What is planted -> what the error says."""
 WAITS = {
     "forward-by-host": {f"methods/bottleneck.py _on_first: copy to {where}" for where in ("host", "device")},
-    "look-at-loss": {"engine/step.py train_step: _local_scalar_dense"},
+    "look-at-loss": {"engine/forward.py forward: _local_scalar_dense"},
     "copied-from-pageable": {"protocols.py to: copy to device"},
 }
 """What is planted and right, but waits -> where."""
