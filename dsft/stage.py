@@ -58,12 +58,14 @@ def stage(run: Run) -> None:
     run.data.check()
     from dsft.data.cache import cache_root
     from dsft.data.open import open_data
+    from dsft.examined import family_of
 
     hub, datasets = _hugging_face()
     stock = Stock([cache_root() / "models", cache_root() / "tokens", hub, datasets])
     files = run.model.resolve()
     tokenizer = files.tokenizer()
     stock.tell("model", [files.folder or hub / f"models--{files.name_or_path.replace('/', '--')}"])
+    family_of(files)  # remembered, so that a job's nodes need not examine the model
     data = open_data(run.data, tokenizer, max_length=run.train.max_length, seed=run.train.seed)
     stock.tell("data", [*hub.glob("datasets--*"), *datasets.glob("*")])
     stock.tell("tokens", [data.train.folder.parent])
