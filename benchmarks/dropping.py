@@ -23,7 +23,7 @@ from dsft.engine.assemble import assemble
 from dsft.engine.dropout import Draws, Keyed
 from dsft.engine.loop import step_batches
 from dsft.engine.step import train_step
-from dsft.protocols import Batch
+from dsft.objective import Batch
 
 PAGE = Path(__file__).parent / "results" / "dropout.md"
 SHAPES = ((2048, 576), (2048, 1536), (2048, 64), (300, 64))

@@ -8,7 +8,7 @@ from dsft.data.open import open_data
 from dsft.engine.assemble import assemble
 from dsft.engine.loop import step_batches
 from dsft.engine.step import train_step
-from dsft.protocols import IGNORE
+from dsft.objective import IGNORE
 
 
 def words(job: Job) -> list[str]:

@@ -51,7 +51,7 @@ def batch(session: Any, lengths: list[int], seed: int) -> Any:
     """Examples of random tokens, the second half of each supervised."""
     import torch
 
-    from dsft.protocols import IGNORE, Batch
+    from dsft.objective import IGNORE, Batch
 
     generator = torch.Generator().manual_seed(seed)
     tokens = [torch.randint(0, session.model.config.vocab_size, (length,), generator=generator) for length in lengths]

@@ -1,24 +1,15 @@
-"""The contracts: what the engine may ask of a method, an objective, a quantizer and a data source."""
+"""The contracts: what the engine may ask of a method, a quantizer and a tracker."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from dsft.comm.devices import sent
 from dsft.course import Course
-
-IGNORE = -100
-"""Target of a position that carries no loss (torch's cross_entropy default)."""
-
-Metrics = Mapping[str, tuple[Tensor, Tensor]]
-"""Name -> (sum, count), both scalars; the engine reduces and divides."""
-
 
 ROLES = ("attention", "mlp", "other")
 """Roles of linears: inside a module named *attn*/*attention*, inside *mlp*/*feed_forward*/*expert*, elsewhere."""
@@ -44,38 +35,6 @@ class Anatomy:
     head: str
     tied: bool
     experts: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Batch:
-    """One ragged micro-batch: S examples laid end to end, T tokens in all, never padded.
-
-    tokens, positions, targets (T,) int64: positions restart at 0 per example; targets[t] is the token that position t
-    must predict, or IGNORE. lengths: tokens per example, they sum to T. ids: one per example. places: where each stands
-    in the order of its step, which may hold an example twice.
-    """
-
-    tokens: Tensor
-    positions: Tensor
-    targets: Tensor
-    lengths: tuple[int, ...]
-    ids: tuple[str, ...]
-    places: tuple[int, ...]
-
-    def to(self, device: torch.device) -> "Batch":
-        """The same batch on device, in one copy that the host does not wait for."""
-        if device == self.tokens.device:
-            return self
-        parts = (self.tokens, self.positions, self.targets, self.supervised)
-        tokens, positions, targets, supervised = sent(torch.cat(parts), device).split([len(part) for part in parts])
-        batch = replace(self, tokens=tokens, positions=positions, targets=targets)
-        vars(batch)["supervised"] = supervised  # a device would have to tell the host how many there are
-        return batch
-
-    @cached_property
-    def supervised(self) -> Tensor:
-        """(P,) int64: the places in targets, in order, that are not IGNORE."""
-        return (self.targets != IGNORE).nonzero().flatten()
 
 
 class Method(ABC):
@@ -196,21 +155,6 @@ class Method(ABC):
         return 0
 
 
-class Objective(ABC):
-    """What the loss is. Sums, never means; no collectives."""
-
-    @abstractmethod
-    def count(self, batch: Batch) -> Tensor:
-        """(K,) float64 on CPU: units of this batch that carry loss, one entry per term."""
-
-    @abstractmethod
-    def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Metrics]:
-        """(K,) float32 SUMS over the batch's units, and metrics.
-
-        model: called with logits_to_keep (S,) and targets (S,), its logits are (1, S) float32: -log p of each target.
-        """
-
-
 class Quantizer(ABC):
     """How frozen linears are packed."""
 
@@ -244,15 +188,6 @@ class PackedLinear(nn.Linear):
     def unpack(self) -> Tensor:
         """Weight (out, in) in the compute dtype; on meta if the bytes are on meta."""
         raise NotImplementedError
-
-
-class DataSource(Protocol):
-    """Where rows come from. A frozen dataclass whose fields are its YAML keys."""
-
-    shuffle: bool
-
-    def rows(self) -> Iterable[Any]:
-        """Training rows in file order."""
 
 
 class Tracker(Protocol):

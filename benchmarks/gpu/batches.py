@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from dsft.protocols import IGNORE, Batch
+from dsft.objective import IGNORE, Batch
 
 MEAN, SPREAD, FEWEST, MOST = 205.0, 75.0, 60, 512
 """Tokens of an example of GSM8K as a chat under Llama 3's tokenizer, about: question, answer, and the chat's own."""

@@ -17,7 +17,7 @@ from benchmarks.gpu.speed import model_shape
 from benchmarks.job import RANK
 from benchmarks.plain import LINEARS, padded
 from dsft.engine.step import train_step
-from dsft.protocols import Batch
+from dsft.objective import Batch
 
 WARM, TIMED, RATE = 2, 4, 2e-4
 TOKENS = {True: 4096, False: 512}

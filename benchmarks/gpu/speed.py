@@ -21,7 +21,8 @@ from dsft.engine.budget import estimate
 from dsft.engine.parts import Part
 from dsft.engine.step import train_step
 from dsft.models.work import widest, work
-from dsft.protocols import Batch, PackedLinear
+from dsft.objective import Batch
+from dsft.protocols import PackedLinear
 from dsft.telemetry.meter import peak_memory_bytes
 
 WARM, TIMED = 3, 5

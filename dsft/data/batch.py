@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from dsft.data.tokens import TokenSet
-from dsft.protocols import IGNORE, Batch
+from dsft.objective import IGNORE, Batch
 
 
 def build_batch(
@@ -35,4 +35,6 @@ def build_batch(
         lengths=tuple(map(len, ids)),
         ids=tuple(tokens.id(row) for row in rows),
         places=tuple(range(len(rows)) if places is None else places),
+        members=(1,) * len(rows),
+        counts=not silent,
     )

@@ -19,7 +19,8 @@ from torch.overrides import TorchFunctionMode
 
 from dsft.comm.devices import sent
 from dsft.engine.masks import HALF, columns_of, halves, kept, rows_of, stream, threshold
-from dsft.protocols import Anatomy, Batch
+from dsft.objective import Batch
+from dsft.protocols import Anatomy
 
 CALLS = "functional"
 """In place of a module's name, for calls of torch's function: they are counted over the whole model."""

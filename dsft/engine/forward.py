@@ -10,7 +10,7 @@ from torch import Tensor
 from dsft.engine.assemble import Session, autocast
 from dsft.engine.masks import stream
 from dsft.engine.offload import offloaded
-from dsft.protocols import Batch
+from dsft.objective import Batch
 
 
 def forward(session: Session, step: int, index: int, batch: Batch) -> Tensor:

@@ -18,7 +18,7 @@ from dsft.engine.profile import profiled
 from dsft.engine.progress import STOPPED, Progress, Watch
 from dsft.engine.step import StepResult, train_step
 from dsft.engine.stop import StopFlag, in_vain
-from dsft.protocols import Batch
+from dsft.objective import Batch
 
 
 def fit(

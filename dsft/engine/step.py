@@ -11,7 +11,7 @@ from dsft.engine.assemble import Session
 from dsft.engine.forward import forward
 from dsft.engine.guided import move
 from dsft.engine.parts import Part, mark
-from dsft.protocols import Batch
+from dsft.objective import Batch
 
 
 @dataclass(frozen=True)

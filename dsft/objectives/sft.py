@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from dsft.protocols import IGNORE, Batch, Metrics, Objective
+from dsft.objective import Batch, Metrics, Objective, Scorer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,19 +14,8 @@ class SFT(Objective):
 
     def count(self, batch: Batch) -> Tensor:
         """(1,) float64: supervised tokens."""
-        return (batch.targets != IGNORE).sum(dtype=torch.float64).reshape(1)
+        return torch.tensor([float(sum(batch.answers))], dtype=torch.float64)
 
-    def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Metrics]:
-        """(1,) float32: sum over supervised tokens of -log p(token | its own example before it).
-
-        A batch without a supervised token gives a zero that still has a gradient path.
-        """
-        scores = model(
-            input_ids=batch.tokens[None],
-            position_ids=batch.positions[None],
-            segment_lengths=batch.lengths,
-            logits_to_keep=batch.supervised,
-            targets=batch.targets[batch.supervised],
-            use_cache=False,
-        ).logits  # (1, supervised)
-        return scores.sum().reshape(1), {}
+    def loss(self, scorer: Scorer, batch: Batch) -> tuple[Tensor, Metrics]:
+        """(1,) float32: sum over supervised tokens of -log p(token | its own example before it)."""
+        return scorer.score(batch).sum().reshape(1), {}

@@ -21,7 +21,7 @@ from dsft.engine.loop import step_batches
 from dsft.engine.result import write_result
 from dsft.engine.step import train_step
 from dsft.locate import TYPED
-from dsft.protocols import Batch
+from dsft.objective import Batch
 
 FOLDERS = [Path(folder) for folder in (os.environ.get("DSFT_CONFIG_DIR"), OWN_CONF) if folder]
 """The first that has an option gives it."""

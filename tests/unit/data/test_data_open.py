@@ -10,7 +10,7 @@ import pytest
 from dsft.data.batch import build_batch
 from dsft.data.cache import digest_of, find_or_build
 from dsft.data.open import open_data
-from dsft.protocols import IGNORE
+from dsft.objective import IGNORE
 
 GSM8K = Path(__file__).parents[4] / "shared" / "data" / "gsm8k"
 ROWS = [{"question": f"q{i}", "answer": f"answer {i}"} for i in range(40)]

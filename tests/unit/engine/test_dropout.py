@@ -17,7 +17,7 @@ from dsft.engine.step import train_step
 from dsft.models.bytes_tokenizer import byte_tokenizer
 from dsft.models.randomness import as_published, refuse, still, told, unkeyed
 from dsft.plan import make_plan
-from dsft.protocols import Batch
+from dsft.objective import Batch
 from tests.contract.sessions import batch_of, composed_of, session_of
 
 CPU = torch.device("cpu")

@@ -1,0 +1,42 @@
+"""The one place that calls a model on a batch."""
+
+import torch
+from torch import Tensor, nn
+
+from dsft.objective import Batch
+
+
+class Scorer:
+    """A model that scoring.install has prepared. packs: False where each segment must be a call of its own."""
+
+    def __init__(self, module: nn.Module, *, packs: bool) -> None:
+        self.module, self.packs = module, packs
+
+    def score(self, batch: Batch) -> Tensor:
+        """(P,) float32: -log p in nats of each supervised target, given its own segment before it.
+
+        A batch without a supervised token gives an empty tensor that still has a gradient path.
+        """
+        if self.packs or len(batch.lengths) == 1:
+            return self._call(batch.tokens, batch.positions, batch.lengths, batch.supervised, batch.targets)
+        first, scores = 0, []
+        parts = (part.split(batch.lengths) for part in (batch.tokens, batch.positions, batch.targets))
+        places = batch.supervised.split(batch.answers)
+        for *segment, supervised in zip(*parts, places, strict=True):
+            tokens, positions, targets = segment
+            scores.append(self._call(tokens, positions, (len(tokens),), supervised - first, targets))
+            first += len(tokens)
+        return torch.cat(scores)
+
+    def _call(
+        self, tokens: Tensor, positions: Tensor, lengths: tuple[int, ...], supervised: Tensor, targets: Tensor
+    ) -> Tensor:
+        scores: Tensor = self.module(
+            input_ids=tokens[None],
+            position_ids=positions[None],
+            segment_lengths=lengths,
+            logits_to_keep=supervised,
+            targets=targets[supervised],
+            use_cache=False,
+        ).logits  # (1, supervised)
+        return scores[0]

@@ -1,0 +1,127 @@
+"""The contract of an objective: the batch that it is given, the passes that it may ask for, the sums that it gives."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any, ClassVar, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from dsft.comm.devices import sent
+
+IGNORE = -100
+"""Target of a position that carries no loss (torch's cross_entropy default)."""
+
+Wants = Literal["text", "pair", "rated", "labelled"]
+"""Kinds of rows: one text; two answers to one prompt, the better first; an answer with a verdict; a text with a label."""
+
+Direction = Literal["max", "min"]
+"""Which values of a measure are better."""
+
+Metrics = Mapping[str, Tensor]
+"""Name -> sums over a batch, of a shape that never changes, float64: (2,) is a sum and the count to divide it by."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One ragged micro-batch: S segments laid end to end, T tokens in all, never padded.
+
+    An example is one segment or several (a pair is two: the chosen answer, the rejected one), which are never parted.
+    tokens, positions, targets (T,) int64: positions restart at 0 per segment; targets[t] is the token that position t
+    must predict, or IGNORE. lengths: tokens per segment, they sum to T. ids: one per example. places: where each
+    example stands in the order of its step, which may hold an example twice. members: segments per example, they sum
+    to S. columns: further values by name, one per example, segment or token, as who adds them says. counts: False for
+    a micro-batch that a rank computes to keep up with the others; the engine multiplies its sums by 0.
+    """
+
+    tokens: Tensor
+    positions: Tensor
+    targets: Tensor
+    lengths: tuple[int, ...]
+    ids: tuple[str, ...]
+    places: tuple[int, ...]
+    members: tuple[int, ...]
+    columns: Mapping[str, Tensor] = field(default_factory=dict)
+    counts: bool = True
+
+    def to(self, device: torch.device) -> "Batch":
+        """The same batch on device, in one copy (and one per column) that the host does not wait for."""
+        if device == self.tokens.device:
+            return self
+        parts = (self.tokens, self.positions, self.targets, self.supervised)
+        tokens, positions, targets, supervised = sent(torch.cat(parts), device).split([len(part) for part in parts])
+        columns = {name: sent(column, device) for name, column in self.columns.items()}
+        batch = replace(self, tokens=tokens, positions=positions, targets=targets, columns=columns)
+        # a device would have to tell the host how many there are
+        vars(batch).update(supervised=supervised, answers=self.answers)
+        return batch
+
+    def having(self, **columns: Tensor) -> "Batch":
+        """The same batch with these columns beside its own."""
+        batch = replace(self, columns={**self.columns, **columns})
+        known = {"supervised", "answers"} & vars(self).keys()
+        vars(batch).update({name: vars(self)[name] for name in known})
+        return batch
+
+    @cached_property
+    def supervised(self) -> Tensor:
+        """(P,) int64: the places in targets, in order, that are not IGNORE."""
+        return (self.targets != IGNORE).nonzero().flatten()
+
+    @cached_property
+    def answers(self) -> tuple[int, ...]:
+        """Supervised tokens per segment; they sum to P."""
+        return tuple(int((part != IGNORE).sum()) for part in self.targets.split(self.lengths))
+
+    def by_segment(self, values: Tensor) -> Tensor:
+        """(S,) float64: sums of values (P,), one per supervised token, over each segment's own."""
+        return torch.stack([part.sum() for part in values.double().split(self.answers)])
+
+
+class Scorer(Protocol):
+    """Calls the model on a batch."""
+
+    def score(self, batch: Batch) -> Tensor:
+        """(P,) float32: -log p in nats of each supervised target, given its own segment before it."""
+
+
+class Passes(Protocol):
+    """Further forward passes that an objective may ask for before a step: without gradient, dropout or update."""
+
+    def score(self, role: str, batches: Sequence[Batch]) -> list[Tensor]:
+        """For each batch, on the CPU, the scores (P,) of Scorer by the values of a role. Collective."""
+
+
+class Objective(ABC):
+    """What the loss is: a frozen dataclass whose fields are its YAML keys. Sums, never means; no collectives.
+
+    wants: the rows that it takes. terms: names of the K sums that loss gives. measures: names of what measured gives,
+    and which values are better. compares: True if it sets forward passes beside each other, so that none may drop.
+    roles: names of the values, beside the policy's own, under which it asks Passes for scores. at_start: measures that
+    are 0 before the first update.
+    """
+
+    wants: ClassVar[Wants] = "text"
+    terms: ClassVar[tuple[str, ...]] = ("loss",)
+    measures: ClassVar[Mapping[str, Direction]] = {}
+    compares: ClassVar[bool] = False
+    roles: ClassVar[tuple[str, ...]] = ()
+    at_start: ClassVar[tuple[str, ...]] = ()
+
+    def prepare(self, passes: Passes, batches: Sequence[Batch]) -> Sequence[Batch]:
+        """The micro-batches of a step, with the columns that this objective adds. Every rank has equally many."""
+        return batches
+
+    @abstractmethod
+    def count(self, batch: Batch) -> Tensor:
+        """(K,) float64 on CPU: units of this batch that carry loss, one entry per term."""
+
+    @abstractmethod
+    def loss(self, scorer: Scorer, batch: Batch) -> tuple[Tensor, Metrics]:
+        """(K,) SUMS over the batch's units, each term's own coefficient in it, and sums for measured, by name."""
+
+    def measured(self, sums: Mapping[str, Tensor]) -> Mapping[str, float]:
+        """Measures by name, of metrics summed over a step or an evaluation; on CPU."""
+        return {name: float(total[0] / total[1]) for name, total in sums.items()}
