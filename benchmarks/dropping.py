@@ -65,7 +65,7 @@ def masks(tokens: int, width: int, dtype: torch.dtype) -> tuple[float, float, fl
     """A mask of 0.1 made and applied, forward and backward, by dsft and by torch."""
     draws = Draws(0, 0, modules=True, functional=None)
     nothing = torch.zeros(tokens, dtype=torch.int64)
-    draws.begin(1, Batch(nothing, nothing, nothing, (tokens,), ("a",), (0,)), torch.device("cpu"))
+    draws.begin(1, Batch(nothing, nothing, nothing, (tokens,), ("a",), (0,), (1,)), torch.device("cpu"))
     x = torch.randn(1, tokens, width, dtype=dtype, requires_grad=True)
     above = torch.randn_like(x)
     return paired(

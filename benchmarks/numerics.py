@@ -18,7 +18,7 @@ from benchmarks.job import BATCH, Job
 from benchmarks.machine import here
 from benchmarks.measure import ALIKE, GSM8K, measure
 from benchmarks.speed import PEERS
-from dsft.rules import computes_bf16
+from dsft.repairs import computes_bf16
 
 RESULT = Path("benchmarks/results/numerics.md")
 NAMES = {"plain": "plain", "dsft-1024": "dsft-1024", "dsft-compiled": "dsft-1024"}

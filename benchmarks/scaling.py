@@ -60,7 +60,15 @@ def batch(session: Any, lengths: list[int], seed: int) -> Any:
         row[: len(row) // 2], row[-1] = IGNORE, IGNORE
     positions = [torch.arange(length) for length in lengths]
     names = tuple(f"{seed}:{index}" for index in range(len(lengths)))
-    return Batch(torch.cat(tokens), torch.cat(positions), torch.cat(targets), tuple(lengths), names)
+    return Batch(
+        torch.cat(tokens),
+        torch.cat(positions),
+        torch.cat(targets),
+        tuple(lengths),
+        names,
+        tuple(range(len(names))),
+        (1,) * len(names),
+    )
 
 
 def measure_lengths(job: dict[str, Any]) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from dsft import basis
 from dsft.comm.world import World
 from dsft.data.dialogue import ends_of, prompt_of
-from dsft.engine.assemble import DTYPES
+from dsft.engine.precision import DTYPES
 from dsft.examined import family_of
 from dsft.folder import provenance
 from dsft.learned import Learned, learned
@@ -40,8 +40,8 @@ from dsft.models.source import Pretrained
 from dsft.models.values import open_values
 from dsft.protocols import Method
 from dsft.quantizers.none import Unquantized
+from dsft.repairs import computes_bf16
 from dsft.results import BASE, TENSORS, Result, find
-from dsft.rules import computes_bf16
 from dsft.wording import suggest
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from dsft_launchers.gpus import of_run
 from dsft_launchers.join import ON_CPUS, resolve
 
-from dsft import config, rules, spelling
+from dsft import config, repairs, rules, spelling
 from dsft.building import build_dataclass, build_value
 from dsft.flags import without_config_dir
 from dsft.idle import refuse_idle
@@ -82,20 +82,22 @@ def compose(
     with _whose(values, names["experiment"]):
         start = _start(tree["launcher"], planning=planning, on_gpus=gpus)
     size = start.size
-    repairs = [f"launcher={tree['launcher']['name']}: {start.kind}, {start.why}"]
+    said = [f"launcher={tree['launcher']['name']}: {start.kind}, {start.why}"]
     if tree["strategy"]["_target_"] == "auto":
         option = "single" if size == 1 else "fsdp"
         tree, chosen = _compose_tree([o for o in overrides if o != "strategy=auto"] + [f"strategy={option}"])
-        repairs.append(f"strategy=auto: {option}, for {size} process{'es' if size > 1 else ''}")
-    tree, more = rules.repair(tree, start.place)
+        said.append(f"strategy=auto: {option}, for {size} process{'es' if size > 1 else ''}")
+    tree, more = repairs.repair(tree, start.place)
     check_run_dir(tree["run_dir"])
     names = {choice.group: choice.option for choice in chosen}
     with _whose(values, names["experiment"]):
         run = build(tree, allowed)
+        if run.objective.compares and (dropped := repairs.undropped(tree)):
+            run, more = build(tree, allowed), more + dropped
     ask_for(tree)
     rules.refuse(run, names, start.place)
     refuse_idle(run, start.kind, values)
-    return Composed(run, start, tree, tuple(overrides), tuple(chosen), tuple(repairs) + more)
+    return Composed(run, start, tree, tuple(overrides), tuple(chosen), tuple(said) + more)
 
 
 @contextlib.contextmanager

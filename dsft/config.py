@@ -51,10 +51,6 @@ class Train:
         for name in ("global_batch_size", "micro_batch_tokens", "early_stop_patience"):
             _at_least(f"train.{name}", getattr(self, name), 1)
         _at_least("train.max_length", self.max_length, 2)
-        if self.early_stop_metric not in (None, "eval/loss", "eval/accuracy"):
-            raise ValueError(
-                f"train.early_stop_metric must be eval/loss or eval/accuracy, got {self.early_stop_metric}"
-            )
         if self.early_stop_metric is not None and self.eval_every == 0:
             raise ValueError("train.early_stop_metric needs evaluations to look at, got train.eval_every=0; set it")
         for name in ("seed", "eval_every", "max_nonfinite", "profile"):

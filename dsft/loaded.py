@@ -21,7 +21,7 @@ def unpacked_base(run: Learned | Run, packed_on: "torch.device | None" = None) -
     """
     from transformers import AutoModelForCausalLM
 
-    from dsft.engine.assemble import DTYPES
+    from dsft.engine.precision import DTYPES
 
     files = run.model.resolve()
     base: Any = AutoModelForCausalLM.from_pretrained(
@@ -61,7 +61,7 @@ def load(run: Learned | Run, result: Path, packed_on: "torch.device | None" = No
     """
     from transformers import AutoModelForCausalLM
 
-    from dsft.engine.assemble import DTYPES
+    from dsft.engine.precision import DTYPES
     from dsft.models.anatomy import dissect
 
     with warnings.catch_warnings():

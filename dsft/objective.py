@@ -1,10 +1,10 @@
 """The contract of an objective: the batch that it is given, the passes that it may ask for, the sums that it gives."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, ClassVar, Literal, Protocol
+from typing import ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ IGNORE = -100
 """Target of a position that carries no loss (torch's cross_entropy default)."""
 
 Wants = Literal["text", "pair", "rated", "labelled"]
-"""Kinds of rows: one text; two answers to one prompt, the better first; an answer with a verdict; a text with a label."""
+"""Kinds of rows: a text; two answers to one prompt, the better first; an answer with a verdict; a text with a label."""
 
 Direction = Literal["max", "min"]
 """Which values of a measure are better."""
@@ -79,6 +79,15 @@ class Batch:
         """(S,) float64: sums of values (P,), one per supervised token, over each segment's own."""
         return torch.stack([part.sum() for part in values.double().split(self.answers)])
 
+    def by_answer(self, values: Tensor) -> Tensor:
+        """(S,) float64: means of values (P,), one per supervised token, over each segment's own."""
+        counts = torch.tensor(self.answers, dtype=torch.float64)
+        return self.by_segment(values) / sent(counts, values.device)
+
+    def sides(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Values (S,) of a batch of pairs, as those (S / 2,) of the chosen and of the rejected answers."""
+        return values[0::2], values[1::2]
+
 
 class Scorer(Protocol):
     """Calls the model on a batch."""
@@ -97,7 +106,7 @@ class Passes(Protocol):
 class Objective(ABC):
     """What the loss is: a frozen dataclass whose fields are its YAML keys. Sums, never means; no collectives.
 
-    wants: the rows that it takes. terms: names of the K sums that loss gives. measures: names of what measured gives,
+    wants: the rows that it takes. terms: names of the K sums that losses gives. measures: names of what measured gives,
     and which values are better. compares: True if it sets forward passes beside each other, so that none may drop.
     roles: names of the values, beside the policy's own, under which it asks Passes for scores. at_start: measures that
     are 0 before the first update.
@@ -119,9 +128,24 @@ class Objective(ABC):
         """(K,) float64 on CPU: units of this batch that carry loss, one entry per term."""
 
     @abstractmethod
-    def loss(self, scorer: Scorer, batch: Batch) -> tuple[Tensor, Metrics]:
+    def losses(self, scorer: Scorer, batch: Batch) -> tuple[Tensor, Metrics]:
         """(K,) SUMS over the batch's units, each term's own coefficient in it, and sums for measured, by name."""
 
     def measured(self, sums: Mapping[str, Tensor]) -> Mapping[str, float]:
         """Measures by name, of metrics summed over a step or an evaluation; on CPU."""
         return {name: float(total[0] / total[1]) for name, total in sums.items()}
+
+
+def preferred(margins: Tensor) -> Metrics:
+    """Metrics of pairs: by how much the chosen answer's reward is higher, margins (E,), and in how many it is.
+
+    Equal rewards count as wrong.
+    """
+    margins = margins.detach().double()
+    pairs = torch.full_like(margins, 1).sum()
+    right = (margins > 0).double().sum()
+    return {"reward_accuracy": torch.stack([right, pairs]), "reward_margin": torch.stack([margins.sum(), pairs])}
+
+
+PREFERRED: Mapping[str, Direction] = {"reward_accuracy": "max", "reward_margin": "max"}
+"""Measures of what preferred gives."""

@@ -76,7 +76,7 @@ def preflight(composed: Composed) -> dict[str, Any] | None:
 
 def _check_weights(run: Run, files: "ModelFiles") -> None:
     """Refuse a folder whose weights are not those of the model that its config.json describes; reads headers."""
-    from dsft.engine.assemble import DTYPES
+    from dsft.engine.precision import DTYPES
     from dsft.models.values import open_values
 
     open_values(files, DTYPES[run.train.precision], run.train.seed)

@@ -1,16 +1,11 @@
-"""Which combinations are repaired (and printed) or refused, as data. Names of options, not classes; no torch."""
+"""Which combinations are refused, as data. Names of options, not classes; no torch."""
 
 import importlib.util
 import math
 import os
 import shutil
 from collections.abc import Callable, Mapping
-from copy import deepcopy
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
-
-import yaml
 
 from dsft.config import Run, Slurm
 
@@ -52,9 +47,6 @@ SHARD_WISE = ("adamw", "sgd")
 MOVE_IN_BACKWARD = ("single", "fsdp", "hsdp")
 """Strategies whose gradients are whole, over all ranks, when the hook of a parameter is called."""
 
-LEAST_BATCH = 16
-"""Examples of an optimizer step where nobody chose; more data ranks than that get one each."""
-
 PER_CORE = 8
 """Processes that a core may carry where there is no accelerator."""
 
@@ -74,6 +66,12 @@ REFUSED = (
         lambda run, names, at: run.train.global_batch_size < at.size,
         "train.global_batch_size must be at least the number of data ranks, {size}, got "
         "{run.train.global_batch_size}; raise it or lower launcher.devices",
+    ),
+    Rule(
+        "unmeasured",
+        lambda run, names, at: run.train.early_stop_metric not in (None, *measured(run)),
+        "train.early_stop_metric must be one of {measured}, which objective={names[objective]} measures, got "
+        "{run.train.early_stop_metric}",
     ),
     Rule(
         "warm-up-without-end",
@@ -190,83 +188,17 @@ def refuse(run: Run, names: Mapping[str, str], at: Place) -> None:
     """Raise RefusedError for the first rule that refuses this run there."""
     for rule in REFUSED:
         if rule.holds(run, names, at):
-            capacity, compiler = _over_capacity(run, at), missing_compiler(at.gpus)
-            why = rule.why.format(run=run, names=names, size=at.size, capacity=capacity, compiler=compiler)
+            found = {"capacity": _over_capacity(run, at), "compiler": missing_compiler(at.gpus)}
+            why = rule.why.format(run=run, names=names, size=at.size, measured=" ".join(measured(run)), **found)
             raise RuleError(rule.name, why)
 
 
-def repair(tree: Mapping[str, Any], at: Place) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """The tree with what can only mean one thing filled in, and a sentence for each change."""
-    fixed = deepcopy(dict(tree))
-    train, said = fixed["train"], _rated(fixed["method"], fixed["optim"])
-    said += _sized(fixed, at.size)
-    if train["steps"] is None and train["epochs"] is None:
-        train["epochs"] = 1.0
-        said.append("train.epochs=1: neither train.steps nor train.epochs was given")
-    if train["precision"] == "auto":
-        train["precision"] = "bf16" if computes_bf16(at.gpus) else "fp32"
-        where = "this machine computes" if at.here else f"nodes with {at.gpus or 'no'} GPUs compute"
-        said.append(f"train.precision=auto: {train['precision']}, as {where}")
-    if train["compile"] == "auto" and (why := _uncompiled(train, at.gpus)):
-        train["compile"] = False
-        said.append(f"train.compile=auto: false, {why}")
-    if isinstance(train["epochs"], int):
-        train["epochs"] = float(train["epochs"])
-    return fixed, tuple(said)
-
-
-def _rated(method: dict[str, Any], optim: dict[str, Any]) -> list[str]:
-    """Take the method's own rate out of its keys, where it is no field of a class; the optimizer's, if nobody chose."""
-    own = method.pop("lr", None)
-    if optim["lr"] != "auto":
-        return []
-    if not isinstance(own, int | float):
-        raise ValueError(
-            f"optim.lr must be given, as the YAML of {method['_target_']} names no rate; add optim.lr=RATE, or lr: "
-            "RATE to that YAML"
-        )
-    optim["lr"] = float(own)
-    return [f"optim.lr=auto: {own:g}, as the YAML of the method has it"]
-
-
-def _sized(fixed: dict[str, Any], ranks: int) -> list[str]:
-    """Settle train.global_batch_size=auto: what run_dir was made with, else at least one example for each data rank."""
-    train, run_dir = fixed["train"], str(fixed["run_dir"])
-    asked = train["global_batch_size"]
-    if asked != "auto":
-        if isinstance(asked, bool) or not isinstance(asked, int):
-            raise ValueError(f"train.global_batch_size must be auto or an integer, got {asked!r}")
-        return []
-    kept = None if fixed["resume"]["anew"] is True else _kept_batch(Path(run_dir) / "config.yaml")
-    if kept is not None and kept < ranks:
-        way = f"lower launcher.devices, or add 'resume.allow=[train.global_batch_size]' train.global_batch_size={ranks}"
-        said = f"train.global_batch_size must be at least the number of data ranks, {ranks}, got {kept}"
-        raise RuleError("batch-below-ranks", f"{said}, which {run_dir} was made with; {way}")
-    train["global_batch_size"] = max(LEAST_BATCH, ranks) if kept is None else kept
-    why = (
-        f"for up to {LEAST_BATCH} data ranks" if ranks <= LEAST_BATCH else f"one example for each of {ranks} data ranks"
-    )
-    if kept is not None:
-        why = f"which {run_dir} was made with"
-    return [f"train.global_batch_size=auto: {train['global_batch_size']}, {why}"]
-
-
-def _kept_batch(config: Path) -> int | None:
-    """The number of a run folder's config.yaml; None without one that can be read, which the run itself refuses."""
-    try:
-        kept = yaml.safe_load(config.read_text())["train"]["global_batch_size"]
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError):
-        return None
-    return kept if isinstance(kept, int) else None
-
-
-def computes_bf16(gpus: int) -> bool:
-    """True with an accelerator, or a CPU whose instructions include bf16; other CPUs emulate it many times slower."""
-    if gpus:
-        return True
-    info = Path("/proc/cpuinfo")
-    words = set(info.read_text().split()) if info.is_file() else set()
-    return bool(words & {"avx512_bf16", "amx_bf16", "bf16"})
+def measured(run: Run) -> tuple[str, ...]:
+    """Names of what an evaluation of this run may measure."""
+    terms = run.objective.terms if len(run.objective.terms) > 1 else ()
+    names = ("loss", *(f"loss/{term}" for term in terms), *run.objective.measures)
+    generated = ("accuracy",) if run.objective.wants == "text" else ()
+    return tuple(f"eval/{name}" for name in (*names, *generated))
 
 
 def missing_compiler(gpus: int) -> str | None:
@@ -274,13 +206,6 @@ def missing_compiler(gpus: int) -> str | None:
     if gpus:
         return None if importlib.util.find_spec("triton") else "triton (pip install triton)"
     return None if shutil.which(os.environ.get("CXX", "g++")) else "a C++ compiler (g++, or another that CXX names)"
-
-
-def _uncompiled(train: Mapping[str, Any], gpus: int) -> str | None:
-    if train["profile"]:
-        return "train.profile tells the parts of a block apart"
-    compiler = missing_compiler(gpus)
-    return compiler and f"{compiler} is not there"
 
 
 def _over_capacity(run: Run, at: Place) -> str | None:

@@ -1,7 +1,8 @@
 """The contract of a strategy: where parameters, gradients and optimizer state live."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,6 +43,7 @@ class Strategy(ABC):
     Order of calls: shard (model on meta) -> place(module) for each module once its own parameters hold values
     -> prepare -> per step: backward (once per micro-batch) -> step or drop. For a method's course (every rank alike):
     values, gradients, add_gradients after the last backward and before step; values, write between steps.
+    For roles: snapshot and showing, between steps.
     """
 
     reentrant_recompute = False
@@ -139,6 +141,29 @@ class Strategy(ABC):
     def write(self, params: Sequence[nn.Parameter], new: Sequence[Tensor]) -> None:
         """Replace values, the optimizer's fp32 ones too; its moments stay."""
 
+    @abstractmethod
+    def parts(self) -> list[Tensor]:
+        """What this rank holds of each parameter that learns, as forward passes use it; live, in a fixed order."""
+
+    def snapshot(self) -> list[Tensor]:
+        """A copy of parts as they are now. No collective."""
+        self.rest()
+        return [part.detach().clone() for part in self.parts()]
+
+    @contextmanager
+    def showing(self, values: Sequence[Tensor]) -> Iterator[None]:
+        """Within it, forward passes see these values (of snapshot) in place of parts, which are back afterwards.
+
+        For passes without a gradient, between steps. The two change places, so that no third copy is made.
+        """
+        self.rest()
+        _swap(self.parts(), values)
+        try:
+            yield
+        finally:
+            self.rest()
+            _swap(self.parts(), values)
+
     def keepsakes(self, saved: Mapping[str, object]) -> dict[str, Tensor]:
         """Tensors like the kept ones, to be filled with what was saved; RuntimeError if that is something else."""
         there = {name for name in saved if name.startswith(KEPT)}
@@ -171,3 +196,12 @@ class Strategy(ABC):
 
     def close(self) -> None:
         """Free what prepare built, so that another run can follow in this process."""
+
+
+@torch.no_grad()
+def _swap(parts: Sequence[Tensor], others: Sequence[Tensor]) -> None:
+    """Exchange the values of each two tensors, one pair at a time."""
+    for part, other in zip(parts, others, strict=True):
+        aside = part.clone()
+        part.copy_(other)
+        other.copy_(aside)

@@ -34,5 +34,7 @@ def laid_out(
         targets.append(target)
     positions = torch.cat([torch.arange(length) for length in lengths])
     names = tuple(f"{seed}-{index}" for index in range(len(lengths)))
-    batch = Batch(tokens, positions, torch.cat(targets), tuple(lengths), names)
+    batch = Batch(
+        tokens, positions, torch.cat(targets), tuple(lengths), names, tuple(range(len(names))), (1,) * len(names)
+    )
     return batch if device is None else batch.to(device)

@@ -16,9 +16,10 @@ from benchmarks.gpu.facts import Facts
 from benchmarks.gpu.scene import Scene, built, shape_of, shaped
 from benchmarks.profiles import profiled
 from dsft.config import Run
-from dsft.engine.assemble import DTYPES, Session, skeleton
+from dsft.engine.assemble import Session, skeleton
 from dsft.engine.budget import estimate
 from dsft.engine.parts import Part
+from dsft.engine.precision import DTYPES
 from dsft.engine.step import train_step
 from dsft.models.work import widest, work
 from dsft.objective import Batch

@@ -12,7 +12,7 @@ from dsft.objective import IGNORE, Batch
 def build_batch(
     tokens: TokenSet, rows: Sequence[int], *, silent: bool = False, places: Sequence[int] | None = None
 ) -> Batch:
-    """The examples `rows` (indices into tokens) end to end; silent: no position carries loss.
+    """The examples `rows` (indices into tokens) end to end; silent: they are not to count.
 
     places: where each stands in the order of its step; None for rows that are no part of one: their order here.
 
@@ -23,8 +23,7 @@ def build_batch(
     for row in rows:
         example, mask = tokens.example(row)  # (L,), (L,)
         target = np.full(len(example), IGNORE, dtype=np.int64)
-        if not silent:
-            target[:-1] = np.where(mask[1:], example[1:], IGNORE)
+        target[:-1] = np.where(mask[1:], example[1:], IGNORE)
         ids.append(example.astype(np.int64))
         positions.append(np.arange(len(example), dtype=np.int64))
         targets.append(target)

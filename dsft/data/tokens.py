@@ -41,6 +41,11 @@ class TokenSet:
         """Tokens per example (N,)."""
         return np.diff(self.arrays["offsets"])
 
+    @cached_property
+    def members(self) -> NDArray[np.int64]:
+        """Segments per example (N,)."""
+        return np.ones(len(self), dtype=np.int64)
+
     @property
     def supervised(self) -> NDArray[np.int64]:
         """Supervised tokens per example (N,): as many as its targets that carry loss."""

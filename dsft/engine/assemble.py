@@ -1,6 +1,6 @@
 """The order of construction: meta model -> quantize -> method -> recompute -> shard -> read weights -> optimizer."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from dsft.comm.world import World
 from dsft.config import Run
+from dsft.data.tokens import TokenSet
 from dsft.engine.apart import require_apart
 from dsft.engine.compiling import Compiler, compiler_for
 from dsft.engine.determinism import choose
@@ -17,7 +18,9 @@ from dsft.engine.dropout import Draws, keyed
 from dsft.engine.guided import Guided, guided
 from dsft.engine.masks import stream
 from dsft.engine.optimizers import factory
+from dsft.engine.precision import DTYPES, cast
 from dsft.engine.recompute import recompute
+from dsft.engine.roles import Roles
 from dsft.models import calling, scoring
 from dsft.models.anatomy import dissect
 from dsft.models.build import build_meta
@@ -25,10 +28,9 @@ from dsft.models.family import PACKS, Family
 from dsft.models.files import ModelFiles
 from dsft.models.lineage import Lineage
 from dsft.models.materialize import materialize
+from dsft.models.scorer import Scorer
 from dsft.models.values import Values, open_values
 from dsft.protocols import Anatomy, PackedLinear
-
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 @dataclass(frozen=True)
@@ -62,11 +64,22 @@ class Session:
     guided: Guided | None
     draws: Draws
     family: Family
+    roles: Roles
+
+    @property
+    def scorer(self) -> Scorer:
+        """Calls the model on a batch."""
+        return Scorer(self.module, packs=self.family.packs)
 
     @property
     def tokens_at_once(self) -> int:
         """Tokens of a micro-batch, at most; 1 where each example is a micro-batch of its own."""
         return self.run.train.micro_batch_tokens if self.family.packs else 1
+
+    def lengths(self, tokens: TokenSet, rows: Sequence[int]) -> list[int]:
+        """Tokens of each example, with those that the method puts before each of its segments."""
+        more = self.run.method.positions
+        return [int(tokens.lengths[row] + more * tokens.members[row]) for row in rows]
 
 
 def skeleton(run: Run, files: ModelFiles, family: Family = PACKS) -> Skeleton:
@@ -159,7 +172,9 @@ def assemble(run: Run, files: ModelFiles, world: World, total: int = 0, *, famil
         guided=guided(course, run.strategy, model),
         family=family,
         draws=bones.draws,
+        roles=Roles(run, module, Scorer(module, packs=family.packs), world),
     )
+    session.roles.keep()
     require_apart(session, autocast(session))
     return session
 
@@ -178,9 +193,7 @@ def _groups(run: Run, model: nn.Module) -> list[dict[str, Any]]:
 
 def autocast(session: Session) -> torch.autocast:
     """The precision of a forward pass."""
-    bf16 = session.run.train.precision == "bf16"
-    # no cache: the bf16 copies of all that trains would otherwise live until the end of backward
-    return torch.autocast(session.world.device.type, torch.bfloat16, enabled=bf16, cache_enabled=False)
+    return cast(session.run.train.precision, session.world.device)
 
 
 class seeded:  # noqa: N801  # a context, used like a function

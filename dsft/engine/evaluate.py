@@ -7,10 +7,12 @@ from typing import Any
 
 import torch
 
+from dsft.comm.devices import sent
 from dsft.data.batch import build_batch
 from dsft.data.open import Dataset
 from dsft.data.packing import plan_step
 from dsft.engine.assemble import Session, autocast
+from dsft.engine.tally import Measured, Tally, counted
 from dsft.models.attention import CACHED
 from dsft.models.attention import NAME as RAGGED
 
@@ -29,7 +31,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """values: eval/loss in nats per supervised token, eval/accuracy in [0, 1] if the data can be verified."""
+    """values: eval/loss per unit of the objective, eval/MEASURE, eval/accuracy in [0, 1] if answers can be verified."""
 
     values: dict[str, float]
     answers: list[Answer]
@@ -52,35 +54,37 @@ def evaluate(session: Session, data: Dataset, *, asked: Asked = lambda: False, p
     part: a context for each of the two parts, called with its name.
     """
     session.model.eval()
-    with torch.no_grad(), autocast(session):
-        with part("evaluation"):
-            values = {"eval/loss": _loss(session, data, asked)}
-        with part("generation"):
-            answers = _answers(session, data, asked)
+    with part("evaluation"):
+        found = _measured(session, data, asked)
+    values = {f"eval/{name}": value for name, value in found.named.items()}
+    with torch.no_grad(), autocast(session), part("generation"):
+        answers = _answers(session, data, asked)
     if answers:
         values["eval/accuracy"] = sum(answer.correct for answer in answers) / len(answers)
     return Evaluation(values, answers)
 
 
-def _loss(session: Session, data: Dataset, asked: Asked) -> float:
-    """Return the loss on data.eval in nats per supervised token. Raises StoppedError between two micro-batches."""
+def _measured(session: Session, data: Dataset, asked: Asked) -> Measured:
+    """Return loss and measures on data.eval. Raises StoppedError between two micro-batches."""
     assert data.eval is not None
     run, world = session.run, session.world
     ranks = run.strategy.data_ranks(world)
     rows = list(range(len(data.eval)))
     rows += [0] * (ranks - len(rows))  # every rank needs a row; what is repeated stays silent
-    lengths = [int(data.eval.lengths[row]) + run.method.positions for row in rows]
-    plan = plan_step(lengths, ranks, session.tokens_at_once)
-    totals = torch.zeros(2, dtype=torch.float64)
+    plan = plan_step(session.lengths(data.eval, rows), ranks, session.tokens_at_once)
+    tally = Tally(run.objective, world.device)
+    totals = torch.zeros(len(run.objective.terms) + 2, dtype=torch.float64)
     for micro in plan[world.rank % ranks]:
         if asked():
             raise StoppedError
         silent = micro.silent or micro.examples[0] >= len(data.eval)
         batch = build_batch(data.eval, [rows[i] for i in micro.examples], silent=silent)
-        sums, _ = run.objective.loss(session.module, batch.to(world.device))
-        totals += torch.stack([sums.sum().double().cpu(), run.objective.count(batch).sum()])
-    totals = world.sum(totals)
-    return float(totals[0] / totals[1])
+        (batch,) = run.objective.prepare(session.roles, [batch])
+        with torch.no_grad(), autocast(session):
+            terms, metrics = run.objective.losses(session.scorer, batch.to(world.device))
+        tally.add(terms if batch.counts else terms * 0, metrics, counts=batch.counts)
+        totals += counted(run.objective, [batch])
+    return tally.measured(world, world.sum(sent(totals, world.device)))
 
 
 def _answers(session: Session, data: Dataset, asked: Asked) -> list[Answer]:

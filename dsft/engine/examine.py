@@ -72,7 +72,7 @@ class Examiner:
         return limits.generation_s(prompts, int(held.supervised.max()) + 2, -(-prompts // ANSWERS_AT_ONCE))
 
     def _no_better(self, at: Progress) -> bool:
-        """Return True once the metric has not improved for early_stop_patience evaluations (accuracy up, else down)."""
+        """Return True once the metric has not improved for early_stop_patience evaluations."""
         train = self.session.run.train
         name = train.early_stop_metric
         if name is None or not at.evaluations:
@@ -80,7 +80,8 @@ class Examiner:
         values = at.evaluations[-1][1].values
         if name not in values:
             raise RuntimeError(f"train.early_stop_metric={name} was not measured; there are: {', '.join(values)}")
-        value = -values[name] if "accuracy" in name else values[name]
+        directions = {"accuracy": "max", **self.session.run.objective.measures}
+        value = -values[name] if directions.get(name.removeprefix("eval/")) == "max" else values[name]
         at.worse = 0 if value < at.best else at.worse + 1
         at.best = min(at.best, value)
         return at.worse >= train.early_stop_patience

@@ -10,11 +10,11 @@ from torch import Tensor
 from dsft.engine.assemble import Session, autocast
 from dsft.engine.masks import stream
 from dsft.engine.offload import offloaded
-from dsft.objective import Batch
+from dsft.objective import Batch, Metrics
 
 
-def forward(session: Session, step: int, index: int, batch: Batch) -> Tensor:
-    """The objective's terms (K,) of batch, a step's micro-batch of this index.
+def forward(session: Session, step: int, index: int, batch: Batch) -> tuple[Tensor, Metrics]:
+    """The objective's terms (K,) and metrics of batch, a step's micro-batch of this index; terms 0 if it is silent.
 
     Raises RefusedError, in the first one of a start, if other random numbers than dropout's change them.
     """
@@ -26,13 +26,14 @@ def forward(session: Session, step: int, index: int, batch: Batch) -> Tensor:
     before = [] if draws.watched else _states(world.device)
     draws.begin(step, batch, world.device)
     with autocast(session), offloaded(run.train, world.device), draws.taking():
-        terms: Tensor = run.objective.loss(session.module, there)[0]
+        terms, metrics = run.objective.losses(session.scorer, there)
     if not draws.watched:
         moved = any(not torch.equal(*pair) for pair in zip(before, _states(world.device), strict=True))
         if world.max(moved)[0]:
             _refuse_chance(session, step, there, terms)
         draws.watched = True
-    return terms
+    # A silent micro-batch goes through backward, in which ranks meet, and adds nothing.
+    return (terms if batch.counts else terms * 0), metrics
 
 
 def _states(device: torch.device) -> list[Tensor]:
@@ -48,7 +49,7 @@ def _refuse_chance(session: Session, step: int, batch: Batch, terms: Tensor) -> 
         torch.manual_seed(stream(run.train.seed, step, "others"))
         draws.begin(step, batch, world.device)
         with torch.no_grad(), autocast(session), draws.taking():
-            others, _ = run.objective.loss(session.module, batch)
+            others, _ = run.objective.losses(session.scorer, batch)
     differ = not torch.allclose(terms.detach(), others, rtol=1e-6, atol=0)
     draws.begin(step, batch, world.device)
     if world.max(differ)[0]:

@@ -98,8 +98,7 @@ def step_batches(session: Session, data: Dataset, step: int) -> tuple[list[int],
         step, seed=train.seed, num_rows=len(data.train), batch_size=train.global_batch_size, shuffle=run.data.shuffle
     )
     ranks = run.strategy.data_ranks(world)
-    lengths = [int(data.train.lengths[row]) + run.method.positions for row in rows]
-    plan = plan_step(lengths, ranks, session.tokens_at_once)
+    plan = plan_step(session.lengths(data.train, rows), ranks, session.tokens_at_once)
     mine = plan[world.rank % ranks]
     return rows, [
         build_batch(data.train, [rows[i] for i in micro.examples], silent=micro.silent, places=micro.examples)
@@ -110,7 +109,7 @@ def step_batches(session: Session, data: Dataset, step: int) -> tuple[list[int],
 def _values(session: Session, result: StepResult, scale: float) -> dict[str, float]:
     penalty = {} if math.isnan(result.penalty) else {"penalty": result.penalty}
     return {
-        "loss": result.loss,
+        **result.named,
         **penalty,
         "grad_norm": result.grad_norm,
         "lr": session.run.optim.lr * scale,

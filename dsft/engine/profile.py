@@ -11,10 +11,11 @@ from pathlib import Path
 
 import torch
 
-from dsft.engine.assemble import DTYPES, Session
+from dsft.engine.assemble import Session
 from dsft.engine.evaluate import Evaluation
 from dsft.engine.marks import marked
 from dsft.engine.parts import STEP, Part, links_of, seconds_by_part
+from dsft.engine.precision import DTYPES
 from dsft.engine.progress import Watch
 from dsft.models.work import matmul_ceiling, widest, work
 

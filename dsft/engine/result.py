@@ -12,7 +12,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dsft.checkpoint.digests import of_all, of_tensor
-from dsft.engine.assemble import DTYPES, Session
+from dsft.engine.assemble import Session
+from dsft.engine.precision import DTYPES
 from dsft.models.build import build_meta, persistent_buffers
 from dsft.models.checkpoint_values import CheckpointValues
 from dsft.models.randomness import as_published

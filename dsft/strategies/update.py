@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dsft.course import not_kept
-from dsft.strategies.whole import part_of, whole
+from dsft.strategies.whole import local, part_of, whole
 from dsft.strategy import OptimizerFactory, Shape, Strategy
 
 PARAM = "param"
@@ -237,6 +237,10 @@ class OnTensors(Strategy):
         for param, value in zip(params, new, strict=True):
             mine, part = part_of(value, param)
             mine.copy_(part)
+
+    def parts(self) -> list[Tensor]:
+        """Whole parameters, or this rank's shards."""
+        return [local(param) for param in self.update.params]
 
     def export_state(self) -> dict[str, Tensor]:
         """The live state."""

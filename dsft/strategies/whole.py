@@ -16,7 +16,7 @@ def whole(tensors: Sequence[Tensor]) -> list[Tensor]:
     group = first.device_mesh.get_group(first.device_mesh.ndim - 1)  # the last axis shards, one before it replicates
     size = dist.get_world_size(group)
     lengths = [-(-tensor.shape[0] // size) * tensor.shape[1:].numel() for tensor in tensors]
-    pieces = [_local(tensor).flatten() for tensor in tensors]
+    pieces = [local(tensor).flatten() for tensor in tensors]
     return gather(pieces, lengths, [tensor.shape for tensor in tensors], group)
 
 
@@ -48,9 +48,11 @@ def part_of(value: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
     sharded: Any = like
     shape, offsets = compute_local_shape_and_global_offset(sharded.shape, sharded.device_mesh, sharded.placements)
     ranges = tuple(slice(first, first + length) for first, length in zip(offsets, shape, strict=True))
-    return _local(like), value[ranges]
+    return local(like), value[ranges]
 
 
-def _local(tensor: Any) -> Tensor:
-    local: Tensor = tensor.detach().to_local()
-    return local
+def local(tensor: Tensor) -> Tensor:
+    """This rank's storage of a DTensor; any other tensor as it is."""
+    found: Any = tensor.detach()
+    mine: Tensor = found.to_local() if hasattr(found, "full_tensor") else found
+    return mine

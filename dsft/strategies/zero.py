@@ -163,6 +163,10 @@ class Zero(Strategy):
         self._state().restore(not_kept(state))
         self.take_keepsakes(state)
 
+    def parts(self) -> list[Tensor]:
+        """Whole values, the fp32 masters being apart; at stage 3 this rank's part of them."""
+        return [param.ds_tensor if self.stage == 3 else param.data for param in self._run.named.values()]  # type: ignore[attr-defined]
+
     values = staticmethod(zero_whole.values)
     gradients = staticmethod(zero_whole.gradients)
     add_gradients = staticmethod(zero_whole.add_gradients)

@@ -66,7 +66,7 @@ def batch_of(*lengths: int) -> Batch:
     """A micro-batch of examples of these lengths, whose tokens say nothing."""
     nothing = torch.zeros(sum(lengths), dtype=torch.int64)
     ids = tuple(map(str, range(len(lengths))))
-    return Batch(nothing, nothing, nothing, lengths, ids, tuple(range(len(lengths))))
+    return Batch(nothing, nothing, nothing, lengths, ids, tuple(range(len(lengths))), (1,) * len(lengths))
 
 
 def left_by(run_dir: Path, method: str, *words: str) -> tuple[Session, Dataset]:

@@ -15,7 +15,7 @@ def _loss(session: Session, data: Dataset) -> float:
     session.model.eval()
     batch = build_batch(data.train, [0, 1, 2])
     with torch.no_grad():
-        return float(session.run.objective.loss(session.module, batch)[0])
+        return float(session.run.objective.losses(session.scorer, batch)[0])
 
 
 @pytest.mark.parametrize("method", METHODS)

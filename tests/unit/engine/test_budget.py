@@ -64,7 +64,7 @@ def really_kept(words: list[str], rows: Path) -> int:
         return kept
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda kept: kept[0]), autocast(session):
-        terms, _ = run.objective.loss(session.module, build_batch(data.train, [0], silent=False))
+        terms, _ = run.objective.losses(session.scorer, build_batch(data.train, [0], silent=False))
     storages = [kept[0].untyped_storage() for kept in (ref() for ref in seen) if kept is not None]
     assert terms.requires_grad  # it holds them until here
     return sum({s.data_ptr(): s.nbytes() for s in storages if s.data_ptr() not in held}.values())

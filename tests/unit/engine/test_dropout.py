@@ -16,8 +16,8 @@ from dsft.engine.loop import step_batches
 from dsft.engine.step import train_step
 from dsft.models.bytes_tokenizer import byte_tokenizer
 from dsft.models.randomness import as_published, refuse, still, told, unkeyed
-from dsft.plan import make_plan
 from dsft.objective import Batch
+from dsft.plan import make_plan
 from tests.contract.sessions import batch_of, composed_of, session_of
 
 CPU = torch.device("cpu")
@@ -96,7 +96,7 @@ def dropped(batch: Batch, *, step: int = 1, name: str = "m", seed: int = 0) -> T
 def test_an_example_brings_its_masks_along() -> None:
     whole = dropped(batch_of(5, 9, 3))
     nothing = torch.zeros(9, dtype=torch.int64)
-    alone = Batch(nothing, nothing, nothing, lengths=(9,), ids=("1",), places=(1,))
+    alone = Batch(nothing, nothing, nothing, lengths=(9,), ids=("1",), places=(1,), members=(1,))
     assert torch.equal(dropped(alone), whole[:, 5:14])
     assert set(whole.unique().tolist()) == {0.0, 2.0}
     draws = draws_of()
@@ -108,8 +108,8 @@ def test_an_example_brings_its_masks_along() -> None:
         dropped(alone, step=2),
         dropped(alone, name="n"),
         dropped(alone, seed=1),
-        dropped(Batch(nothing, nothing, nothing, (9,), ("1",), (2,))),  # the same example again in the step
-        dropped(Batch(nothing, nothing, nothing, (9,), ("2",), (1,))),
+        dropped(Batch(nothing, nothing, nothing, (9,), ("1",), (2,), (1,))),  # the same example again in the step
+        dropped(Batch(nothing, nothing, nothing, (9,), ("2",), (1,), (1,))),
     ]
     for other in others:
         assert 0.35 < float((other == dropped(alone)).double().mean()) < 0.65

@@ -27,7 +27,7 @@ def gradients(words: list[str], around: Any) -> dict[str, Tensor]:
     (batch,) = step_batches(session, data, 1)[1]
     session.draws.begin(1, batch, session.world.device)
     with autocast(session), around:
-        terms, _ = run.objective.loss(session.module, batch)
+        terms, _ = run.objective.losses(session.scorer, batch)
     run.strategy.backward(terms.sum(), last=True)
     learning = {name: param.grad for name, param in session.model.named_parameters() if param.requires_grad}
     return {"loss": terms.detach(), **{name: grad for name, grad in learning.items() if grad is not None}}

@@ -1,0 +1,62 @@
+"""Roles: values of what learns, other than the policy's own, under which a model is asked for scores.
+
+A role is a copy of this rank's part of what learns, and no second model: the reference of a preference loss is the
+policy as it was before the first step, for every method and strategy.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from dsft_launchers.verdict import RefusedError
+from torch import Tensor, nn
+
+from dsft.comm.world import World
+from dsft.config import Run
+from dsft.engine.precision import cast
+from dsft.engine.tally import Measured
+from dsft.models.scorer import Scorer
+from dsft.objective import Batch
+
+START = "start"
+"""The policy before the first step of a run: made anew at each start, before a checkpoint is read."""
+
+BOUNDS = {"fp32": 1e-6, "bf16": 0.05}
+"""How far a measure that is 0 before the first update may be from it, by precision; in nats."""
+
+
+class Roles:
+    """Gives scores by the values of a role. Implements Passes of dsft/objective.py.
+
+    values: by role, this rank's part of each tensor that learns, in the order of Strategy.parts.
+    """
+
+    def __init__(self, run: Run, module: nn.Module, scorer: Scorer, world: World) -> None:
+        self.run, self.module, self.scorer, self.world = run, module, scorer, world
+        self.values: dict[str, list[Tensor]] = {}
+
+    def keep(self) -> None:
+        """Copy what learns as it is now, for each role that the objective names."""
+        if self.run.objective.roles:
+            self.values[START] = self.run.strategy.snapshot()
+
+    def score(self, role: str, batches: Sequence[Batch]) -> list[Tensor]:
+        """For each batch the scores (P,) by the values of a role, on the device, without dropout. Collective."""
+        self.module.eval()
+        with (
+            self.run.strategy.showing(self.values[role]),
+            torch.no_grad(),
+            cast(self.run.train.precision, self.world.device),
+        ):
+            return [self.scorer.score(batch.to(self.world.device)) for batch in batches]
+
+
+def require_start(run: Run, step: int, found: Measured) -> None:
+    """Require that, at step 1, measures are 0 that the objective says are. Raises RefusedError on every rank."""
+    bound = BOUNDS[run.train.precision]
+    for name in run.objective.at_start if step == 1 else ():
+        if not abs(found.measures[name]) <= bound:
+            raise RefusedError(
+                f"{name} must be 0 before the first update, as policy and reference are then the same values, got "
+                f"{found.measures[name]:.3g} (bound {bound:g}): a forward pass draws random numbers or depends on what "
+                "was computed before it; take another method or model, and tell the authors of dsft"
+            )
