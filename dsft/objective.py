@@ -20,6 +20,9 @@ Wants = Literal["text", "pair", "rated", "labelled"]
 Direction = Literal["max", "min"]
 """Which values of a measure are better."""
 
+POLICY, START = "policy", "start"
+"""Roles: what learns as it is now, and as it was before the first step of the run."""
+
 Metrics = Mapping[str, Tensor]
 """Name -> sums over a batch, of a shape that never changes, float64: (2,) is a sum and the count to divide it by."""
 
@@ -33,7 +36,8 @@ class Batch:
     must predict, or IGNORE. lengths: tokens per segment, they sum to T. ids: one per example. places: where each
     example stands in the order of its step, which may hold an example twice. members: segments per example, they sum
     to S. columns: further values by name, one per example, segment or token, as who adds them says. counts: False for
-    a micro-batch that a rank computes to keep up with the others; the engine multiplies its sums by 0.
+    a micro-batch that a rank computes to keep up with the others; the engine multiplies its sums by 0. beside: the same
+    prompts with answers to others, for an objective that asks for them.
     """
 
     tokens: Tensor
@@ -45,6 +49,7 @@ class Batch:
     members: tuple[int, ...]
     columns: Mapping[str, Tensor] = field(default_factory=dict)
     counts: bool = True
+    beside: "Batch | None" = None
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on device, in one copy (and one per column) that the host does not wait for."""
@@ -57,6 +62,11 @@ class Batch:
         # a device would have to tell the host how many there are
         vars(batch).update(supervised=supervised, answers=self.answers)
         return batch
+
+    def mismatch(self) -> "Batch":
+        """The same prompts with answers to others."""
+        assert self.beside is not None, "an objective that asks for mismatched answers must say so"
+        return self.beside
 
     def having(self, **columns: Tensor) -> "Batch":
         """The same batch with these columns beside its own."""
@@ -100,7 +110,10 @@ class Passes(Protocol):
     """Further forward passes that an objective may ask for before a step: without gradient, dropout or update."""
 
     def score(self, role: str, batches: Sequence[Batch]) -> list[Tensor]:
-        """For each batch, on the CPU, the scores (P,) of Scorer by the values of a role. Collective."""
+        """For each batch the scores (P,) of Scorer by the values of a role. Collective."""
+
+    def sum(self, value: Tensor) -> Tensor:
+        """Sum of value over all ranks. Collective."""
 
 
 class Objective(ABC):
@@ -108,8 +121,9 @@ class Objective(ABC):
 
     wants: the rows that it takes. terms: names of the K sums that losses gives. measures: names of what measured gives,
     and which values are better. compares: True if it sets forward passes beside each other, so that none may drop.
-    roles: names of the values, beside the policy's own, under which it asks Passes for scores. at_start: measures that
-    are 0 before the first update.
+    roles: names of the values, beside the policy's own, under which it asks Passes for scores. mismatched: True if it
+    asks for the same prompts with answers to others. passes: forward passes over each batch, its own among them.
+    at_start: measures that are 0 before the first update.
     """
 
     wants: ClassVar[Wants] = "text"
@@ -117,6 +131,8 @@ class Objective(ABC):
     measures: ClassVar[Mapping[str, Direction]] = {}
     compares: ClassVar[bool] = False
     roles: ClassVar[tuple[str, ...]] = ()
+    mismatched: ClassVar[bool] = False
+    passes: ClassVar[int] = 1
     at_start: ClassVar[tuple[str, ...]] = ()
 
     def prepare(self, passes: Passes, batches: Sequence[Batch]) -> Sequence[Batch]:

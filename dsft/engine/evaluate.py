@@ -1,6 +1,6 @@
 """Evaluation: loss on held-out rows, and exact match by greedy generation where the data can be verified."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +15,7 @@ from dsft.engine.assemble import Session, autocast
 from dsft.engine.tally import Measured, Tally, counted
 from dsft.models.attention import CACHED
 from dsft.models.attention import NAME as RAGGED
+from dsft.objective import Batch
 
 ANSWERS_AT_ONCE = 64
 """Prompts generated side by side on one rank."""
@@ -72,19 +73,28 @@ def _measured(session: Session, data: Dataset, asked: Asked) -> Measured:
     rows = list(range(len(data.eval)))
     rows += [0] * (ranks - len(rows))  # every rank needs a row; what is repeated stays silent
     plan = plan_step(session.lengths(data.eval, rows), ranks, session.tokens_at_once)
-    tally = Tally(run.objective, world.device)
-    totals = torch.zeros(len(run.objective.terms) + 2, dtype=torch.float64)
-    for micro in plan[world.rank % ranks]:
+
+    def stop() -> None:
         if asked():
             raise StoppedError
-        silent = micro.silent or micro.examples[0] >= len(data.eval)
-        batch = build_batch(data.eval, [rows[i] for i in micro.examples], silent=silent)
-        (batch,) = run.objective.prepare(session.roles, [batch])
-        with torch.no_grad(), autocast(session):
+
+    batches: Sequence[Batch] = [
+        build_batch(
+            data.eval,
+            [rows[i] for i in micro.examples],
+            silent=micro.silent or micro.examples[0] >= len(data.eval),
+            mismatched=run.objective.mismatched,
+        )
+        for micro in plan[world.rank % ranks]
+    ]
+    tally = Tally(run.objective, world.device)
+    with session.roles.interrupted(stop), torch.no_grad(), autocast(session):
+        batches = run.objective.prepare(session.roles, batches)
+        for batch in batches:
+            stop()
             terms, metrics = run.objective.losses(session.scorer, batch.to(world.device))
-        tally.add(terms if batch.counts else terms * 0, metrics, counts=batch.counts)
-        totals += counted(run.objective, [batch])
-    return tally.measured(world, world.sum(sent(totals, world.device)))
+            tally.add(terms if batch.counts else terms * 0, metrics, counts=batch.counts)
+    return tally.measured(world, world.sum(sent(counted(run.objective, batches), world.device)))
 
 
 def _answers(session: Session, data: Dataset, asked: Asked) -> list[Answer]:

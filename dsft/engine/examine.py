@@ -67,7 +67,8 @@ class Examiner:
         assert held is not None
         ranks = self.session.run.strategy.data_ranks(self.session.world)
         if name == "evaluation":
-            return limits.forward_s(int(held.lengths.sum()) // ranks + int(held.lengths.max()))
+            tokens = int(held.lengths.sum()) // ranks + int(held.lengths.max())
+            return limits.forward_s(tokens * self.session.run.objective.passes)
         prompts = -(-len(self.data.verifiable) // ranks)
         return limits.generation_s(prompts, int(held.supervised.max()) + 2, -(-prompts // ANSWERS_AT_ONCE))
 

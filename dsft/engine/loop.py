@@ -72,7 +72,7 @@ def _step(session: Session, data: Dataset, watch: Watch, keeper: Keeper, at: Pro
     with mark(Part.DATA):
         rows, batches = step_batches(session, data, at.step)
     settle = patience.apart(keeper.settle, "save", lambda: keeper.work_s(patience.limits.state_s))
-    with patience.limit(at.step, tokens=sum(int(data.train.lengths[row]) for row in rows)):
+    with patience.limit(at.step, tokens=int(data.train.lengths[rows].sum()) * session.run.objective.passes):
         result = train_step(session, batches, at.step, scale, settle=settle)
     with patience.limit(at.step):
         watch.step(at.step, _values(session, result, scale), [data.train.id(row) for row in rows])
@@ -101,7 +101,13 @@ def step_batches(session: Session, data: Dataset, step: int) -> tuple[list[int],
     plan = plan_step(session.lengths(data.train, rows), ranks, session.tokens_at_once)
     mine = plan[world.rank % ranks]
     return rows, [
-        build_batch(data.train, [rows[i] for i in micro.examples], silent=micro.silent, places=micro.examples)
+        build_batch(
+            data.train,
+            [rows[i] for i in micro.examples],
+            silent=micro.silent,
+            places=micro.examples,
+            mismatched=run.objective.mismatched,
+        )
         for micro in mine
     ]
 

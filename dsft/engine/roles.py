@@ -4,7 +4,8 @@ A role is a copy of this rank's part of what learns, and no second model: the re
 policy as it was before the first step, for every method and strategy.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 
 import torch
 from dsft_launchers.verdict import RefusedError
@@ -15,10 +16,7 @@ from dsft.config import Run
 from dsft.engine.precision import cast
 from dsft.engine.tally import Measured
 from dsft.models.scorer import Scorer
-from dsft.objective import Batch
-
-START = "start"
-"""The policy before the first step of a run: made anew at each start, before a checkpoint is read."""
+from dsft.objective import POLICY, START, Batch
 
 BOUNDS = {"fp32": 1e-6, "bf16": 0.05}
 """How far a measure that is 0 before the first update may be from it, by precision; in nats."""
@@ -27,27 +25,43 @@ BOUNDS = {"fp32": 1e-6, "bf16": 0.05}
 class Roles:
     """Gives scores by the values of a role. Implements Passes of dsft/objective.py.
 
-    values: by role, this rank's part of each tensor that learns, in the order of Strategy.parts.
+    values: by role, this rank's part of each tensor that learns, in the order of Strategy.parts. between: called before
+    each forward pass; what it raises ends the passes.
     """
 
     def __init__(self, run: Run, module: nn.Module, scorer: Scorer, world: World) -> None:
         self.run, self.module, self.scorer, self.world = run, module, scorer, world
         self.values: dict[str, list[Tensor]] = {}
+        self.between: Callable[[], None] = lambda: None
 
     def keep(self) -> None:
-        """Copy what learns as it is now, for each role that the objective names."""
-        if self.run.objective.roles:
+        """Copy what learns as it is now, if the objective names the role: before a step, and before a checkpoint."""
+        if START in self.run.objective.roles:
             self.values[START] = self.run.strategy.snapshot()
 
     def score(self, role: str, batches: Sequence[Batch]) -> list[Tensor]:
         """For each batch the scores (P,) by the values of a role, on the device, without dropout. Collective."""
         self.module.eval()
-        with (
-            self.run.strategy.showing(self.values[role]),
-            torch.no_grad(),
-            cast(self.run.train.precision, self.world.device),
-        ):
-            return [self.scorer.score(batch.to(self.world.device)) for batch in batches]
+        shown = nullcontext() if role == POLICY else self.run.strategy.showing(self.values[role])
+        with shown, torch.no_grad(), cast(self.run.train.precision, self.world.device):
+            return [self._score(batch) for batch in batches]
+
+    def _score(self, batch: Batch) -> Tensor:
+        self.between()
+        return self.scorer.score(batch.to(self.world.device))
+
+    def sum(self, value: Tensor) -> Tensor:
+        """Sum of value over all ranks. Collective."""
+        return self.world.sum(value)
+
+    @contextmanager
+    def interrupted(self, between: Callable[[], None]) -> Iterator[None]:
+        """Within it, between is called before each forward pass."""
+        self.between = between
+        try:
+            yield
+        finally:
+            self.between = lambda: None
 
 
 def require_start(run: Run, step: int, found: Measured) -> None:

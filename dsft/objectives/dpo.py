@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dsft.objective import PREFERRED, Batch, Direction, Metrics, Objective, Passes, Scorer, preferred
+from dsft.objective import PREFERRED, START, Batch, Direction, Metrics, Objective, Passes, Scorer, preferred
 
 Loss = Literal["sigmoid", "ipo", "hinge"]
 """Values of objective.loss."""
@@ -30,7 +30,8 @@ class DPO(Objective):
     wants = "pair"
     measures = MEASURES
     compares = True
-    roles = ("start",)
+    roles = (START,)
+    passes = 2
     at_start = (GAP,)
 
     beta: float
@@ -53,7 +54,7 @@ class DPO(Objective):
 
     def prepare(self, passes: Passes, batches: Sequence[Batch]) -> Sequence[Batch]:
         """Add the column reference (S,): log pi_ref of each answer."""
-        scores = passes.score("start", batches)
+        scores = passes.score(START, batches)
         return [batch.having(reference=-batch.by_segment(score)) for batch, score in zip(batches, scores, strict=True)]
 
     def count(self, batch: Batch) -> Tensor:
