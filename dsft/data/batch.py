@@ -16,18 +16,22 @@ def build_batch(
 
     places: where each stands in the order of its step; None for rows that are no part of one: their order here.
 
-    targets[t] is token t + 1 of the same example where that token is supervised, else IGNORE; so the last position of
-    an example is always IGNORE, and positions restart at 0 with each.
+    targets[t] is token t + 1 of the same segment where that token is supervised, else IGNORE; so the last position of
+    a segment is always IGNORE, and positions restart at 0 with each. columns: those of the set, one value per example;
+    label int64, the others float64.
     """
     ids, positions, targets = [], [], []
-    for row in rows:
-        example, mask = tokens.example(row)  # (L,), (L,)
-        target = np.full(len(example), IGNORE, dtype=np.int64)
+    for segment, mask in (part for row in rows for part in tokens.segments(row)):  # (L,), (L,)
+        target = np.full(len(segment), IGNORE, dtype=np.int64)
         if not silent:
-            target[:-1] = np.where(mask[1:], example[1:], IGNORE)
-        ids.append(example.astype(np.int64))
-        positions.append(np.arange(len(example), dtype=np.int64))
+            target[:-1] = np.where(mask[1:], segment[1:], IGNORE)
+        ids.append(segment.astype(np.int64))
+        positions.append(np.arange(len(segment), dtype=np.int64))
         targets.append(target)
+    chosen = list(rows)
+    columns = {name: torch.from_numpy(values[chosen]) for name, values in tokens.columns.items()}
+    if "label" in columns:
+        columns["label"] = columns["label"].long()
     return Batch(
         tokens=torch.from_numpy(np.concatenate(ids)),
         positions=torch.from_numpy(np.concatenate(positions)),
@@ -35,6 +39,7 @@ def build_batch(
         lengths=tuple(map(len, ids)),
         ids=tuple(tokens.id(row) for row in rows),
         places=tuple(range(len(rows)) if places is None else places),
-        members=(1,) * len(rows),
+        members=tuple(tokens.members[chosen].tolist()),
+        columns=columns,
         counts=not silent,
     )
