@@ -249,14 +249,12 @@ def find(
     chat template was told at the run's first start.
     """
     from dsft.comm.hello import require_same
-    from dsft.data.open import open_data
+    from dsft.data.open import open_for
 
     require_code_on_ranks(run.model, known, world)
     files, day = run.model.resolve(), known.get("template_date")
     seen = None if world.local_rank == 0 else world.barrier  # one rank of each node compares all tokens
-    data = open_data(
-        run.data, files.tokenizer(), max_length=run.train.max_length, seed=run.train.seed, day=day, after=seen
-    )
+    data = open_for(run, files.tokenizer(), day=day, after=seen)
     if world.local_rank == 0:
         world.barrier()
     if world.size > 1:

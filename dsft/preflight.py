@@ -36,7 +36,7 @@ def preflight(composed: Composed) -> dict[str, Any] | None:
     run.model.check()
     for tracker in run.tracker.values():
         tracker.check()
-    run.data.check()
+    run.data.check(run.objective.wants)
     if not done:
         _check_torch(composed)
     provenance = {} if anew else folder.provenance(run_dir)
@@ -127,7 +127,7 @@ def rehearse(composed: Composed) -> list[str]:
     for tracker in run.tracker.values():
         tracker.check()
     with _noted(unchecked, "the data"):
-        run.data.check()
+        run.data.check(run.objective.wants)
     with _noted(unchecked, "the model's weights and tokenizer"):
         run.model.check()
         files = run.model.resolve()
@@ -176,10 +176,10 @@ def _noted(unchecked: list[str], what: str) -> Iterator[None]:
 
 def _open(run: Run, files: "ModelFiles", tokenizer: Any, day: str | None = None) -> "Dataset":
     """The data, tokenised and found to fit model, metric and method."""
-    from dsft.data.open import open_data
+    from dsft.data.open import open_for
     from dsft.data.order import total_steps
 
-    data = open_data(run.data, tokenizer, max_length=run.train.max_length, seed=run.train.seed, day=day)
+    data = open_for(run, tokenizer, day=day)
     _check_fit(run, files, data)
     run.method.check(total_steps(run.train, len(data.train)))
     return data
@@ -191,7 +191,7 @@ def _check_fit(run: Run, files: "ModelFiles", data: "Dataset") -> None:
 
     check_positions(run, files)
     _check_vocabulary(files, data)
-    shape, longest = files.config, int(data.train.lengths.max())
+    shape, longest = files.config, data.train.longest
     reach, before = getattr(shape, "max_position_embeddings", None), run.method.positions
     if reach is not None and longest + before > reach:
         taken = f" less {before} that the method takes" if before else ""

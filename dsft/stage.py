@@ -55,9 +55,9 @@ def stage(run: Run) -> None:
     Raises ValueError for what cannot be had or read.
     """
     run.model.check()
-    run.data.check()
+    run.data.check(run.objective.wants)
     from dsft.data.cache import cache_root
-    from dsft.data.open import open_data
+    from dsft.data.open import open_for
     from dsft.examined import family_of
 
     hub, datasets = _hugging_face()
@@ -66,7 +66,7 @@ def stage(run: Run) -> None:
     tokenizer = files.tokenizer()
     stock.tell("model", [files.folder or hub / f"models--{files.name_or_path.replace('/', '--')}"])
     family_of(files)  # remembered, so that a job's nodes need not examine the model
-    data = open_data(run.data, tokenizer, max_length=run.train.max_length, seed=run.train.seed)
+    data = open_for(run, tokenizer)
     stock.tell("data", [*hub.glob("datasets--*"), *datasets.glob("*")])
     stock.tell("tokens", [data.train.folder.parent])
     if files.folder is not None:

@@ -1,7 +1,7 @@
 """What became of the rows, and what the mask of one of them looks like."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 
 from dsft_launchers.shown import shown
 from rich.console import Console
@@ -18,14 +18,15 @@ MARGIN = "| "
 
 @dataclass(frozen=True, kw_only=True)
 class Counts:
-    """The counts of one set's rows: rows = kept + duplicates + over_long + zero_mask + bad.
+    """The counts of one set's rows: rows = kept + duplicates + over_long + zero_mask + bad + those with a default.
 
     duplicates: rows dropped because an earlier one has the same tokens and mask; over_long: dropped, longer than
     max_length; zero_mask: dropped, nothing in them but ends of turns is supervised; bad: left out because they could
     not be read or rendered. truncated: kept rows whose supervised part does not end with a special token, so that
     nothing teaches the model to stop. tokens, supervised: of the kept rows. shortest: tokens of the shortest row, kept
     or not; of one that was too long to be tokenised, what it has at least. empty_turns: supervised turns of the kept
-    rows that render to nothing but their end.
+    rows that render to nothing but their end. equal_sides: pairs dropped because both answers are the same tokens;
+    empty_sides: because nothing in one of their answers is supervised but ends of turns.
     """
 
     rows: int
@@ -39,11 +40,18 @@ class Counts:
     shortest: int
     bad: int
     empty_turns: int
+    equal_sides: int = 0
+    empty_sides: int = 0
 
     @property
     def share(self) -> float:
         """Supervised tokens of all tokens, 0..1."""
         return self.supervised / self.tokens if self.tokens else 0.0
+
+    def stored(self) -> dict[str, int]:
+        """The counts for a file: those that only some kinds of rows have where they are not 0."""
+        some = {field.name for field in fields(self) if field.default == 0}
+        return {name: count for name, count in asdict(self).items() if count or name not in some}
 
     def check(self, what: str, max_length: int, first_bad: str) -> None:
         """Raise ValueError if no row is left to use. what names the set; first_bad: the first bad row's reason."""
@@ -58,7 +66,12 @@ class Counts:
                 f"train.max_length must be at least {self.shortest} for a row of {what} to fit, got {max_length}; "
                 f"all {self.over_long} rows are longer: raise it or shorten the rows"
             )
-        if self.supervised == 0:
+        if self.kept == 0 and self.equal_sides + self.empty_sides:
+            raise ValueError(
+                f"{what} must hold a pair of two different answers, got {self.equal_sides} pairs with two equal and "
+                f"{self.empty_sides} with an empty one; correct the rows"
+            )
+        if self.kept == 0:
             raise ValueError(
                 f"{what} must supervise at least one token, got a loss mask of zeros in all {self.rows} rows, "
                 "ends of turns aside; "
@@ -71,6 +84,8 @@ class Counts:
             "bad": self.bad,
             "over-long": self.over_long,
             "without a supervised token": self.zero_mask,
+            "with two equal answers": self.equal_sides,
+            "with an empty answer": self.empty_sides,
             "duplicates" if self.duplicates > 1 else "duplicate": self.duplicates,
         }
         why = ", ".join(f"{count} {name}" for name, count in dropped.items() if count)
@@ -104,7 +119,7 @@ class Audit:
         if self.eval is not None:
             lines.append(f"eval: {self.eval.line()}, {self.overlap} also in train")
         sets = [counts for counts in (self.train, self.eval) if counts is not None]
-        if any(counts.bad or counts.over_long or counts.zero_mask for counts in sets):
+        if any(counts.rows > counts.kept + counts.duplicates for counts in sets):
             lines.append(f"rows that are not learned from, and why: {NAME} in the run folder (duplicates aside)")
         if empty := sum(counts.empty_turns for counts in sets):
             turns = "supervised turn renders" if empty == 1 else "supervised turns render"

@@ -4,36 +4,61 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from torch import Tensor
 
 from dsft.data.tokens import TokenSet
 from dsft.objective import IGNORE, Batch
 
+Segment = tuple[NDArray[np.int32], NDArray[np.bool_]]
+"""Tokens (L,) and mask (L,), True where one is supervised."""
+
 
 def build_batch(
-    tokens: TokenSet, rows: Sequence[int], *, silent: bool = False, places: Sequence[int] | None = None
+    tokens: TokenSet,
+    rows: Sequence[int],
+    *,
+    silent: bool = False,
+    places: Sequence[int] | None = None,
+    mismatched: bool = False,
 ) -> Batch:
     """The examples `rows` (indices into tokens) end to end; silent: they are not to count.
 
     places: where each stands in the order of its step; None for rows that are no part of one: their order here.
+    mismatched: with a batch beside it, of the same prompts with answers to others (see TokenSet.mismatch).
 
-    targets[t] is token t + 1 of the same example where that token is supervised, else IGNORE; so the last position of
-    an example is always IGNORE, and positions restart at 0 with each.
+    targets[t] is token t + 1 of the same segment where that token is supervised, else IGNORE; so the last position of
+    a segment is always IGNORE, and positions restart at 0 with each. columns: those of the set, one value per example;
+    label int64, the others float64.
     """
-    ids, positions, targets = [], [], []
-    for row in rows:
-        example, mask = tokens.example(row)  # (L,), (L,)
-        target = np.full(len(example), IGNORE, dtype=np.int64)
-        target[:-1] = np.where(mask[1:], example[1:], IGNORE)
-        ids.append(example.astype(np.int64))
-        positions.append(np.arange(len(example), dtype=np.int64))
-        targets.append(target)
+    chosen = list(rows)
+    ids = tuple(tokens.id(row) for row in rows)
+    at = tuple(range(len(rows)) if places is None else places)
+    columns = {name: torch.from_numpy(values[chosen]) for name, values in tokens.columns.items()}
+    if "label" in columns:
+        columns["label"] = columns["label"].long()
+    beside = None
+    if mismatched:
+        others = [tokens.mismatch(row) for row in rows]
+        beside = Batch(*_laid_out(others), ids=ids, places=at, members=(1,) * len(rows), counts=not silent)
+    parts = [part for row in rows for part in tokens.segments(row)]
+    members = tuple(tokens.members[chosen].tolist())
     return Batch(
-        tokens=torch.from_numpy(np.concatenate(ids)),
-        positions=torch.from_numpy(np.concatenate(positions)),
-        targets=torch.from_numpy(np.concatenate(targets)),
-        lengths=tuple(map(len, ids)),
-        ids=tuple(tokens.id(row) for row in rows),
-        places=tuple(range(len(rows)) if places is None else places),
-        members=(1,) * len(rows),
-        counts=not silent,
+        *_laid_out(parts), ids=ids, places=at, members=members, columns=columns, counts=not silent, beside=beside
+    )
+
+
+def _laid_out(segments: Sequence[Segment]) -> tuple[Tensor, Tensor, Tensor, tuple[int, ...]]:
+    """Tokens, positions and targets (T,) of segments end to end, and their lengths."""
+    targets = []
+    for tokens, mask in segments:
+        target = np.full(len(tokens), IGNORE, dtype=np.int64)
+        target[:-1] = np.where(mask[1:], tokens[1:], IGNORE)
+        targets.append(target)
+    lengths = tuple(len(tokens) for tokens, _ in segments)
+    return (
+        torch.from_numpy(np.concatenate([tokens for tokens, _ in segments]).astype(np.int64)),
+        torch.from_numpy(np.concatenate([np.arange(length) for length in lengths])),
+        torch.from_numpy(np.concatenate(targets)),
+        lengths,
     )

@@ -19,34 +19,17 @@ from datetime import date
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from dsft.data.encoded import Encoded
 from dsft.data.length import LengthBound, OverLong, portions
 from dsft.data.marks import CannotRenderError, Span
-from dsft.data.masks import Ids, Mask, Pair, TokenKinds, Turn, runs_of
+from dsft.data.masks import Mask, Pair, TokenKinds, Turn, runs_of
 from dsft.data.source import BadRow, Sample
 from dsft.data.spans import Conversation
 from dsft.data.templates import ChatTemplate, one_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-
-@dataclass(frozen=True, slots=True)
-class Encoded:
-    """tokens (L,) int32; mask (L,) bool, True = supervised; prompt: tokens before the last assistant turn's first.
-
-    empty_turns: supervised turns that the template renders to nothing but their end. asked: the prompt as the
-    tokenizer writes it for a model that is to answer, where that is not the row's first tokens: a token across the
-    border holds some of the answer, or the template writes a turn that was answered otherwise. Known only for samples
-    whose answers can be judged.
-    """
-
-    tokens: Ids
-    mask: NDArray[np.bool_]
-    prompt: int
-    empty_turns: int = 0
-    asked: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,8 +90,8 @@ class Encoder:
         chats: list[tuple[int, _Rendered]] = []
         plains: list[tuple[int, tuple[str, str]]] = []
         for index, sample in enumerate(samples):
-            if self.plain_template is None or not sample.messages:
-                halves = self._plain(sample)
+            if self.template_of(sample) is None:
+                halves = self.plain(sample)
                 results[index] = self._over("".join(halves))
                 if results[index] is None:
                     plains.append((index, halves))
@@ -119,10 +102,10 @@ class Encoder:
             else:
                 chats.append((index, rendered))
         texts = [rendered.talk.full for _, rendered in chats]
-        for (index, rendered), pair in zip(chats, self._tokenize(texts, special=False), strict=True):
+        for (index, rendered), pair in zip(chats, self.tokenize(texts, special=False), strict=True):
             results[index] = self._chat(samples[index], rendered, pair)
         texts = [given + learned for _, (given, learned) in plains]
-        for (index, halves), pair in zip(plains, self._tokenize(texts, special=True), strict=True):
+        for (index, halves), pair in zip(plains, self.tokenize(texts, special=True), strict=True):
             results[index] = self._text(samples[index], halves, pair)
         assert None not in results
         return [each for each in results if each is not None]
@@ -143,12 +126,16 @@ class Encoder:
             ) from None
         return ChatTemplate(self.tokenizer, source, self.day)
 
+    def template_of(self, sample: Sample) -> ChatTemplate | None:
+        """The template that writes the sample; None for plain text, and where the tokenizer has none."""
+        return None if not sample.messages else self.tools_template if sample.tools else self.plain_template
+
     def _over(self, text: str) -> OverLong | None:
         return None if self.max_length is None else self.bound.over(text, self.max_length)
 
     def _render(self, sample: Sample) -> _Rendered | OverLong | BadRow:
         """The whole conversation as text and its turns' characters, or why there is none."""
-        template = self.tools_template if sample.tools else self.plain_template
+        template = self.template_of(sample)
         assert template is not None
         if sample.tools and not template.reads_tools:
             return _bad(sample, "offer no tools to a chat template that does not read them", f"{len(sample.tools)}",
@@ -163,6 +150,8 @@ class Encoder:
             return _bad(sample, "fit the model's chat template", f"its refusal: {error}", "drop the row")
         if over := self._over(talk.full):
             return over
+        if sample.silent and sample.entry is None:
+            return _Rendered(talk)
         turn = 0
         try:
             asked = talk.before(turns[-1]) if turns and sample.entry is not None else None
@@ -203,7 +192,7 @@ class Encoder:
         encoded = Encoded(tokens, mask, prompt, empty)
         if rendered.asked is None:
             return encoded
-        (given,) = self._tokenize([rendered.asked], special=False)
+        (given,) = self.tokenize([rendered.asked], special=False)
         if isinstance(given, str):
             return _untokenised(sample, given)
         asked = given[0]
@@ -219,15 +208,20 @@ class Encoder:
             )
         if isinstance(pair, str):
             return _untokenised(sample, pair)
-        (given, learned), (tokens, offsets) = halves, pair
-        if len(tokens) and tokens[-1] == eos:
-            tokens, offsets = tokens[:-1], offsets[:-1]
+        (given, learned), (tokens, offsets) = halves, self.opened(pair)
         span = len(given), len(given) + len(learned)
         first = self.kinds.covered(given + learned, (tokens, offsets), span)[0] if given else 0
         tokens = np.append(tokens, np.int32(eos))
-        return Encoded(tokens, np.arange(len(tokens)) >= max(first, 1), first)
+        return Encoded(tokens, (np.arange(len(tokens)) >= max(first, 1)) & (not sample.silent), first)
 
-    def _plain(self, sample: Sample) -> tuple[str, str]:
+    def opened(self, pair: Pair) -> Pair:
+        """The pair without the end of text that some tokenizers write themselves."""
+        tokens, offsets = pair
+        ended = len(tokens) > 0 and tokens[-1] == self.tokenizer.eos_token_id
+        return (tokens[:-1], offsets[:-1]) if ended else pair
+
+    def plain(self, sample: Sample) -> tuple[str, str]:
+        """What is given and what is learned of a sample without a chat template. Raises ValueError if it needs one."""
         if sample.plain is None:
             what = "a system message" if len(sample.messages) == 3 else "conversations"
             raise ValueError(
@@ -235,7 +229,7 @@ class Encoder:
             )
         return sample.plain
 
-    def _tokenize(self, texts: list[str], *, special: bool) -> list[Pair | str]:
+    def tokenize(self, texts: list[str], *, special: bool) -> list[Pair | str]:
         """Per text its tokens (L,) and their characters (L, 2), or why the tokenizer cannot read it."""
         found: list[Pair | str] = []
         for part in portions(texts):

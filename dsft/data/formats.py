@@ -1,19 +1,24 @@
 """From columns to samples: which format a row is in, and what of it is given, learned and right."""
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from dsft.data.json_rows import row_list
-from dsft.data.layouts import LAYOUTS, OPTIONAL, TURNS, Layout, Read
+from dsft.data.kinds import KINDS, other_kind
+from dsft.data.layouts import LAYOUTS, OPTIONAL, TURNS, Layout
 from dsft.data.meaning import BESIDE_ONE_PROMPT, COLUMNS, refuse_unread
+from dsft.data.preference import Side
 from dsft.data.records import Record, RowError, field_names, kind
 from dsft.data.source import BadRow, OnBadRow, Sample
-from dsft.data.turns import json_text, only_last, read_tools
+from dsft.data.turns import Turns, json_text, only_last, read_tools
+
+if TYPE_CHECKING:
+    from dsft.objective import Wants
 
 Name = Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "question_answer", "preference", "text"]
-"""Values of data.format; auto = the first of them, in this order, whose columns the first row has."""
+"""Values of data.format; auto = the first of those that the objective takes whose columns the first row has."""
 
 TrainOn = Literal["all", "last"]
 """Values of data.train_on: which assistant turns are supervised, as far as the row's own marks let them be."""
@@ -43,7 +48,7 @@ class Columns:
             raise ValueError(f"data.train_on must be all or last, got {self.train_on}")
         if self.on_bad_row not in get_args(OnBadRow):
             raise ValueError(f"data.on_bad_row must be stop or skip, got {self.on_bad_row}")
-        known = sorted({column for layout in LAYOUTS.values() for column in (*layout.columns, *layout.optional)})
+        known = sorted({column for layout in LAYOUTS.values() for column in layout.names})
         for name, column in self.fields.items():
             if name not in known:
                 raise ValueError(
@@ -63,12 +68,13 @@ class Columns:
         return found | ({"ignore": sorted(self.ignore)} if self.ignore else {})
 
     def samples(
-        self, records: Iterable[Record], source: str, *, path: str, elsewhere: Iterable[Record] = ()
+        self, records: Iterable[Record], source: str, *, wants: "Wants", path: str, elsewhere: Iterable[Record] = ()
     ) -> Iterator[Sample | BadRow]:
         """A sample per record of path, a BadRow where it does not fit the format.
 
-        elsewhere: further records, in which a name of data.ignore may stand that none of these has. Raises ValueError
-        for what no other row could mend: no row at all, a key that does not go with the format.
+        wants: the kind of rows that the objective takes. elsewhere: further records, in which a name of data.ignore may
+        stand that none of these has. Raises ValueError for what no other row could mend: no row at all, rows of another
+        kind, a key that does not go with the format.
         """
         plan: _Plan | None = None
         idle, rows, absent = set(self.ignore), 0, {self._renamed[name] for name in self._renamed.keys() & OPTIONAL}
@@ -79,7 +85,7 @@ class Columns:
                 values = self._values(record)
                 if idle:
                     idle -= set(record.values) | _turn_keys(values)
-                plan = plan or _Plan(self._layout(values, record.place), self._renamed, self.ignore)
+                plan = plan or _Plan(self._layout(values, record.place, wants), self._renamed, self.ignore)
                 item = self._sample(record, values, plan, source)
             except RowError as error:
                 hint = _SKIP if self.on_bad_row == "stop" else ""
@@ -105,21 +111,28 @@ class Columns:
         refuse_unread(record.values, plan.known, place, read=plan.allowed, what="column")
         found = layout.read(values, place, plan.ignore)
         tools = read_tools(values["tools"], place) if "tools" in layout.optional and "tools" in values else None
-        turns, plain = self._with_system(found, values if "system" in layout.optional else {}, place)
-        turns = only_last(turns) if self.train_on == "last" else turns
+        sides = found.sides or [Side(found.turns, found.plain)]
+        system = values.get("system") if "system" in layout.optional else None
+        samples = [self._side(self._with_system(side, system, place), record, source, tools) for side in sides]
+        rejected = samples[1] if len(samples) > 1 else None
+        unread = plan.unread(tuple(record.values))
+        return replace(samples[0], rejected=rejected, columns=found.columns, unread=unread)
+
+    def _side(self, side: Side, record: Record, source: str, tools: tuple[Any, ...] | None) -> Sample:
+        turns = only_last(side.turns) if self.train_on == "last" else side.turns
         roles = [message["role"] for message in turns.messages]
         answers = [message["content"] for message in turns.messages if message["role"] == "assistant"]
         return Sample(
             source=source,
             row=record.row,
-            place=place,
+            place=record.place,
             messages=turns.messages,
-            plain=None if tools else plain,
+            plain=None if tools else side.plain,
             reference=answers[-1] if answers else "",
             entry={} if self.verify == "exact" else None,
             learned=None if turns.learned == tuple(role == "assistant" for role in roles) else turns.learned,
             tools=tools,
-            unread=plan.unread(tuple(record.values)),
+            prompt=side.prompt,
         )
 
     @cached_property
@@ -145,34 +158,32 @@ class Columns:
                 values[name] = json_text(values[name], record.place, name)
         return values
 
-    def _layout(self, values: Mapping[str, Any], place: str) -> Layout:
-        name = self.format
-        if name == "auto":
-            fitting = (name for name, layout in LAYOUTS.items() if layout.fits(values, self._renamed))
-            name = next(fitting, "auto")  # type: ignore[arg-type]
-        elif idle := sorted(set(self._renamed) - {*LAYOUTS[name].columns, *LAYOUTS[name].optional}):
-            raise ValueError(f"data.fields must rename fields of the format {name}, got {idle[0]}; unset it")
-        if name == "auto":
-            raise RowError(_unknown(values, place))
-        if name == "preference":
-            way = "data.format=prompt_completion data.fields={completion: chosen}"
-            if isinstance(values["chosen"], list):
-                way = "data.format=messages data.fields={messages: chosen}"
-            raise ValueError(
-                f"data must be examples of one answer, got preference pairs (chosen, rejected) at {place}; "
-                f"to learn the chosen answers set {way}"
-            )
-        left = {"system": (self.system, None), "verify": (self.verify, "none"), "train_on": (self.train_on, "all")}
-        for key, (value, default) in left.items() if name == "text" else ():
+    def _layout(self, values: Mapping[str, Any], place: str, wants: "Wants") -> Layout:
+        """The format of the rows, told by the first of them or by data.format. Raises ValueError if it is none."""
+        if self.format != "auto":
+            found = LAYOUTS[self.format]
+            if idle := sorted(set(self._renamed) - set(found.names)):
+                raise ValueError(f"data.fields must rename fields of the format {self.format}, got {idle[0]}; unset it")
+        else:
+            fitting = [layout for layout in LAYOUTS.values() if layout.fits(values, self._renamed)]
+            if not fitting:
+                raise RowError(_unknown(values, place, wants))
+            found = next((layout for layout in fitting if layout.wants == wants), fitting[-1])
+        if found.wants != wants:
+            raise other_kind(wants, found.wants, f"at {place}", _one_side(values) if wants == "text" else "")
+        left: dict[str, tuple[Any, Any]] = {"verify": (self.verify, "none")} if wants != "text" else {}
+        if found is LAYOUTS["text"]:
+            left = {"system": (self.system, None), "verify": (self.verify, "none"), "train_on": (self.train_on, "all")}
+        what = "plain text" if wants == "text" else KINDS[wants].rows
+        for key, (value, default) in left.items():
             if value != default:
                 shown = "null" if default is None else default
-                raise ValueError(f"data.{key} must be {shown} for plain text, as {place} is, got {value}; unset it")
-        return LAYOUTS[name]
+                raise ValueError(f"data.{key} must be {shown} for {what}, as {place} is, got {value}; unset it")
+        return found
 
-    def _with_system(self, found: Read, values: Mapping[str, Any], place: str) -> Read:
-        """The row with its own system turn, that of its column system, or that of data.system, in this order."""
-        (messages, learned), plain = found
-        given = values.get("system")
+    def _with_system(self, side: Side, given: Any, place: str) -> Side:
+        """The side with its own system turn, that of its column system, or that of data.system, in this order."""
+        messages, learned = side.turns
         if given is not None and not isinstance(given, str):
             raise RowError(f"{place} must have text in the field system, got {kind(given)}; correct the row")
         own = messages[0]["content"] if messages and messages[0]["role"] in ("system", "developer") else None
@@ -183,11 +194,14 @@ class Columns:
             )
         text = given or self.system
         if own is not None or text is None:
-            return Read(found.turns, plain)
-        turns = found.turns._replace(
-            messages=({"role": "system", "content": text}, *messages), learned=(False, *learned)
-        )
-        return Read(turns, None)
+            return side
+        if not messages:
+            raise RowError(
+                f"{place} must have turns, or a prompt of its own, for a system message to stand before, got text "
+                "alone; unset data.system, or set data.ignore=[system]"
+            )
+        turns = Turns(({"role": "system", "content": text}, *messages), (False, *learned))
+        return Side(turns, None, side.prompt + 1)
 
 
 class _Plan:
@@ -195,7 +209,7 @@ class _Plan:
 
     def __init__(self, layout: Layout, renamed: Mapping[str, str], ignore: Iterable[str]) -> None:
         self.layout, self.ignore = layout, frozenset(ignore)
-        self.taken = {renamed.get(name, name) for name in (*layout.columns, *layout.optional)}
+        self.taken = {renamed.get(name, name) for name in layout.names}
         chosen = {"rejected"} if "chosen" in self.taken else set()  # who reads the one leaves the other on purpose
         self.allowed = self.taken | self.ignore | chosen
         self.known = COLUMNS if layout.columns in TURNS else {**COLUMNS, **BESIDE_ONE_PROMPT}
@@ -213,8 +227,19 @@ def _turn_keys(values: Mapping[str, Any]) -> set[str]:
     return {key for value in lists for turn in value if isinstance(turn, dict) for key in turn}
 
 
-def _unknown(values: Mapping[str, Any], place: str) -> str:
-    wanted = ", ".join("+".join(layout.columns) for layout in LAYOUTS.values())
+def _one_side(values: Mapping[str, Any]) -> str:
+    """How the chosen answers of preference rows are read alone; empty for other rows."""
+    if "chosen" not in values:
+        return ""
+    way = "data.format=prompt_completion data.fields={completion: chosen}"
+    if isinstance(values["chosen"], list):
+        way = "data.format=messages data.fields={messages: chosen}"
+    return f"to learn the chosen answers alone set {way}"
+
+
+def _unknown(values: Mapping[str, Any], place: str, wants: "Wants") -> str:
+    layouts = [layout for layout in LAYOUTS.values() if layout.wants == wants]
+    wanted = ", ".join("+".join((*layout.columns, *layout.either[:1])) for layout in layouts)
     below, way = row_list(dict(values)), "set data.fields"
     if below and {"role", "from"} & values[below][0].keys():
         way = f"if {below} holds the turns, set data.fields.messages={below}"

@@ -5,12 +5,15 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from dsft.data import disk, formats
 from dsft.data.records import Record, table_values
 from dsft.data.source import BadRow, OnBadRow, Sample, check_shared, score_exact
 from dsft.offline import STAGE, AbsentError, unplugged
+
+if TYPE_CHECKING:
+    from dsft.objective import Wants
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +47,7 @@ class HuggingFace:
             )
         self._columns()
 
-    def check(self) -> None:
+    def check(self, wants: "Wants" = "text") -> None:
         """Raise ValueError if the datasets library is not installed or path names a folder that is not there."""
         if find_spec("datasets") is None:
             raise ValueError("data=hf must have the datasets library, got none; pip install 'dsft[hf]'")
@@ -63,13 +66,13 @@ class HuggingFace:
             **({} if self.dedup else {"dedup": False}),
         }
 
-    def rows(self) -> Iterator[Sample | BadRow]:
+    def rows(self, wants: "Wants" = "text") -> Iterator[Sample | BadRow]:
         """Samples of split; ids are id:row."""
-        return self._read(self.split)
+        return self._read(self.split, wants)
 
-    def eval_rows(self) -> Iterator[Sample | BadRow] | None:
+    def eval_rows(self, wants: "Wants" = "text") -> Iterator[Sample | BadRow] | None:
         """Samples of eval_split, if there is one; ids are id.split:row."""
-        return self._read(self.eval_split) if self.eval_split else None
+        return self._read(self.eval_split, wants) if self.eval_split else None
 
     def skips(self, bad: BadRow) -> bool:
         """True with data.on_bad_row=skip."""
@@ -106,11 +109,12 @@ class HuggingFace:
             kind, way_out = (AbsentError, f"; {STAGE}") if absent else (ValueError, "")
             raise kind(f"data.path must be a dataset that loads, got {wanted}; {reason}{way_out}") from None
 
-    def _read(self, split: str) -> Iterator[Sample | BadRow]:
+    def _read(self, split: str, wants: "Wants") -> Iterator[Sample | BadRow]:
         splits = [each for each in (self.split, self.eval_split) if each and each != split]
         others = (record for each in splits for record in self._records(each))
         columns, path = self._columns(), f"{self.path}, split {split}"
-        return columns.samples(self._records(split), self._source(split), path=path, elsewhere=others)
+        records, source = self._records(split), self._source(split)
+        return columns.samples(records, source, wants=wants, path=path, elsewhere=others)
 
     def _records(self, split: str) -> Iterator[Record]:
         source = self._source(split)

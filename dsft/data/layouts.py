@@ -1,30 +1,51 @@
 """The formats of rows: which columns each has, and how they become turns or text."""
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from dsft.data.numbers import finite
+from dsft.data.preference import PROMPTS, Side, read_sides
 from dsft.data.records import RowError, field_names, kind
 from dsft.data.turns import Turns, concatenated, exchange, json_text, read_turns
 
+if TYPE_CHECKING:
+    from dsft.objective import Wants
+
 
 class Read(NamedTuple):
-    """What a row says. plain: (given, learned) for a tokenizer without a chat template, None if it cannot be."""
+    """What a row says. plain: (given, learned) for a tokenizer without a chat template, None if it cannot be.
+
+    sides: the answers of a pair, of which turns and plain are the first. columns: the row's numbers by name.
+    """
 
     turns: Turns
     plain: tuple[str, str] | None
+    sides: tuple[Side, Side] | None = None
+    columns: Mapping[str, float] = MappingProxyType({})
 
 
 class Layout(NamedTuple):
-    """One format. columns: must be there, of one of types; optional: are read where they are there."""
+    """One format. wants: the kind of its rows. columns: must be there, of one of types; optional: are read where they
+    are there; either: one of them must be there.
+    """
 
+    wants: "Wants"
     columns: tuple[str, ...]
     optional: tuple[str, ...]
     types: tuple[type, ...]
     read: Callable[[Mapping[str, Any], str, frozenset[str]], Read]
+    either: tuple[str, ...] = ()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All columns that this format reads."""
+        return (*self.columns, *self.either, *self.optional)
 
     def fits(self, values: Mapping[str, Any], renamed: Mapping[str, str]) -> bool:
         """True if a row has this format's columns, and none is renamed that this format would leave unread."""
-        return set(self.columns) <= set(values) and set(renamed) <= {*self.columns, *self.optional}
+        there = set(self.columns) <= set(values) and (not self.either or bool(set(self.either) & set(values)))
+        return there and set(renamed) <= set(self.names)
 
     def check(self, values: Mapping[str, Any], place: str) -> None:
         """Raise RowError if a column is missing or of another type."""
@@ -94,7 +115,9 @@ def _read_text(values: Mapping[str, Any], place: str, ignore: frozenset[str]) ->
 
 
 def _read_pair(values: Mapping[str, Any], place: str, ignore: frozenset[str]) -> Read:
-    raise AssertionError("preference rows are refused before they are read")
+    chosen, rejected = read_sides(values, place, ignore)
+    margin = finite(values.get("margin"), place, "margin", absent=0.0)
+    return Read(chosen.turns, chosen.plain, (chosen, rejected), {"margin": margin} if margin else {})
 
 
 def _exchange(prompt: str, completion: str, joint: str) -> Read:
@@ -121,17 +144,19 @@ def _history(value: Any, place: str) -> list[Turns]:
 _CHAT = ("system", "tools")
 
 LAYOUTS: dict[str, Layout] = {
-    "messages": Layout(("messages",), _CHAT, (list,), _read_messages),
-    "sharegpt": Layout(("conversations",), _CHAT, (list,), _read_sharegpt),
-    "preference": Layout(("chosen", "rejected"), ("prompt",), (str, list), _read_pair),
-    "alpaca": Layout(("instruction", "output"), ("input", "history", *_CHAT), (str,), _read_alpaca),
-    "prompt_completion": Layout(("prompt", "completion"), _CHAT, (str, list), _read_completion),
-    "question_answer": Layout(("question", "answer"), _CHAT, (str,), _read_question),
-    "text": Layout(("text",), (), (str,), _read_text),
+    "messages": Layout("text", ("messages",), _CHAT, (list,), _read_messages),
+    "sharegpt": Layout("text", ("conversations",), _CHAT, (list,), _read_sharegpt),
+    "alpaca": Layout("text", ("instruction", "output"), ("input", "history", *_CHAT), (str,), _read_alpaca),
+    "prompt_completion": Layout("text", ("prompt", "completion"), _CHAT, (str, list), _read_completion),
+    "question_answer": Layout("text", ("question", "answer"), _CHAT, (str,), _read_question),
+    "text": Layout("text", ("text",), (), (str,), _read_text),
+    "preference": Layout(
+        "pair", ("chosen", "rejected"), (*PROMPTS, "input", "margin", *_CHAT), (str, list, dict), _read_pair
+    ),
 }
 
 OPTIONAL = frozenset(name for layout in LAYOUTS.values() for name in layout.optional) - frozenset(
-    name for layout in LAYOUTS.values() for name in layout.columns
+    name for layout in LAYOUTS.values() for name in (*layout.columns, *layout.either)
 )
 """Names of columns that any row may lack."""
 

@@ -3,11 +3,14 @@
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from dsft.data import formats
 from dsft.data.files import check_file, digest_file, read_records
 from dsft.data.source import BadRow, OnBadRow, Sample, check_shared, refuse_bad, score_exact
+
+if TYPE_CHECKING:
+    from dsft.objective import Wants
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,15 +42,15 @@ class Local:
             )
         self._columns()
 
-    def check(self) -> None:
+    def check(self, wants: "Wants" = "text") -> None:
         """Raise ValueError if a file is missing or empty, or its first row is broken or in no known format."""
         check_file(self.path, key="data.path")
         next(
-            refuse_bad(self.rows(), self.skips), None
+            refuse_bad(self.rows(wants), self.skips), None
         )  # None: all rows are bad, which open_data says with their number
         if self.eval_path:
             check_file(self.eval_path, key="data.eval_path")
-            next(refuse_bad(self._read(self.eval_path), self.skips), None)
+            next(refuse_bad(self._read(self.eval_path, wants), self.skips), None)
 
     def identity(self) -> dict[str, Any]:
         """Digests of the files and how they are read."""
@@ -59,13 +62,13 @@ class Local:
             **({} if self.dedup else {"dedup": False}),
         }
 
-    def rows(self) -> Iterator[Sample | BadRow]:
+    def rows(self, wants: "Wants" = "text") -> Iterator[Sample | BadRow]:
         """Samples of path; ids are stem:row."""
-        return self._read(self.path)
+        return self._read(self.path, wants)
 
-    def eval_rows(self) -> Iterator[Sample | BadRow] | None:
+    def eval_rows(self, wants: "Wants" = "text") -> Iterator[Sample | BadRow] | None:
         """Samples of eval_path, if there is one."""
-        return self._read(self.eval_path) if self.eval_path else None
+        return self._read(self.eval_path, wants) if self.eval_path else None
 
     def skips(self, bad: BadRow) -> bool:
         """True with data.on_bad_row=skip."""
@@ -75,11 +78,12 @@ class Local:
         """1.0 if answer equals the reference, both stripped."""
         return score_exact(reference, answer)
 
-    def _read(self, path: str) -> Iterator[Sample | BadRow]:
+    def _read(self, path: str, wants: "Wants") -> Iterator[Sample | BadRow]:
         others = (
             record for each in (self.path, self.eval_path) if each and each != path for record in read_records(each)
         )
-        return self._columns().samples(read_records(path), Path(path).stem, path=path, elsewhere=others)
+        records, columns = read_records(path), self._columns()
+        return columns.samples(records, Path(path).stem, wants=wants, path=path, elsewhere=others)
 
     def _columns(self) -> formats.Columns:
         return formats.Columns(

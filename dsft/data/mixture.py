@@ -4,12 +4,15 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from dsft.data.order import permutation
 from dsft.data.source import BadRow, Sample, check_shared
+
+if TYPE_CHECKING:
+    from dsft.objective import Wants
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,11 +45,11 @@ class Mixture:
                         f"data.sources.{name}.{key} must be {left}, got {got}; set data.{key} of the mixture"
                     )
 
-    def check(self) -> None:
+    def check(self, wants: "Wants" = "text") -> None:
         """Raise ValueError for the first source that has something wrong with it."""
         for name, source in self.sources.items():
             with _own_keys(name):
-                source.check()
+                source.check(wants)
 
     def identity(self) -> dict[str, Any]:
         """The sources' identities, the weights and the seed."""
@@ -55,7 +58,7 @@ class Mixture:
             {} if self.dedup else {"dedup": False}
         )
 
-    def rows(self) -> Iterator[Sample | BadRow]:
+    def rows(self, wants: "Wants" = "text") -> Iterator[Sample | BadRow]:
         """The interleaved samples; ids are name/ and the source's own id. Depends on the seed and the sources alone.
 
         Bad rows come first, source by source: a bad row takes no other's place.
@@ -64,7 +67,7 @@ class Mixture:
         for name in names:
             samples.append([])
             first = ""
-            for row in _told_apart(name, self.sources[name].rows()):
+            for row in _told_apart(name, self.sources[name].rows(wants)):
                 if isinstance(row, BadRow):
                     first = first or row.reason
                     yield row
@@ -81,9 +84,10 @@ class Mixture:
         for label in labels[permutation(len(labels), self.seed, len(names))]:
             yield next(chosen[label])
 
-    def eval_rows(self) -> Iterator[Sample | BadRow] | None:
+    def eval_rows(self, wants: "Wants" = "text") -> Iterator[Sample | BadRow] | None:
         """Held-out samples of all sources that bring some, source by source."""
-        parts = {name: part for name, source in self.sources.items() if (part := source.eval_rows()) is not None}
+        found = {name: source.eval_rows(wants) for name, source in self.sources.items()}
+        parts = {name: part for name, part in found.items() if part is not None}
         if not parts:
             return None
         if self.eval_fraction > 0:
@@ -120,7 +124,8 @@ def _prefixed(name: str, sample: Sample | BadRow) -> Sample | BadRow:
     if isinstance(sample, BadRow):
         return replace(sample, source=f"{name}/{sample.source}", reason=_of_source(name, sample.reason))
     entry = None if sample.entry is None else {"source": name, "entry": sample.entry}
-    return replace(sample, source=f"{name}/{sample.source}", entry=entry)
+    rejected = None if sample.rejected is None else replace(sample.rejected, source=f"{name}/{sample.source}")
+    return replace(sample, source=f"{name}/{sample.source}", entry=entry, rejected=rejected)
 
 
 @contextmanager

@@ -21,8 +21,10 @@ from dsft.data.cache import (
     token_folder,
     tokenizer_identity,
 )
-from dsft.data.encoding import Encoded, Encoder
+from dsft.data.encoded import Encoded
+from dsft.data.encoding import Encoder
 from dsft.data.length import OverLong
+from dsft.data.pairs import encode
 from dsft.data.skipped import with_way_out, write_skipped
 from dsft.data.source import BadRow, Sample, Source, held_out
 from dsft.data.store import SetWriter, runs
@@ -31,6 +33,9 @@ from dsft.data.unwritten import Written
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from dsft.config import Run
+    from dsft.objective import Wants
 
 _CHUNK = 1024
 """Rows that are rendered and tokenised together."""
@@ -79,19 +84,20 @@ class Dataset:
 
 
 def open_data(
-    source: Source, tokenizer: "PreTrainedTokenizerBase", *, max_length: int, seed: int, cache_dir: Path | None = None,
-    day: str | None = None, after: Callable[[], None] | None = None,
+    source: Source, tokenizer: "PreTrainedTokenizerBase", *, max_length: int, seed: int, wants: "Wants" = "text",
+    cache_dir: Path | None = None, day: str | None = None, after: Callable[[], None] | None = None,
 ) -> Dataset:  # fmt: skip
     """The source's rows, tokenised, told apart and audited; from the token cache if they were before.
 
-    max_length: tokens, longer rows are dropped and counted. seed: of the split that data.eval_fraction asks for.
+    max_length: tokens, longer rows are dropped and counted. seed: of the split that data.eval_fraction asks for. wants:
+    the kind of rows that the objective takes.
     cache_dir: instead of $DSFT_CACHE or ~/.cache/dsft. day: the date (ISO) for a chat template that asks for it, as the
     run's first start told it (Dataset.day); None: today. Safe to call in many processes at once. Cached tokens are read
     from end to end and compared with their digests; made anew, and said, if they changed. after: waits until another
     process of this machine has done so, in place of this one. Raises ValueError, one line, for data that cannot be read
     or leaves nothing to learn from.
     """
-    source.check()
+    source.check(wants)
     encoder = Encoder(tokenizer, date.fromisoformat(day) if day else None, max_length)
     told = encoder.day.isoformat() if encoder.reads_date else None
     inputs = digest_of(
@@ -101,13 +107,14 @@ def open_data(
             "eval": [source.max_eval, source.eval_fraction, seed if source.eval_fraction > 0 else None],
             "tokenizer": tokenizer_identity(tokenizer),
             "max_length": max_length,
+            **({} if wants == "text" else {"wants": wants}),
         }
     )
     if after is not None:
         after()
     folder = find_or_build(
         token_folder(cache_dir or cache_root(), inputs, told),
-        lambda aside: _build(aside, source, encoder, max_length=max_length, seed=seed),
+        lambda aside: _build(aside, source, encoder, wants=wants, max_length=max_length, seed=seed),
         compare=after is None,
     )
     train, train_counts = _load(folder / "train")
@@ -121,14 +128,22 @@ def open_data(
     return Dataset(source, train, held, audit, digest, inputs, told, extra["top_token"])
 
 
-def _build(folder: Path, source: Source, encoder: Encoder, *, max_length: int, seed: int) -> None:
+def open_for(
+    run: "Run", tokenizer: "PreTrainedTokenizerBase", *, day: str | None = None, after: Callable[[], None] | None = None
+) -> Dataset:
+    """The data of a run, by its keys and of the kind that its objective wants; see open_data."""
+    keys = {"max_length": run.train.max_length, "seed": run.train.seed, "wants": run.objective.wants}
+    return open_data(run.data, tokenizer, day=day, after=after, **keys)
+
+
+def _build(folder: Path, source: Source, encoder: Encoder, *, wants: "Wants", max_length: int, seed: int) -> None:
     shared: dict[str, Any] = {"max_length": max_length, "stop_tokens": encoder.kinds.special, "dedup": source.dedup}
     train = SetWriter(limit=None, answers=False, **shared)
     held = SetWriter(limit=source.max_eval, answers=True, **shared)
-    for sample, encoded in _encoded(source.rows(), encoder, source):
+    for sample, encoded in _encoded(source.rows(wants), encoder, source):
         apart = source.eval_fraction > 0 and held_out(sample, seed=seed, fraction=source.eval_fraction)
         (held if apart else train).add(sample, encoded)
-    own = source.eval_rows()
+    own = source.eval_rows(wants)
     if own is not None:
         for sample, encoded in _encoded(own, encoder, source):
             if held.full:
@@ -171,7 +186,7 @@ def _encoded(
     """Each row with its tokens, or with why it has none. Raises ValueError for the first bad row not to be skipped."""
     written = Written(encoder.tokenizer)
     while chunk := list(islice(rows, _CHUNK)):
-        encoded = iter(encoder.encode([row for row in chunk if isinstance(row, Sample)]))
+        encoded = iter(encode(encoder, [row for row in chunk if isinstance(row, Sample)]))
         for row in chunk:
             found: Encoded | OverLong | BadRow
             found = row if isinstance(row, BadRow) else with_way_out(source, next(encoded))

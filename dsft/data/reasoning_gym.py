@@ -6,9 +6,13 @@ from dataclasses import dataclass
 from functools import lru_cache
 from importlib.metadata import version
 from importlib.util import find_spec
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from dsft.data.kinds import other_kind
 from dsft.data.source import BadRow, Sample, check_shared
+
+if TYPE_CHECKING:
+    from dsft.objective import Wants
 
 _EVAL_SEED = 1_000_000_007
 """Distance between the seeds of rows to learn from and held-out rows: item i of a task is drawn from seed + i."""
@@ -44,8 +48,10 @@ class ReasoningGym:
             if key in (self.config or {}):
                 raise ValueError(f"data.config must hold options of the task, got {key}; set data.{key}")
 
-    def check(self) -> None:
-        """Raise ValueError if the library, the task or one of its options is not there."""
+    def check(self, wants: "Wants" = "text") -> None:
+        """Raise ValueError if other rows are wanted, or the library, the task or one of its options is not there."""
+        if wants != "text":
+            raise other_kind(wants, "text", "from data=reasoning_gym")
         self._task(1, self.seed)
 
     def identity(self) -> dict[str, Any]:
@@ -60,7 +66,7 @@ class ReasoningGym:
             "system": self.system,
         }
 
-    def rows(self) -> Iterator[Sample]:
+    def rows(self, wants: "Wants" = "text") -> Iterator[Sample]:
         """As many samples as size; ids are task:row, row counting all generated items, held-out ones included."""
         held_out = {item["question"] for item in self._items(self._held_out(), self.eval_size)}
         limit = self.size * _ATTEMPTS if held_out else self.size
@@ -77,7 +83,7 @@ class ReasoningGym:
                 f"got {self.size} with {found} found; lower data.eval_size or data.size, or widen data.config"
             )
 
-    def eval_rows(self) -> Iterator[Sample] | None:
+    def eval_rows(self, wants: "Wants" = "text") -> Iterator[Sample] | None:
         """As many samples as eval_size, if above 0; ids are task.eval:row."""
         return self._eval_samples() if self.eval_size else None
 

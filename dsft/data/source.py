@@ -1,9 +1,13 @@
 """What a source of rows gives: samples, held-out samples, an identity, a verdict on answers."""
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+if TYPE_CHECKING:
+    from dsft.objective import Wants
+
 
 OnBadRow = Literal["stop", "skip"]
 """Values of data.on_bad_row: the first bad row ends the start, or bad rows are left out, counted and listed."""
@@ -18,7 +22,9 @@ class Sample:
     entry: what the source's score needs to judge an answer, JSON-able; None if answers cannot be judged.
     learned: for each message, whether it is supervised; None: every assistant turn is. tools: what the row offers the
     model to call, for a chat template that renders tools; None where it names none. unread: the row's columns that
-    were not read.
+    were not read. rejected: of a pair the worse answer to the same prompt, with the same source, row and place. prompt:
+    messages with which both sides of a pair begin. columns: the row's numbers by name (label, margin, weight), without
+    those that say no more than a row that has none.
     """
 
     source: str
@@ -31,6 +37,19 @@ class Sample:
     learned: tuple[bool, ...] | None = None
     tools: tuple[Any, ...] | None = None
     unread: tuple[str, ...] = ()
+    prompt: int = 0
+    rejected: "Sample | None" = None
+    columns: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def sides(self) -> "tuple[Sample, ...]":
+        """What becomes a segment each: the row itself, or both answers of a pair, the better first."""
+        return (self,) if self.rejected is None else (self, self.rejected)
+
+    @property
+    def silent(self) -> bool:
+        """True if no token of the row is to be supervised."""
+        return self.learned is not None and not any(self.learned)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +66,8 @@ class Source(Protocol):
     """A frozen dataclass whose fields are its YAML keys.
 
     A field with a default may be absent from a YAML of the user's, as it is from one that is older than the field.
-    dedup: whether a row is dropped that has the same tokens and mask as an earlier one.
+    dedup: whether a row is dropped that has the same tokens and mask as an earlier one. wants: the kind of rows that
+    the run's objective takes; a source that has others refuses it.
     """
 
     shuffle: bool
@@ -55,16 +75,16 @@ class Source(Protocol):
     eval_fraction: float
     max_eval: int | None
 
-    def check(self) -> None:
+    def check(self, wants: "Wants") -> None:
         """Raise ValueError for what is wrong and can be seen at little cost: no file, no row, no such task."""
 
     def identity(self) -> dict[str, Any]:
         """What decides the samples, JSON-able: content digests and keys, no machine's paths."""
 
-    def rows(self) -> Iterator[Sample | BadRow]:
+    def rows(self, wants: "Wants") -> Iterator[Sample | BadRow]:
         """Training samples in file order, bad rows among them. Raises ValueError if there is no reading on."""
 
-    def eval_rows(self) -> Iterator[Sample | BadRow] | None:
+    def eval_rows(self, wants: "Wants") -> Iterator[Sample | BadRow] | None:
         """Held-out samples of their own, or None if the source brings none."""
 
     def skips(self, bad: BadRow) -> bool:

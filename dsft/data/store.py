@@ -2,19 +2,20 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dsft.data.audit import Counts
-from dsft.data.encoding import Encoded
+from dsft.data.encoded import Encoded
 from dsft.data.length import OverLong
 from dsft.data.skipped import Skipped
 from dsft.data.source import BadRow, Sample
+from dsft.data.tokens import COLUMN, DEFAULTS
 
 
 class SetWriter:
@@ -31,7 +32,8 @@ class SetWriter:
         self.seen: set[bytes] = set()
         self.kept: list[Encoded] = []
         self.ids: list[tuple[str, int]] = []
-        self.dropped = {"duplicates": 0, "over_long": 0, "zero_mask": 0, "bad": 0}
+        self.columns: list[Mapping[str, float]] = []
+        self.dropped = {"duplicates": 0, "over_long": 0, "zero_mask": 0, "bad": 0, "equal_sides": 0, "empty_sides": 0}
         self.skipped: list[Skipped] = []
         self.unread: dict[str, None] = {}
         self.empty_turns = 0
@@ -65,13 +67,23 @@ class SetWriter:
         self.skipped.append(Skipped(f"{row.source}:{row.row}", row.place, reason))
 
     def _add(self, sample: Sample, encoded: Encoded) -> None:
-        length = len(encoded.tokens)
+        length, parts = encoded.longest, encoded.parts
         self.shortest = min(self.shortest or length, length)
-        digest = hashlib.blake2b(encoded.tokens.tobytes() + encoded.mask.tobytes(), digest_size=16).digest()
+        whole = (
+            encoded.tokens.tobytes()
+            + encoded.mask.tobytes()
+            + repr((encoded.segments, sorted(sample.columns.items()))).encode()
+        )
+        digest = hashlib.blake2b(whole, digest_size=16).digest()
+        stops = list(self.stop_tokens)
         if length > self.max_length:
-            self._drop("over_long", sample, f"{length} tokens, more than train.max_length={self.max_length}")
-        elif np.isin(encoded.tokens[encoded.mask], list(self.stop_tokens)).all():
-            self._drop("zero_mask", sample, "no token of it is supervised, ends of turns aside")
+            what = "" if len(parts) == 1 else " of its longer side"
+            self._drop("over_long", sample, f"{length} tokens{what}, more than train.max_length={self.max_length}")
+        elif any(np.isin(tokens[mask], stops).all() for tokens, mask in parts) and not sample.silent:
+            why, what = ("zero_mask", "it") if len(parts) == 1 else ("empty_sides", "one of its answers")
+            self._drop(why, sample, f"no token of {what} is supervised, ends of turns aside")
+        elif len(parts) > 1 and all(map(np.array_equal, *parts)):
+            self._drop("equal_sides", sample, "the chosen and the rejected answer are the same tokens")
         elif self.dedup and digest in self.seen:
             self.dropped["duplicates"] += 1
         else:
@@ -79,13 +91,14 @@ class SetWriter:
             self.kept.append(encoded)
             self.empty_turns += encoded.empty_turns
             self.ids.append((sample.source, sample.row))
+            self.columns.append(sample.columns)
             if self.answers is not None:
                 asked = {} if encoded.asked is None else {"asked": encoded.asked}
                 self.answers.append(json.dumps({"reference": sample.reference, "entry": sample.entry, **asked}))
 
     def counts(self) -> Counts:
         """What became of the rows so far."""
-        last = [int(row.tokens[row.mask.nonzero()[0][-1]]) for row in self.kept]
+        last = [int(tokens[mask][-1]) for row in self.kept for tokens, mask in row.parts if mask.any()]
         return Counts(
             rows=self.rows,
             kept=len(self.kept),
@@ -116,12 +129,23 @@ class SetWriter:
             "sources": np.array([index[source] for source, _ in self.ids], dtype=np.int64),
             "rows": np.array([row for _, row in self.ids], dtype=np.int64),
         }
-        for name, array in arrays.items():
+        for name, array in (arrays | self._more()).items():
             np.save(folder / f"{name}.npy", array)
-        counts = {"names": names, "counts": asdict(self.counts())}
+        counts = {"names": names, "counts": self.counts().stored()}
         (folder / "set.json").write_text(json.dumps(counts), encoding="utf-8")
         if self.answers is not None:
             (folder / "answers.jsonl").write_text("".join(f"{line}\n" for line in self.answers), encoding="utf-8")
+
+    def _more(self) -> dict[str, NDArray[Any]]:
+        """The arrays that a set of single texts without further columns does not have."""
+        more: dict[str, NDArray[Any]] = {}
+        if any(row.segments for row in self.kept):
+            more["members"] = np.array([len(row.segments) for row in self.kept], dtype=np.int64)
+            more["segments"] = np.array([length for row in self.kept for length in row.segments], dtype=np.int64)
+        for name in sorted({name for columns in self.columns for name in columns}):
+            values = [columns.get(name, DEFAULTS[name]) for columns in self.columns]
+            more[f"{COLUMN}{name}"] = np.array(values, dtype=np.float64)
+        return more
 
 
 def runs(mask: NDArray[np.bool_]) -> Sequence[tuple[int, int, bool]]:

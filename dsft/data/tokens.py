@@ -14,6 +14,16 @@ ARRAYS = ("tokens", "mask", "offsets", "prompts", "supervised", "sources", "rows
 """Files NAME.npy of a set: tokens (T,) int32, mask (T,) bool, offsets (N + 1,) int64, and per example (N,) the prompt's
 length, the supervised tokens, the index of its source's name and its row, all int64."""
 
+SEGMENTS = ("members", "segments")
+"""Further files of a set whose examples are several segments: segments per example (N,) and tokens per segment (S,),
+both int64. Without them each example is one."""
+
+COLUMN = "column-"
+"""Begins the name of the file of a further value per example (N,) float64, which some row of the set has."""
+
+DEFAULTS = {"label": 0.0, "margin": 0.0, "weight": 1.0}
+"""Columns, and what a row says that has none: every row has a label where one has."""
+
 
 @dataclass(frozen=True, eq=False)
 class TokenSet:
@@ -29,6 +39,11 @@ class TokenSet:
         arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in ARRAYS}
         count, total = len(arrays["offsets"]) - 1, int(arrays["offsets"][-1])
         whole = {name: total if name in ("tokens", "mask") else count for name in ARRAYS if name != "offsets"}
+        for path in [*sorted(folder.glob(f"{COLUMN}*.npy")), *(folder / f"{name}.npy" for name in SEGMENTS)]:
+            if path.exists():
+                arrays[path.stem], whole[path.stem] = np.load(path, mmap_mode="r"), count
+        if "segments" in arrays:
+            whole["segments"] = int(arrays["members"].sum())
         if any(len(arrays[name]) != size for name, size in whole.items()):
             raise RuntimeError(f"token cache {folder.parent} is damaged; delete that folder and start again")
         return cls(folder, names, arrays)
@@ -38,13 +53,28 @@ class TokenSet:
 
     @cached_property
     def lengths(self) -> NDArray[np.int64]:
-        """Tokens per example (N,)."""
+        """Tokens per example (N,), of all its segments together."""
         return np.diff(self.arrays["offsets"])
 
     @cached_property
     def members(self) -> NDArray[np.int64]:
         """Segments per example (N,)."""
-        return np.ones(len(self), dtype=np.int64)
+        return self.arrays["members"] if "members" in self.arrays else np.ones(len(self), dtype=np.int64)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest segment."""
+        return int((self.arrays["segments"] if "segments" in self.arrays else self.lengths).max())
+
+    @cached_property
+    def columns(self) -> dict[str, NDArray[np.float64]]:
+        """Further values by name, one per example (N,); only those that some row of the set has.
+
+        label: of a rated example 1 is good and 0 is bad, of a labelled one the number of its class. margin: how much
+        better the chosen answer of a pair is, 0 where its row does not say. weight: of an example in a mean, above 0, 1
+        where its row does not say.
+        """
+        return {name.removeprefix(COLUMN): each for name, each in self.arrays.items() if name.startswith(COLUMN)}
 
     @property
     def supervised(self) -> NDArray[np.int64]:
@@ -56,9 +86,34 @@ class TokenSet:
         return f"{self.names[self.arrays['sources'][index]]}:{self.arrays['rows'][index]}"
 
     def example(self, index: int) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
-        """Tokens (L,) and mask (L,) of an example, read-only."""
+        """Tokens (L,) and mask (L,) of an example, its segments end to end, read-only."""
         first, last = self.arrays["offsets"][index : index + 2]
         return self.arrays["tokens"][first:last], self.arrays["mask"][first:last]
+
+    def segments(self, index: int) -> list[tuple[NDArray[np.int32], NDArray[np.bool_]]]:
+        """Tokens and mask of each segment of an example, in order; of a pair the chosen answer, the rejected one."""
+        tokens, mask = self.example(index)
+        if "segments" not in self.arrays:
+            return [(tokens, mask)]
+        first = self._starts[index]
+        borders = np.cumsum(self.arrays["segments"][first : first + self.members[index] - 1])
+        return list(zip(np.split(tokens, borders), np.split(mask, borders), strict=True))
+
+    def mismatch(self, index: int) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
+        """Tokens and mask of an example's prompt with the answer of the next one, the last with that of the first.
+
+        Cut to the longest example of the set: a model may take no more.
+        """
+        (tokens, mask), (others, learned) = self.example(index), self.example((index + 1) % len(self))
+        prompt, answer = int(mask.argmax()), int(learned.argmax())
+        joined = np.concatenate([tokens[:prompt], others[answer:]])
+        marks = np.concatenate([np.zeros(prompt, dtype=np.bool_), learned[answer:]])
+        return joined[: self.longest], marks[: self.longest]
+
+    @cached_property
+    def _starts(self) -> NDArray[np.int64]:
+        """The number of each example's first segment (N,)."""
+        return np.cumsum(self.members) - self.members
 
     def prompt(self, index: int) -> NDArray[np.int32]:
         """What a model is given to write the example's last assistant turn, generation prompt included; empty for text.

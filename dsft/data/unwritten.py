@@ -31,7 +31,7 @@ class Written:
         Raises ValueError for calls of tools that are not written: the model would learn the words around them alone.
         """
         keys: dict[str, None] = {}
-        for message in sample.messages:
+        for message in (message for side in sample.sides for message in side.messages):
             if len(message) > 2:
                 keys |= dict.fromkeys(message)
         names = tuple(keys)
