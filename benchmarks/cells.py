@@ -4,12 +4,11 @@ import faulthandler
 import gc
 import json
 import os
-import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +19,14 @@ from torch.distributed.tensor import DTensor
 
 from benchmarks.collectives import Counted, Volume, fake_world
 from benchmarks.groups import Job, Journal, Progress, Spec
+from benchmarks.planted import plant
 from benchmarks.refusals import refusal, refused
 from benchmarks.routing import Routing
 from dsft.comm.world import World, join, leave
 from dsft.compose import build, compose
 from dsft.config import Run
 from dsft.data.open import open_data
-from dsft.engine.assemble import Session, assemble
-from dsft.engine.dropout import Keyed
+from dsft.engine.assemble import assemble
 from dsft.engine.loop import step_batches
 from dsft.engine.step import train_step
 
@@ -42,13 +41,6 @@ AT_ONCE = 16
 """Cells that the ranks compose together."""
 
 ALONE = World(0, 1, 0, torch.device("cpu"))
-
-
-class LocalCounts(World):
-    """A planted fault: the loss is divided by this rank's own count."""
-
-    def sum(self, value: Tensor) -> Tensor:
-        return value
 
 
 @dataclass
@@ -77,32 +69,15 @@ class Measured:
         return abs(self.losses[0] - self.losses[-1]) / self.losses[0]
 
 
-def write_rows(path: Path, batches: int) -> None:
-    """Rows in batches of eight, each 14 bytes shorter than the one before; of every four the first and the last are
-    nearly all supervised, the others hardly.
-
-    Of four rows, two ranks get 0, 3 and 1, 2, four ranks one each; of eight, two ranks get 0, 3, 4, 7 and the others,
-    four ranks 0, 7 and 1, 6 and so on: their label counts differ by more than 2.
-    """
-    text = "the quick brown fox jumps over the lazy dog and runs away from a very large bear; " * 8
-    with path.open("w") as out:
-        for batch in range(batches):
-            for place, loud in enumerate((True, False, False, True) * 2):
-                start, length = 7 * batch + 3 * place, 240 - 14 * place
-                ask, answer = (20, length - 20) if loud else (length - 6, 6)
-                row = {"question": text[start : start + ask], "answer": text[start + ask : start + ask + answer]}
-                out.write(json.dumps(row) + "\n")
-
-
 def measure(run: Run, world: World, job: Job, fault: str | None = None, steps: int = Spec.steps) -> Measured:
     """So many optimizer steps of one configuration, fewer with a fault or on a fake group. Collective."""
     started, before = time.monotonic(), time.process_time()
     files = run.model.resolve()
     data = open_data(run.data, files.tokenizer(), max_length=run.train.max_length, seed=0)
-    session = _plant(assemble(run, files, world), fault)
+    session = plant(assemble(run, files, world), fault)
     steps = PLANTED if fault else COUNTED if job.fake else steps
     micro = [step_batches(session, data, step)[1] for step in range(1, steps + 1)]
-    labels = [max(1.0, float(sum(run.objective.count(batch).sum() for batch in batches))) for batches in micro]
+    labels = [max(1.0, float(sum(sum(batch.answers) for batch in batches if batch.counts))) for batches in micro]
     labels, sizes = zip(*world.gather((labels, [len(b.lengths) for batches in micro for b in batches])), strict=True)
     losses, norms, gaps, base, counted = [], [], [], 0, Counted()
     for step, batches in enumerate(micro, start=1):
@@ -130,26 +105,6 @@ def measure(run: Run, world: World, job: Job, fault: str | None = None, steps: i
         seconds=time.monotonic() - started,
         cpu=time.process_time() - before,
     )
-
-
-def _plant(session: Session, fault: str | None) -> Session:
-    world = session.world
-    if fault == "local-counts":
-        return replace(session, world=LocalCounts(world.rank, world.size, world.local_rank, world.device))
-    if fault == "lost-gradients" and world.rank == 1:
-        strategy = session.run.strategy
-        whole = strategy.backward
-        object.__setattr__(strategy, "backward", lambda loss, *, last: whole(loss * 0, last=last))
-    if fault == "torch-dropout":  # masks drawn per micro-batch
-        session.draws.functional, session.draws.watched = None, True
-        for module in session.model.modules():
-            if isinstance(module, Keyed):
-                module.__class__ = nn.Dropout
-    if fault == "raises" and world.rank == 1:
-        raise RuntimeError("planted\nwith a second line")
-    if fault == "dies" and world.rank == 1:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return session
 
 
 def base_bytes(model: nn.Module) -> int:

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.cells import write_rows
 from benchmarks.damages import damages
 from benchmarks.fault_layouts import LAYOUTS, TRAINED
 from benchmarks.groups import Crew, Journal, run
+from benchmarks.matrix_rows import write_rows
 
 PROGRAM = "benchmarks.fault_cells"
 

@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from benchmarks.cells import ALONE, write_rows
+from benchmarks.cells import ALONE
+from benchmarks.matrix_rows import write_rows
 from dsft.compose import compose
 from dsft.data.open import open_data
 from dsft.engine.assemble import assemble

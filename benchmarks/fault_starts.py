@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.cells import write_rows
+from benchmarks.matrix_rows import write_rows
 from benchmarks.plants import Plant, environment, happened
 from benchmarks.run_folders import differences, words
 

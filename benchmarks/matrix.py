@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.cells import write_rows
 from benchmarks.groups import COSTS, Crew, Journal, Spec, run
+from benchmarks.matrix_rows import KINDS, OBJECTIVES, write_rows
 from benchmarks.matrix_text import merge, origin
 from benchmarks.verdicts import verdict
 from dsft.wording import OWN_CONF
@@ -21,6 +21,7 @@ from dsft.wording import OWN_CONF
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "runs" / "matrix"
 """Where a run keeps its journal and its rows."""
+
 
 MODELS = ("tiny", "tiny_moe")
 FILES = sorted((OWN_CONF / "method").glob("*.yaml"))
@@ -33,6 +34,12 @@ METHODS |= {
     for path in FILES if path.stem not in BASES for packing in ("nf4", "int8")
 }  # fmt: skip
 """Every method on its own base, and on each packed one unless it brings that itself."""
+
+METHODS |= {
+    f"{method}:{objective}": [f"method={method}", f"objective={objective}"]
+    for objective in OBJECTIVES for method in ("lora", "qlora", "full")
+}  # fmt: skip
+"""Each objective with an adapter, with one on a packed base, and with the whole model."""
 
 DROPPING = {"lora+dropout": ["method=lora", "method.dropout=0.1"]}
 """What the tests run beside METHODS, and the matrix does not."""
@@ -61,6 +68,8 @@ VARIANTS = {
 }
 """What is computed again in backward. With none, a rank's examples are packed in one micro-batch; with full, each
 example is alone in its own, as they always are in the single process."""
+UNEVEN = "train.global_batch_size=5"
+"""With full, of objectives other than sft: no number of ranks divides it, so that some compute a silent micro-batch."""
 
 
 @dataclass(frozen=True)
@@ -96,15 +105,19 @@ Alone = Mapping[str, Mapping[str, Any]]
 def needed(row: str) -> list[str]:
     """What of a row's settings is not the method's own."""
     model, method, _ = row.split()
-    return NEEDED.get(f"{model} {method.partition('+')[0]}", [])
+    return NEEDED.get(f"{model} {method.partition('+')[0].partition(':')[0]}", [])
 
 
 def words(column: Column, row: str, data: Path) -> tuple[str, ...]:
     """Overrides of a cell, without its rate."""
     model, method, variant = row.split()
     sgd = column.optim == "sgd"
+    objective = method.partition(":")[2]
+    if objective:
+        data = data.with_name(f"{KINDS[OBJECTIVES[objective]]}.jsonl")
+    uneven = [UNEVEN] if objective and variant == "full" else []
     return (
-        f"model={model}", *(METHODS | DROPPING)[method], *needed(row), *VARIANTS[variant],
+        f"model={model}", *(METHODS | DROPPING)[method], *needed(row), *VARIANTS[variant], *uneven,
         "data=local", f"data.path={data}", "data.shuffle=false", "train.precision=fp32", "train.steps=10",
         "train.max_length=512", "tracker=[]", f"optim.name={column.optim}", "optim.schedule=constant",
         f"train.max_grad_norm={'inf' if sgd else 1.0}", f"strategy={column.strategy}", *column.extra,
@@ -127,6 +140,8 @@ def _wanted(model: str, method: str, variant: str) -> bool:
     the experts, which stay as they are.
     """
     name, _, packing = method.partition("+")
+    if ":" in method:
+        return model == "tiny" and (variant == "full" or name.startswith("lora:"))
     if model != "tiny":
         return (variant == "full" and not packing) or name in ("lora", "qlora", "int8_lora")
     return not packing or variant == {"nf4": "none", "int8": "full"}[packing]
@@ -208,9 +223,11 @@ def told(names: Sequence[str], cells: Mapping[str, Any], code: str) -> dict[str,
         alone = {column.optim: mine.pop(column) for column in (SINGLE, SINGLE_SGD)}
         model, method, variant = row.split()
         name, _, packing = method.partition("+")
+        name, _, objective = name.partition(":")
         found[row] = {
             "model": model,
             "method": name,
+            **({"objective": objective} if objective else {}),
             "quantization": packing or BASES.get(name, "none"),
             "recompute": variant,
             "changed": needed(row),
@@ -237,16 +254,25 @@ def measure(names: Sequence[str], data: Path, journal: Journal) -> None:
         run(crew(size), specs(pairs, data, alone), journal, later=later)
 
 
+def _named(row: str) -> tuple[str, str]:
+    """Method and objective of a row; the latter empty for sft."""
+    method, _, objective = row.split()[1].partition("+")[0].partition(":")
+    return method, objective
+
+
 def main() -> int:
     """Measure the rows that are asked for, put them among the others, write data and page."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--methods", help="of these methods alone, as lora,ssf: all others stay as they are")
+    parser.add_argument("--objectives", help="of these objectives other than sft alone, as dpo,kto")
     parser.add_argument("--resume", action="store_true", help="keep what was measured on this very code")
     args = parser.parse_args()
     chosen = args.methods.split(",") if args.methods else [path.stem for path in FILES]
     if unknown := set(chosen) - {path.stem for path in FILES}:
         parser.error(f"--methods must be names of conf/method, got {', '.join(sorted(unknown))}")
-    names = [row for row in rows() if row.split()[1].partition("+")[0] in chosen]
+    names = [row for row in rows() if _named(row)[0] in chosen]
+    if args.objectives:
+        names = [row for row in names if _named(row)[1] in args.objectives.split(",")]
     here = origin()
     FOLDER.mkdir(parents=True, exist_ok=True)
     data, journal = FOLDER / "rows.jsonl", Journal(FOLDER / "cells.jsonl", here["code"])

@@ -16,7 +16,7 @@ BOUND = 1e-5
 ROOT = Path(__file__).parents[1]
 DATA = ROOT / "dsft" / "matrix.json"
 PAGE = ROOT / "docs" / "matrix.md"
-CODE = ("dsft", "conf", "launchers", "benchmarks/cells.py", "benchmarks/matrix.py")
+CODE = ("dsft", "conf", "launchers", *(f"benchmarks/{name}.py" for name in ("cells", "matrix", "matrix_rows")))
 """What a cell's figures depend on."""
 
 HEAD = """\

@@ -16,9 +16,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.cells import write_rows
 from benchmarks.faults import differences, events, lines
 from benchmarks.machine import here
+from benchmarks.matrix_rows import write_rows
 from benchmarks.testbed import Testbed, slurm_here
 
 STEPS, EVERY, MOMENT = 400, 25, 60

@@ -13,10 +13,10 @@ import tempfile
 import time
 from pathlib import Path
 
-from benchmarks.cells import write_rows
 from benchmarks.fault_rows import STOPS
 from benchmarks.fault_starts import write_eval
 from benchmarks.machine import here
+from benchmarks.matrix_rows import write_rows
 from benchmarks.plants import FIRED, PLANTS, Plant, environment, happened
 from benchmarks.run_folders import differences, events
 from benchmarks.slurm_faults import Job, submit

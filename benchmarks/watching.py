@@ -14,8 +14,8 @@ from pathlib import Path
 
 from dsft_launchers.local import launch
 
-from benchmarks.cells import write_rows
 from benchmarks.machine import here
+from benchmarks.matrix_rows import write_rows
 from benchmarks.run_folders import words
 from dsft.checkpoint.manifest import Identity
 from dsft.comm.world import World, join, leave

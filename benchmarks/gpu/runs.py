@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from benchmarks.cells import write_rows
 from benchmarks.gpu.scene import Scene
 from benchmarks.matrix import Column, words
+from benchmarks.matrix_rows import write_rows
 
 ROWS = 8
 """Batches of eight rows: more than any check makes steps."""

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.cells import write_rows
+from benchmarks.matrix_rows import write_rows
 
 
 @pytest.fixture(scope="session")

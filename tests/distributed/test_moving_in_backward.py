@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.cells import write_rows
 from benchmarks.matrix import Column, run_columns
+from benchmarks.matrix_rows import write_rows
 
 UNCLIPPED, MOVING = "train.max_grad_norm=inf", "optim.in_backward=true"
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.cells import write_rows
+from benchmarks.matrix_rows import write_rows
 from benchmarks.testbed import Testbed, slurm_here
 
 NEEDED = ("munged", "slurmctld", "slurmd", "sbatch")

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.cells import write_rows
+from benchmarks.matrix_rows import write_rows
 from dsft.checkpoint.store import Store
 from dsft.comm.world import World
 from dsft.compose import read

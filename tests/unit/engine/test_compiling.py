@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.cells import write_rows
+from benchmarks.matrix_rows import write_rows
 from dsft.comm.world import World
 from dsft.compose import compose
 from dsft.data.open import open_data
