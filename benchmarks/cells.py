@@ -73,7 +73,7 @@ def measure(run: Run, world: World, job: Job, fault: str | None = None, steps: i
     """So many optimizer steps of one configuration, fewer with a fault or on a fake group. Collective."""
     started, before = time.monotonic(), time.process_time()
     files = run.model.resolve()
-    data = open_data(run.data, files.tokenizer(), max_length=run.train.max_length, seed=0)
+    data = open_data(run.data, files.tokenizer(), max_length=run.train.max_length, seed=0, wants=run.objective.wants)
     session = plant(assemble(run, files, world), fault)
     steps = PLANTED if fault else COUNTED if job.fake else steps
     micro = [step_batches(session, data, step)[1] for step in range(1, steps + 1)]

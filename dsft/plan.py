@@ -127,6 +127,10 @@ def make_plan(composed: Composed, files: "ModelFiles", *, device_bytes: int | No
     providers = {choice.group: choice.provider for choice in composed.choices if choice.provider != "dsft"}
     notes = [*told(files.config), *_notes(run, memory, device_bytes, accelerator=accelerator)]
     notes += run.method.notes(bones.model, bones.anatomy)
+    if bones.silenced:
+        notes.append(
+            f"dropout of the model is set to 0 ({_few(bones.silenced)}): the objective compares forward passes"
+        )
     unproven = _unproven(composed, files, counts, memory)
     return {
         "model": files.name_or_path,
@@ -143,6 +147,12 @@ def make_plan(composed: Composed, files: "ModelFiles", *, device_bytes: int | No
         "notes": [*notes, *unproven],
         "global_batch_size": run.train.global_batch_size,
     }
+
+
+def _few(names: Sequence[str]) -> str:
+    """The first two names, and how many there are besides."""
+    more = f" and {len(names) - 2} more" if len(names) > 2 else ""
+    return ", ".join(names[:2]) + more
 
 
 def check_positions(run: Run, files: "ModelFiles") -> None:

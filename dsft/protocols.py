@@ -150,6 +150,11 @@ class Method(ABC):
         return True
 
     @property
+    def noisy(self) -> bool:
+        """True if what it adds to the model draws random numbers in training, as gates do; dropout aside."""
+        return False
+
+    @property
     def positions(self) -> int:
         """Positions that it takes before the first token of each example."""
         return 0

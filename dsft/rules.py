@@ -151,6 +151,12 @@ REFUSED = (
         "what it keeps; take train.early_stop_metric=null and fewer train.steps",
     ),
     Rule(
+        "noise-beside-a-reference",
+        lambda run, names, at: run.method.noisy and run.objective.compares,
+        "objective={names[objective]} compares forward passes, which must be alike, and method={names[method]} draws "
+        "random gates in training; take another method",
+    ),
+    Rule(
         "qlora-without-4-bit",
         lambda run, names, at: names["method"] == "qlora" and names["quantization"] != "nf4",
         "method=qlora means a 4-bit base, got quantization={names[quantization]}; take method=lora for it",

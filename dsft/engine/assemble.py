@@ -14,7 +14,7 @@ from dsft.data.tokens import TokenSet
 from dsft.engine.apart import require_apart
 from dsft.engine.compiling import Compiler, compiler_for
 from dsft.engine.determinism import choose
-from dsft.engine.dropout import Draws, keyed
+from dsft.engine.dropout import Draws, keyed, silence
 from dsft.engine.guided import Guided, guided
 from dsft.engine.masks import stream
 from dsft.engine.optimizers import factory
@@ -38,7 +38,8 @@ class Skeleton:
     """A model on meta with its method in it.
 
     origins: tensor name -> its name in the base, see Lineage; stored: what an earlier adapter gives, and the base not;
-    family: how the model is computed; draws: by what its dropout is drawn.
+    family: how the model is computed; draws: by what its dropout is drawn; silenced: probabilities to drop that
+    were set to 0, as the objective compares forward passes.
     """
 
     model: nn.Module
@@ -47,6 +48,7 @@ class Skeleton:
     stored: Mapping[str, Tensor]
     family: Family
     draws: Draws
+    silenced: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -100,13 +102,14 @@ def skeleton(run: Run, files: ModelFiles, family: Family = PACKS) -> Skeleton:
     for param in model.parameters():
         if param.requires_grad:
             param.data = param.data.float()
+    silenced = tuple(silence(model)) if run.objective.compares else ()
     draws = keyed(model, anatomy, run.train.seed, run.method.positions)
     if draws.functional and run.train.compile is True:
         raise ValueError(
             f"train.compile must be false or auto where a model may drop without a module ({draws.functional} of its "
             "configuration), got true; set train.compile=false"
         )
-    return Skeleton(model, anatomy, origins, stored, family, draws)
+    return Skeleton(model, anatomy, origins, stored, family, draws, silenced)
 
 
 def _check_family(run: Run, model: nn.Module, family: Family) -> None:

@@ -176,18 +176,32 @@ def _is_routed(name: str, anatomy: Anatomy) -> bool:
     return block is not None and any(part.isdigit() for part in name.removeprefix(block).split("."))
 
 
+def silence(model: Any) -> list[str]:
+    """Set every probability to drop in model to 0; returns what was set, as NAME=VALUE of a module or configuration."""
+    found = []
+    for name, module in model.named_modules():
+        if isinstance(module, _DropoutNd) and module.p > 0:
+            found.append(f"{name}.p={module.p:g}")
+            module.p = 0.0
+    for holder in _holders(model):
+        for key in [key for key, value in holder.items() if _drops(key, value)]:
+            found.append(f"{key}={holder[key]:g}")
+            holder[key] = 0.0
+    return found
+
+
 def _may_call(model: Any) -> str | None:
     """A probability to drop above 0 that some module or the configuration holds as a number; None if none does."""
-    holders = [vars(module) for module in model.modules() if not isinstance(module, _DropoutNd)]
+    return next((f"{k}={v:g}" for holder in _holders(model) for k, v in holder.items() if _drops(k, v)), None)
+
+
+def _drops(key: str, value: Any) -> bool:
+    return "drop" in key and isinstance(value, float) and value > 0
+
+
+def _holders(model: Any) -> list[dict[str, Any]]:
+    """The attributes of model's configurations, and of its modules other than dropout's."""
     configs = [model.config]
     for config in configs:
         configs += [value for value in vars(config).values() if hasattr(value, "to_dict")]
-    return next(
-        (
-            f"{key}={value:g}"
-            for holder in (*map(vars, configs), *holders)
-            for key, value in holder.items()
-            if "drop" in key and isinstance(value, float) and value > 0
-        ),
-        None,
-    )
+    return [*map(vars, configs), *(vars(module) for module in model.modules() if not isinstance(module, _DropoutNd))]

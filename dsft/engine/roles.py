@@ -19,7 +19,7 @@ from dsft.models.scorer import Scorer
 from dsft.objective import POLICY, START, Batch
 
 BOUNDS = {"fp32": 1e-6, "bf16": 0.05}
-"""How far a measure that is 0 before the first update may be from it, by precision; in nats."""
+"""How far a measure that is 0 before the first update may be from it, by precision: sums are rounded."""
 
 
 class Roles:

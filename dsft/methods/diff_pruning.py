@@ -50,6 +50,11 @@ class DiffPruning(Native):
     gate_lr: float
     seed: int
 
+    @property
+    def noisy(self) -> bool:
+        """True: gates are drawn in training."""
+        return True
+
     def __post_init__(self) -> None:
         """Refuse values outside their range."""
         _need(0 < self.density <= 1, "density", "be in (0, 1]", self.density)

@@ -12,6 +12,8 @@ KINDS = {
     "layers": "layers that are left out at random",
 }
 """What a value asks for."""
+KEYED = "dropout"
+"""What other values ask for: it can be drawn per example, and is."""
 
 
 def unkeyed(numbers: Any) -> dict[str, tuple[float, str]]:
@@ -19,7 +21,7 @@ def unkeyed(numbers: Any) -> dict[str, tuple[float, str]]:
 
     A name of an inner configuration is written behind its own, with a dot.
     """
-    return {".".join(path): (value, kind) for path, value, kind in _found(numbers, ())}
+    return {".".join(path): (value, kind) for path, value, kind in _found(numbers, ()) if kind != KEYED}
 
 
 def still(config: "PretrainedConfig") -> None:
@@ -29,9 +31,9 @@ def still(config: "PretrainedConfig") -> None:
 
 
 def as_published(config: "PretrainedConfig", original: "PretrainedConfig") -> None:
-    """Give config the values back that still has taken from a copy of original."""
-    for name, (value, _) in unkeyed(original).items():
-        _set(config, name, value)
+    """Give config the values back that were set to 0 in a copy of original: those of unkeyed, and of any dropout."""
+    for path, value, _ in _found(original, ()):
+        _set(config, ".".join(path), value)
 
 
 def told(config: "PretrainedConfig") -> Iterator[str]:
@@ -62,7 +64,9 @@ def _kind(key: str) -> str | None:
         return KINDS["jitter"]
     if "layerdrop" in key or "layer_drop" in key or "drop_path" in key:
         return KINDS["layers"]
-    return KINDS["attention"] if "att" in key and "drop" in key else None
+    if "drop" in key:
+        return KINDS["attention"] if "att" in key else KEYED
+    return None
 
 
 def _set(config: Any, name: str, value: float) -> None:

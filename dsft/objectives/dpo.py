@@ -18,7 +18,7 @@ Loss = Literal["sigmoid", "ipo", "hinge"]
 """Values of objective.loss."""
 
 GAP = "reference_gap"
-"""Measure: mean over answers of |log pi - log pi_ref|, in nats."""
+"""Measure: mean over answers of |reward|."""
 
 MEASURES: Mapping[str, Direction] = {**PREFERRED, GAP: "min"}
 
@@ -66,7 +66,7 @@ class DPO(Objective):
         ratios = -batch.by_segment(scorer.score(batch)) - batch.columns["reference"]
         chosen, rejected = batch.sides(ratios)
         margin = self.beta * (chosen - rejected)
-        gaps = ratios.detach().abs()
+        gaps = self.beta * ratios.detach().abs()
         gap = torch.stack([gaps.sum(), torch.full_like(gaps, 1).sum()])
         return self._of(margin).sum().reshape(1), {**preferred(margin), GAP: gap}
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from dsft.objective import POLICY, START, Batch, Direction, Metrics, Objective, Passes, Scorer
 
 GAP = "reference_gap"
-"""Measure: mean over answers of |log pi - log pi_ref|, in nats."""
+"""Measure: mean over answers of |reward|."""
 
 MEASURES: Mapping[str, Direction] = {
     "reward_margin": "max",
@@ -87,7 +87,7 @@ class KTO(Objective):
             "reward_desirable": over(good),
             "reward_undesirable": over(~good),
             "kl": torch.stack([kl * examples, examples]),
-            GAP: torch.stack([ratios.abs().sum(), examples]),
+            GAP: torch.stack([self.beta * ratios.abs().sum(), examples]),
         }
 
     def measured(self, sums: Mapping[str, Tensor]) -> Mapping[str, float]:

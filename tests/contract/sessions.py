@@ -42,8 +42,10 @@ def composed_of(method: str, *words: str) -> Composed:
 
 @cache
 def _composed(folder: str | None, method: str, *words: str) -> Composed:
+    made = ("data=reasoning_gym", "data.size=32", "data.eval_size=0")
+    data = () if any(word.startswith("data=") for word in words) else made
     return compose([
-        "model=tiny", "data=reasoning_gym", "data.size=32", "data.eval_size=0", "train.precision=fp32", "train.steps=3",
+        "model=tiny", *data, "train.precision=fp32", "train.steps=3",
         "train.global_batch_size=4", "launcher=local", "strategy=single", "optim.lr=1e-3", "optim.schedule=constant",
         f"method={method}", *words,
     ])  # fmt: skip
@@ -53,7 +55,7 @@ def session_of(method: str, *words: str) -> tuple[Session, Dataset]:
     """Such a run, ready to be made."""
     run = composed_of(method, *words).run
     files = run.model.resolve()
-    data = open_data(run.data, files.tokenizer(), max_length=512, seed=0)
+    data = open_data(run.data, files.tokenizer(), max_length=512, seed=0, wants=run.objective.wants)
     return assemble(run, files, ALONE), data
 
 

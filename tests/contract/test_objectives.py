@@ -1,0 +1,159 @@
+"""What every objective under conf/objective must keep, found by glob; and where those with a reference begin."""
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from dsft_launchers.verdict import RefusedError
+
+from benchmarks.matrix_rows import KINDS, write_rows
+from dsft.compose import compose
+from dsft.data.batch import build_batch
+from dsft.engine.assemble import skeleton
+from dsft.engine.evaluate import evaluate
+from dsft.engine.loop import step_batches
+from dsft.engine.step import train_step
+from tests.contract.sessions import FOLDERS, METHODS, composed_of, left_by, session_of
+
+OBJECTIVES = sorted({path.stem for folder in FOLDERS for path in (folder / "objective").glob("*.yaml")})
+STARTS = {"sigmoid": math.log(2), "ipo": 25.0, "hinge": 1.0}
+"""objective.loss of dpo -> its loss where policy and reference are the same, at beta = 0.1."""
+NOISY = ("diff_pruning",)
+ROUNDED = ("p_tuning",)
+"""Its LSTM has another kernel in a pass without a gradient."""
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("objectives")
+    write_rows(folder / "rows.jsonl", 2)
+    return folder
+
+
+def _words(objective: str, place: Path) -> list[str]:
+    wants = compose([f"objective={objective}"]).run.objective.wants
+    return [f"objective={objective}", "data=local", f"data.path={place / KINDS[wants]}.jsonl", "data.eval_fraction=0.3"]
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_micro_batches_and_silence_change_nothing(objective: str, place: Path) -> None:
+    """Packed, one by one, and with a silent micro-batch: the same loss, measures and gradient norm."""
+    found = []
+    for budget, silent in ((1, False), (4000, False), (1, True)):
+        session, data = session_of(
+            "lora", *_words(objective, place), f"train.micro_batch_tokens={budget}", "train.global_batch_size=5"
+        )
+        for step in (1, 2):
+            batches = step_batches(session, data, step)[1]
+            if silent:
+                beside = batches[0].beside
+                beside = beside if beside is None else replace(beside, counts=False)
+                batches.insert(1, replace(batches[0], counts=False, beside=beside))
+            result = train_step(session, batches, step, 1.0)
+        found.append({**result.named, "grad_norm": result.grad_norm})
+    for other in found[1:]:
+        assert other == pytest.approx(found[0], rel=1e-5, abs=1e-7)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_an_evaluation_divides_as_a_step_does(objective: str, place: Path) -> None:
+    """Each name that a step logs is evaluated, and is the same of the same rows."""
+    session, data = session_of("lora", *_words(objective, place), "train.micro_batch_tokens=1")
+    assert data.eval is not None
+    mismatched = session.run.objective.mismatched
+    batches = [build_batch(data.eval, [row], mismatched=mismatched) for row in range(len(data.eval))]
+    before = evaluate(session, data).values
+    found = train_step(session, batches, 1, 1.0).named
+    assert before == pytest.approx({f"eval/{name}": value for name, value in found.items()}, rel=1e-6, abs=1e-9)
+    assert {"loss"} | session.run.objective.measures.keys() == found.keys() - {f"loss/{x}" for x in session.run.objective.terms}
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if name not in NOISY])
+def test_a_reference_is_the_policy_at_the_start(method: str, place: Path) -> None:
+    """The first loss is ln 2 to the last bit, the second is not; and the reference has stayed where it was."""
+    session, data = session_of(method, *_words("dpo", place), "optim.lr=1e-2")
+    batches = step_batches(session, data, 1)[1]
+    before = [score.clone() for score in session.roles.score("start", batches)]
+    first, second = (train_step(session, batches, step, 1.0) for step in (1, 2))
+    exact = 0 if method not in ROUNDED else 1e-6
+    assert first.loss == pytest.approx(math.log(2), abs=exact + 1e-15)
+    assert first.measures["reference_gap"] <= exact
+    assert second.measures["reference_gap"] > 0
+    assert all(map(torch.equal, before, session.roles.score("start", batches)))
+
+
+@pytest.mark.parametrize("words", [("train.precision=bf16",), ("objective.loss=ipo",), ("objective.loss=hinge",)])
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_first_losses_in_bf16_and_of_other_kinds(method: str, words: tuple[str, ...], place: Path) -> None:
+    session, data = session_of(method, *_words("dpo", place), *words)
+    found = train_step(session, step_batches(session, data, 1)[1], 1, 1.0)
+    assert found.loss == pytest.approx(STARTS[getattr(session.run.objective, "loss", "sigmoid")], abs=1e-12)
+
+
+@pytest.mark.parametrize("method", ["lora", "ia3", "full"])
+def test_a_reference_of_a_run_that_starts_from_another(method: str, place: Path, tmp_path: Path) -> None:
+    """The reference is what the run starts from, and not the base."""
+    left_by(tmp_path, method)
+    start = [f"method.init_from={tmp_path}"] if method != "full" else ["model=custom", f"model.path={tmp_path}/adapter"]
+    session, data = session_of(method, *_words("dpo", place), *start)
+    plain, _ = session_of(method, *_words("dpo", place))
+    batches = step_batches(session, data, 1)[1]
+    mine, base = (each.roles.score("start", batches)[0] for each in (session, plain))
+    assert not torch.allclose(mine, base)
+    assert train_step(session, batches, 1, 1.0).loss == pytest.approx(math.log(2), abs=1e-15)
+
+
+@pytest.mark.parametrize("fault", ["moved", "dropping"])
+def test_a_reference_that_is_not_the_start_ends_the_run(fault: str, place: Path) -> None:
+    session, data = session_of("lora", *_words("dpo", place))
+    if fault == "moved":
+        session.roles.values["start"][1].add_(0.01)
+    else:  # the adapter drops entries in the pass with a gradient, and not in the other
+        head = session.model.get_submodule(session.anatomy.blocks[0])
+        head.register_forward_hook(lambda module, args, out: out * 1.01 if module.training else out)
+    with pytest.raises(RefusedError, match="reference_gap must be 0 before the first update"):
+        train_step(session, step_batches(session, data, 1)[1], 1, 1.0)
+
+
+def test_dropout_of_method_and_model_is_set_to_0_and_said(place: Path) -> None:
+    composed = composed_of("lora", *_words("dpo", place), "method.dropout=0.1")
+    assert composed.run.method.dropout == 0
+    assert any("method.dropout=0" in line and "0.1" in line for line in composed.repairs)
+    run = compose(["objective=dpo", "model=tiny", "model.init=random"]).run
+    bones = skeleton(run, run.model.resolve())
+    assert bones.silenced == ()
+
+
+def test_random_gates_beside_a_reference_are_refused() -> None:
+    with pytest.raises(ValueError, match="method=diff_pruning draws random gates"):
+        compose(["objective=dpo", "method=diff_pruning"])
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["objective=sft", "train.early_stop_metric=eval/reward_accuracy"], "one of eval/loss eval/accuracy"),
+        (["objective=dpo", "train.early_stop_metric=eval/accuracy"], "eval/reward_accuracy eval/reward_margin"),
+        (["objective=orpo", "train.early_stop_metric=loss"], "eval/loss eval/loss/nll eval/loss/odds"),
+    ],
+)
+def test_a_metric_that_nobody_measures_is_refused(words: list[str], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        compose([*words, "train.eval_every=1"])
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_its_yaml_says_when_to_choose_it(objective: str) -> None:
+    text = next(
+        path for folder in FOLDERS if (path := folder / "objective" / f"{objective}.yaml").is_file()
+    ).read_text()
+    keys: dict[str, Any] = yaml.safe_load(text)
+    assert text.startswith("# ")
+    assert "Choose it" in text
+    assert all(f"\n{key}:" in f"\n{text}" for key in keys)
+    assert json.dumps(keys)
