@@ -235,7 +235,7 @@ def announce(composed: Composed, prepared: Mapping[str, Any]) -> None:
     for line in prepared["audit"].lines():
         print(in_a_line(line))
     console = Console(highlight=False, soft_wrap=True)
-    console.print("an example, what is supervised in green:", style="bold")
+    console.print(prepared["audit"].heading, style="bold")
     console.print(prepared["audit"].coloured(console.width if console.is_terminal else None))
     print(in_a_line(f"run folder   {composed.run.run_dir}"), flush=True)
 

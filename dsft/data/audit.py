@@ -26,7 +26,8 @@ class Counts:
     nothing teaches the model to stop. tokens, supervised: of the kept rows. shortest: tokens of the shortest row, kept
     or not; of one that was too long to be tokenised, what it has at least. empty_turns: supervised turns of the kept
     rows that render to nothing but their end. equal_sides: pairs dropped because both answers are the same tokens;
-    empty_sides: because nothing in one of their answers is supervised but ends of turns.
+    empty_sides: because nothing in one of their answers is supervised but ends of turns. zero_weight: left out because
+    their weight is 0.
     """
 
     rows: int
@@ -42,6 +43,7 @@ class Counts:
     empty_turns: int
     equal_sides: int = 0
     empty_sides: int = 0
+    zero_weight: int = 0
 
     @property
     def share(self) -> float:
@@ -86,6 +88,7 @@ class Counts:
             "without a supervised token": self.zero_mask,
             "with two equal answers": self.equal_sides,
             "with an empty answer": self.empty_sides,
+            "of weight 0": self.zero_weight,
             "duplicates" if self.duplicates > 1 else "duplicate": self.duplicates,
         }
         why = ", ".join(f"{count} {name}" for name, count in dropped.items() if count)
@@ -103,14 +106,17 @@ class Counts:
 class Audit:
     """Both sets' counts, their overlap (held-out rows equal to a row to learn from) and an example with its mask.
 
-    example: consecutive pieces of the first kept row's text, each with whether it is supervised. unread: columns that
-    some row has and nothing reads.
+    segments: of the first kept row (of a pair two) consecutive pieces of text, each with whether it is supervised.
+    lengths: tokens per segment of a pair. facts: lines about rows of this kind. unread: columns that some row has and
+    nothing reads.
     """
 
     train: Counts
     eval: Counts | None
     overlap: int
-    example: Sequence[tuple[str, bool]]
+    segments: Sequence[Sequence[tuple[str, bool]]]
+    lengths: Sequence[int]
+    facts: Sequence[str]
     unread: Sequence[str]
 
     def lines(self) -> list[str]:
@@ -127,19 +133,39 @@ class Audit:
                 f"warning: {empty} {turns} to nothing but an end of turn: the model learns to say nothing there; does "
                 "the chat template write tool calls?"
             )
+        lines += self.facts
         if self.unread:
             lines.append(f"columns not read: {', '.join(name or '(without a name)' for name in self.unread)}")
         return lines
 
+    @property
+    def heading(self) -> str:
+        """What stands above the example."""
+        if self.lengths:
+            return "an example, the chosen answer in green, the rejected one in red:"
+        return "an example, what is supervised in green:"
+
     def coloured(self, width: int | None = None) -> Text:
         """The example: supervised text green, the rest dim, behind a margin, so that no line of it looks like ours.
 
-        width: columns of a terminal, in which long lines are broken; None: of a log, in which they are not.
+        A pair has its prompt once, then both answers, the rejected one in red, each below its length in tokens. width:
+        columns of a terminal, in which long lines are broken; None: of a log, in which they are not.
         """
-        text, left = Text(), _SHOWN
-        for piece, supervised in self.example:
-            text.append(shown(piece[:left]), style="green" if supervised else "dim")
-            left -= len(piece[:left])
-        text = text if left else text.append(" ...", style="dim")
-        lines = text.split("\n", allow_blank=True) if width is None else text.wrap(Console(), width - len(MARGIN))
-        return Text("\n").join(Text.assemble(MARGIN, line) for line in lines)
+        if not self.lengths:
+            return _block(self.segments[0], "green", width)
+        blocks = [_block(self.segments[0][:1], "green", width)]
+        for name, style, pieces, length in zip(
+            ("chosen", "rejected"), ("green", "red"), self.segments, self.lengths, strict=True
+        ):
+            blocks += [Text(f"{name}, {length} tokens with the prompt:"), _block(pieces[1:], style, width)]
+        return Text("\n").join(blocks)
+
+
+def _block(pieces: Sequence[tuple[str, bool]], style: str, width: int | None) -> Text:
+    text, left = Text(), _SHOWN
+    for piece, supervised in pieces:
+        text.append(shown(piece[:left]), style=style if supervised else "dim")
+        left -= len(piece[:left])
+    text = text if left else text.append(" ...", style="dim")
+    lines = text.split("\n", allow_blank=True) if width is None else text.wrap(Console(), width - len(MARGIN))
+    return Text("\n").join(Text.assemble(MARGIN, line) for line in lines)

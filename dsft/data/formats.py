@@ -3,13 +3,15 @@
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import chain
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from dsft.data.json_rows import row_list
 from dsft.data.kinds import KINDS, other_kind
 from dsft.data.layouts import LAYOUTS, OPTIONAL, TURNS, Layout
 from dsft.data.meaning import BESIDE_ONE_PROMPT, COLUMNS, refuse_unread
-from dsft.data.preference import Side
+from dsft.data.numbers import class_of, is_name, unlisted, weight
+from dsft.data.preference import PROMPTS, Side
 from dsft.data.records import Record, RowError, field_names, kind
 from dsft.data.source import BadRow, OnBadRow, Sample
 from dsft.data.turns import Turns, json_text, only_last, read_tools
@@ -17,7 +19,10 @@ from dsft.data.turns import Turns, json_text, only_last, read_tools
 if TYPE_CHECKING:
     from dsft.objective import Wants
 
-Name = Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "question_answer", "preference", "text"]
+Name = Literal[
+    "auto", "messages", "sharegpt", "alpaca", "prompt_completion", "question_answer", "text", "preference", "rated",
+    "labelled",
+]  # fmt: skip
 """Values of data.format; auto = the first of those that the objective takes whose columns the first row has."""
 
 TrainOn = Literal["all", "last"]
@@ -37,6 +42,7 @@ class Columns:
     train_on: TrainOn
     ignore: tuple[str, ...]
     on_bad_row: OnBadRow
+    labels: tuple[str, ...] | None
 
     def __post_init__(self) -> None:
         """Refuse names that do not exist."""
@@ -48,6 +54,10 @@ class Columns:
             raise ValueError(f"data.train_on must be all or last, got {self.train_on}")
         if self.on_bad_row not in get_args(OnBadRow):
             raise ValueError(f"data.on_bad_row must be stop or skip, got {self.on_bad_row}")
+        if self.labels is not None and len({*self.labels}) < max(2, len(self.labels)):
+            raise ValueError(
+                f"data.labels must list two labels or more, each once, got {' '.join(self.labels) or 'none'}"
+            )
         known = sorted({column for layout in LAYOUTS.values() for column in layout.names})
         for name, column in self.fields.items():
             if name not in known:
@@ -63,7 +73,12 @@ class Columns:
     def identity(self) -> dict[str, Any]:
         """Return what decides the samples of given records, JSON-able; keys that came later only where they are set."""
         found = {"format": self.format, "fields": self._renamed, "system": self.system, "verify": self.verify}
-        later = {"train_on": (self.train_on, "all"), "on_bad_row": (self.on_bad_row, "stop")}
+        labels = None if self.labels is None else list(self.labels)
+        later: dict[str, tuple[Any, Any]] = {
+            "train_on": (self.train_on, "all"),
+            "on_bad_row": (self.on_bad_row, "stop"),
+        }
+        later["labels"] = (labels, None)
         found |= {key: value for key, (value, default) in later.items() if value != default}
         return found | ({"ignore": sorted(self.ignore)} if self.ignore else {})
 
@@ -78,6 +93,7 @@ class Columns:
         """
         plan: _Plan | None = None
         idle, rows, absent = set(self.ignore), 0, {self._renamed[name] for name in self._renamed.keys() & OPTIONAL}
+        records = iter(records)
         for record in records:
             rows, absent = rows + 1, absent - record.values.keys()
             item: Sample | BadRow
@@ -86,6 +102,9 @@ class Columns:
                 if idle:
                     idle -= set(record.values) | _turn_keys(values)
                 plan = plan or _Plan(self._layout(values, record.place, wants), self._renamed, self.ignore)
+                if plan.layout.wants == "labelled" and self.labels is None and is_name(values.get("label")):
+                    column = plan.named("label")
+                    raise unlisted((each.values.get(column) for each in chain([record], records)), path)
                 item = self._sample(record, values, plan, source)
             except RowError as error:
                 hint = _SKIP if self.on_bad_row == "stop" else ""
@@ -115,8 +134,14 @@ class Columns:
         system = values.get("system") if "system" in layout.optional else None
         samples = [self._side(self._with_system(side, system, place), record, source, tools) for side in sides]
         rejected = samples[1] if len(samples) > 1 else None
+        columns = {**found.columns}
+        if layout.wants == "labelled":
+            columns["label"] = class_of(values["label"], self.labels, place)
+            samples[0] = replace(samples[0], learned=(False,) * len(samples[0].messages))
+        if "weight" in layout.optional and (counts := weight(values.get("weight"), place)) != 1:
+            columns["weight"] = counts
         unread = plan.unread(tuple(record.values))
-        return replace(samples[0], rejected=rejected, columns=found.columns, unread=unread)
+        return replace(samples[0], rejected=rejected, columns=columns, unread=unread)
 
     def _side(self, side: Side, record: Record, source: str, tools: tuple[Any, ...] | None) -> Sample:
         turns = only_last(side.turns) if self.train_on == "last" else side.turns
@@ -171,15 +196,24 @@ class Columns:
             found = next((layout for layout in fitting if layout.wants == wants), fitting[-1])
         if found.wants != wants:
             raise other_kind(wants, found.wants, f"at {place}", _one_side(values) if wants == "text" else "")
-        left: dict[str, tuple[Any, Any]] = {"verify": (self.verify, "none")} if wants != "text" else {}
-        if found is LAYOUTS["text"]:
-            left = {"system": (self.system, None), "verify": (self.verify, "none"), "train_on": (self.train_on, "all")}
-        what = "plain text" if wants == "text" else KINDS[wants].rows
-        for key, (value, default) in left.items():
-            if value != default:
-                shown = "null" if default is None else default
-                raise ValueError(f"data.{key} must be {shown} for {what}, as {place} is, got {value}; unset it")
+        self._refuse_idle(found, place)
         return found
+
+    def _refuse_idle(self, layout: Layout, place: str) -> None:
+        """Raise ValueError for a key that has no effect on rows of this format."""
+        text, wants = layout is LAYOUTS["text"], layout.wants
+        idle: dict[str, tuple[Any, Any, bool]] = {
+            "system": (self.system, None, text),
+            "verify": (self.verify, "none", text or wants != "text"),
+            "train_on": (self.train_on, "all", text or wants == "labelled"),
+            "labels": (self.labels, None, wants != "labelled"),
+        }
+        what = "plain text" if text else KINDS[wants].rows
+        for key, (value, default, off) in idle.items():
+            if off and value != default:
+                shown = "null" if default is None else default
+                got = " ".join(value) if isinstance(value, tuple) else value
+                raise ValueError(f"data.{key} must be {shown} for {what}, as {place} is, got {got}; unset it")
 
     def _with_system(self, side: Side, given: Any, place: str) -> Side:
         """The side with its own system turn, that of its column system, or that of data.system, in this order."""
@@ -209,16 +243,23 @@ class _Plan:
 
     def __init__(self, layout: Layout, renamed: Mapping[str, str], ignore: Iterable[str]) -> None:
         self.layout, self.ignore = layout, frozenset(ignore)
-        self.taken = {renamed.get(name, name) for name in layout.names}
+        self.renamed = renamed
+        self.taken = {self.named(name) for name in layout.names}
         chosen = {"rejected"} if "chosen" in self.taken else set()  # who reads the one leaves the other on purpose
         self.allowed = self.taken | self.ignore | chosen
         self.known = COLUMNS if layout.columns in TURNS else {**COLUMNS, **BESIDE_ONE_PROMPT}
         self.sorted: dict[tuple[str, ...], tuple[str, ...]] = {}
 
+    def named(self, name: str) -> str:
+        """The column that holds a field of ours."""
+        return self.renamed.get(name, name)
+
     def unread(self, columns: tuple[str, ...]) -> tuple[str, ...]:
         """Return the columns that are not read, in the order of the file; found once for each set of columns."""
         if columns not in self.sorted:
-            self.sorted[columns] = tuple(name for name in columns if name not in self.taken or name in self.ignore)
+            prompts = [name for name in map(self.named, PROMPTS) if name in columns and name not in self.ignore]
+            taken = self.taken - (set(prompts[1:]) if self.layout.wants == "pair" else set()) - self.ignore
+            self.sorted[columns] = tuple(name for name in columns if name not in taken)
         return self.sorted[columns]
 
 

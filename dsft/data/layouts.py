@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from dsft.data.numbers import finite
+from dsft.data.numbers import finite, verdict
 from dsft.data.preference import PROMPTS, Side, read_sides
 from dsft.data.records import RowError, field_names, kind
 from dsft.data.turns import Turns, concatenated, exchange, json_text, read_turns
@@ -120,6 +120,25 @@ def _read_pair(values: Mapping[str, Any], place: str, ignore: frozenset[str]) ->
     return Read(chosen.turns, chosen.plain, (chosen, rejected), {"margin": margin} if margin else {})
 
 
+def _read_rated(values: Mapping[str, Any], place: str, ignore: frozenset[str]) -> Read:
+    found = _read_completion(values, place, ignore)
+    return found._replace(columns={"label": verdict(values["label"], place)})
+
+
+def _read_labelled(values: Mapping[str, Any], place: str, ignore: frozenset[str]) -> Read:
+    """A text or a conversation of which nothing is learned; its label is read by data.labels."""
+    column = next((name for name in ("messages", "conversations", "text") if values.get(name) is not None), "text")
+    value = values.get(column)
+    if column == "text":
+        if not isinstance(value, str):
+            raise RowError(
+                f"{place} must have text in the field text, or a list in messages, got {kind(value)}; correct the row"
+            )
+        return Read(Turns((), ()), (value, ""))
+    turns = read_turns(value, place, column=column, ignore=ignore)
+    return Read(turns._replace(learned=(False,) * len(turns.messages)), None)
+
+
 def _exchange(prompt: str, completion: str, joint: str) -> Read:
     """One question and its answer; joint stands between them where there is no chat template."""
     return Read(exchange(prompt, completion), (prompt + joint, completion))
@@ -142,14 +161,17 @@ def _history(value: Any, place: str) -> list[Turns]:
 
 
 _CHAT = ("system", "tools")
+_WEIGHED = (*_CHAT, "weight")
 
 LAYOUTS: dict[str, Layout] = {
-    "messages": Layout("text", ("messages",), _CHAT, (list,), _read_messages),
-    "sharegpt": Layout("text", ("conversations",), _CHAT, (list,), _read_sharegpt),
-    "alpaca": Layout("text", ("instruction", "output"), ("input", "history", *_CHAT), (str,), _read_alpaca),
-    "prompt_completion": Layout("text", ("prompt", "completion"), _CHAT, (str, list), _read_completion),
-    "question_answer": Layout("text", ("question", "answer"), _CHAT, (str,), _read_question),
-    "text": Layout("text", ("text",), (), (str,), _read_text),
+    "messages": Layout("text", ("messages",), _WEIGHED, (list,), _read_messages),
+    "sharegpt": Layout("text", ("conversations",), _WEIGHED, (list,), _read_sharegpt),
+    "alpaca": Layout("text", ("instruction", "output"), ("input", "history", *_WEIGHED), (str,), _read_alpaca),
+    "prompt_completion": Layout("text", ("prompt", "completion"), _WEIGHED, (str, list), _read_completion),
+    "question_answer": Layout("text", ("question", "answer"), _WEIGHED, (str,), _read_question),
+    "text": Layout("text", ("text",), ("weight",), (str,), _read_text),
+    "labelled": Layout("labelled", ("label",), _CHAT, (object,), _read_labelled, ("messages", "conversations", "text")),
+    "rated": Layout("rated", ("prompt", "completion", "label"), _CHAT, (object,), _read_rated),
     "preference": Layout(
         "pair", ("chosen", "rejected"), (*PROMPTS, "input", "margin", *_CHAT), (str, list, dict), _read_pair
     ),

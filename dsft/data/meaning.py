@@ -19,21 +19,31 @@ class Known(NamedTuple):
     alone: bool = False
 
 
-_WEIGHT = Known("rows are not weighted yet", one=True)
-_SCORE = Known("rows are not weighted yet")
+_WEIGHT = Known("rows are weighted by the column weight alone, where an example is one answer", one=True)
+_SCORE = Known("rows are weighted by the column weight alone")
 _MEDIA = Known("only text is read", alone=True)
 _MASK = Known("the mask is told from the turns", "mark turns with weight, 0 or 1")
 _TOKENS = Known("tokens are made from the text, not read")
-_PAIR = Known("a row is learned from one answer", "for the chosen answers alone see data.fields.completion")
+_PAIR = Known(
+    "a row is learned from one answer",
+    "for both set objective=dpo, for the chosen answers alone see data.fields.completion",
+)
 
 COLUMNS: dict[str, Known] = {
-    **dict.fromkeys(("weight", "weights", "loss_weight", "sample_weight", "train", "loss"), _WEIGHT),
+    **dict.fromkeys(("weight", "train", "loss"), _WEIGHT),
+    **{
+        name: _WEIGHT._replace(way=f"set data.fields.weight={name}")
+        for name in ("weights", "loss_weight", "sample_weight")
+    },
     **dict.fromkeys(("score", "reward"), _SCORE),
     **dict.fromkeys(("image", "images", "video", "videos", "audio", "audios"), _MEDIA),
     **dict.fromkeys(("loss_mask", "completion_mask", "assistant_masks", "masks", "segments"), _MASK),
     **dict.fromkeys(("input_ids", "labels", "token_ids"), _TOKENS),
     **dict.fromkeys(("chosen", "rejected"), _PAIR),
-    "label": Known("a label is not learned", "write it as the answer"),
+    "label": Known(
+        "a label is not learned",
+        "set objective=classification, or objective=kto for verdicts, or write it as the answer",
+    ),
     "system": Known("this format has no system turn", "use a format of conversations"),
     "system_prompt": Known("it is not in the conversation", "set data.fields.system=system_prompt"),
     "system_message": Known("it is not in the conversation", "set data.fields.system=system_message"),

@@ -45,6 +45,18 @@ class Mixture:
                         f"data.sources.{name}.{key} must be {left}, got {got}; set data.{key} of the mixture"
                     )
 
+        lists = {name: labels for name, source in self.sources.items() if (labels := getattr(source, "labels", None))}
+        if lists and (len(lists) < len(self.sources) or len({tuple(labels) for labels in lists.values()}) > 1):
+            raise ValueError(
+                f"data.sources must all have the same labels, got others in some of {' '.join(self.sources)}: a "
+                "label's number is its place in the list; give each source the same list"
+            )
+
+    @property
+    def labels(self) -> list[str] | None:
+        """The names of the labels, which are the same in all sources."""
+        return next((getattr(source, "labels", None) for source in self.sources.values()), None)
+
     def check(self, wants: "Wants" = "text") -> None:
         """Raise ValueError for the first source that has something wrong with it."""
         for name, source in self.sources.items():

@@ -9,7 +9,9 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from dsft_launchers.files import readable_by_all
+from numpy.typing import NDArray
 
 from dsft.data.audit import Audit, Counts
 from dsft.data.cache import (
@@ -23,6 +25,7 @@ from dsft.data.cache import (
 )
 from dsft.data.encoded import Encoded
 from dsft.data.encoding import Encoder
+from dsft.data.facts import facts
 from dsft.data.length import OverLong
 from dsft.data.pairs import encode
 from dsft.data.skipped import with_way_out, write_skipped
@@ -68,6 +71,14 @@ class Dataset:
         """What a person should know beside the audit, a line each."""
         fixed = f"the chat template reads the date; it is fixed to {self.day} for this run"
         return [] if self.day is None else [fixed]
+
+    @cached_property
+    def classes(self) -> int:
+        """How many labels there are: as many as data.labels lists, else one more than the largest of both sets."""
+        if labels := getattr(self.source, "labels", None):
+            return len(labels)
+        sets = [part for part in (self.train, self.eval) if part is not None]
+        return 1 + max(int(part.columns["label"].max()) for part in sets)
 
     @cached_property
     def verifiable(self) -> tuple[int, ...]:
@@ -120,9 +131,15 @@ def open_data(
     train, train_counts = _load(folder / "train")
     held, held_counts = _load(folder / "eval") if (folder / "eval").is_dir() else (None, None)
     extra = json.loads((folder / "audit.json").read_text(encoding="utf-8"))
-    example = [(str(piece), bool(supervised)) for piece, supervised in extra["example"]]
+    segments = [extra["example"], *([extra["rejected"]] if "rejected" in extra else [])]
     audit = Audit(
-        train=train_counts, eval=held_counts, overlap=extra["overlap"], example=example, unread=extra["unread"]
+        train=train_counts,
+        eval=held_counts,
+        overlap=extra["overlap"],
+        segments=[[(str(piece), bool(on)) for piece, on in segment] for segment in segments],
+        lengths=extra.get("segments", ()),
+        facts=extra.get("facts", ()),
+        unread=extra["unread"],
     )
     digest = digest_of(digests_of_arrays(folder))
     return Dataset(source, train, held, audit, digest, inputs, told, extra["top_token"])
@@ -150,18 +167,18 @@ def _build(folder: Path, source: Source, encoder: Encoder, *, wants: "Wants", ma
                 break
             held.add(sample, encoded)
     train.check("the training data")
+    told = facts(wants, train.kept, train.columns, getattr(source, "labels", None))
     train.write(folder / "train")
     if own is not None or source.eval_fraction > 0:
         held.check("the held-out data")
         held.write(folder / "eval")
     first = train.kept[0]
-    pieces = [
-        (encoder.tokenizer.decode(first.tokens[start:end].tolist()), supervised)
-        for start, end, supervised in runs(first.mask)
-    ]
+    segments = [_pieces(encoder, tokens, mask) for tokens, mask in first.parts]
     extra = {
         "overlap": len(train.seen & held.seen),
-        "example": pieces,
+        "example": segments[0],
+        **({"rejected": segments[1], "segments": first.segments} if first.segments else {}),
+        **({"facts": told} if told else {}),
         "unread": list(train.unread | held.unread),
         "top_token": max(int(row.tokens.max()) for part in (train, held) for row in part.kept),
     }
@@ -169,6 +186,11 @@ def _build(folder: Path, source: Source, encoder: Encoder, *, wants: "Wants", ma
     write_skipped([*train.skipped, *held.skipped], folder)
     if not all(map(readable_by_all, _files_of(source))):
         folder.chmod(0o700)
+
+
+def _pieces(encoder: Encoder, tokens: NDArray[np.int32], mask: NDArray[np.bool_]) -> list[tuple[str, bool]]:
+    """A segment as consecutive pieces of text, each with whether it is supervised."""
+    return [(str(encoder.tokenizer.decode(tokens[first:end].tolist())), on) for first, end, on in runs(mask)]
 
 
 def _files_of(source: Any) -> Iterator[Path]:

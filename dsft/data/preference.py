@@ -90,9 +90,19 @@ def _written_turns(text: str) -> list[Any] | None:
 def _given(values: Mapping[str, Any], place: str, ignore: frozenset[str]) -> _Given | None:
     """The prompt, None if the row has no column for it."""
     column = next((name for name in PROMPTS if values.get(name) is not None), None)
+    if column is None and values.get("input"):
+        raise RowError(
+            f"{place} must have an input beside an instruction, got one alone; if it is the prompt set "
+            "data.fields.prompt=input, or read the rows without it by data.ignore=[input]"
+        )
     if column is None:
         return None
     value = values[column]
+    if column != "instruction" and values.get("input") and values["input"] != value:
+        raise RowError(
+            f"{place} must have an input beside an instruction alone, got one beside the {column}; if it is the prompt "
+            "set data.fields.prompt=input, or read the rows without it by data.ignore=[input]"
+        )
     if column == "instruction" and isinstance(value, str) and values.get("input"):
         if not isinstance(values["input"], str):
             raise RowError(f"{place} must have text in the field input, got {kind(values['input'])}; correct the row")

@@ -34,6 +34,7 @@ class SetWriter:
         self.ids: list[tuple[str, int]] = []
         self.columns: list[Mapping[str, float]] = []
         self.dropped = {"duplicates": 0, "over_long": 0, "zero_mask": 0, "bad": 0, "equal_sides": 0, "empty_sides": 0}
+        self.dropped["zero_weight"] = 0
         self.skipped: list[Skipped] = []
         self.unread: dict[str, None] = {}
         self.empty_turns = 0
@@ -55,6 +56,8 @@ class SetWriter:
         if isinstance(encoded, BadRow) or isinstance(sample, BadRow):
             bad = encoded if isinstance(encoded, BadRow) else sample
             self._drop("bad", bad, bad.reason if isinstance(bad, BadRow) else "")
+        elif sample.columns.get("weight") == 0:
+            self._drop("zero_weight", sample, "its weight is 0")
         elif isinstance(encoded, OverLong):
             self.shortest = min(self.shortest or encoded.tokens, encoded.tokens)
             why = f"{encoded.characters:,} characters are {encoded.tokens} tokens or more"

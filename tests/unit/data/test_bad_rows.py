@@ -97,7 +97,7 @@ MEANT: list[tuple[Any, Any, str]] = [
     (CHAT, _say(content="", refusal="No."), "the key of a turn refusal, got str: the answer is in it"),
     (CHAT, {**CHAT, "functions": [{"name": "f"}]}, r"the column functions, .*set data.fields.tools=functions"),
     (CHAT, {**CHAT, "system_prompt": "Hi"}, r"the column system_prompt, .*set data.fields.system=system_prompt"),
-    (CHAT, {**CHAT, "weight": 0.5}, "the column weight, got 0.5: rows are not weighted yet"),
+    (CHAT, {**CHAT, "loss_weight": 0.5}, "the column loss_weight, got 0.5: rows .*set data.fields.weight=loss_weight"),
     (CHAT, {**CHAT, "score": 4.5}, "the column score, got 4.5"),
     (CHAT, {**CHAT, "chosen": [BOT], "rejected": [BOT]}, "the column (chosen|rejected), got list: a row is learned"),
     (CHAT, {**CHAT, "documents": [{"title": "a"}]}, "the column documents, got list"),

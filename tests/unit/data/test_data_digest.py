@@ -1,6 +1,7 @@
 """A run's data are known by their tokens; by what went into them where an older dsft began the run."""
 
 import importlib.metadata
+import json
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,30 @@ def test_the_digest_of_inputs_is_what_older_run_folders_hold(opened: Any, source
     local = source("local", path=jsonl(ROWS))
     parts = {"version": 2, "source": local.identity(), "eval": [None, 0.0, None], "max_length": 200}
     assert opened(local).inputs == digest_of({**parts, "tokenizer": tokenizer_identity(chatml)})
+
+
+GOLDEN = {
+    "messages": (
+        [{"messages": CHATS[name]} for name in ("single", "several", "system")],
+        "ad947c91b757c8ea614aeec6d2d91992b22f63290e606547b05fe4b1afc88dc7",
+    ),
+    "text": (
+        [{"text": f"word {i}"} for i in range(5)],
+        "4a3f08daa4ece8c360af20e7d63e9d8628fdd6c350cb2be5d26676394452e7e8",
+    ),
+}
+"""Rows, and the digest that a run folder made before pairs, labels and weights holds of their tokens."""
+
+
+@pytest.mark.parametrize("kind", GOLDEN)
+def test_tokens_of_single_texts_are_those_of_older_run_folders(kind: str, opened: Any, source: Any, jsonl: Any) -> None:
+    rows, digest = GOLDEN[kind]
+    data = opened(source("local", path=jsonl(rows), eval_fraction=0.4 if kind == "text" else 0.0))
+    assert data.digest == digest
+    assert "equal_sides" not in (data.train.folder / "set.json").read_text()
+    assert set(json.loads((data.train.folder.parent / "audit.json").read_text())) == {
+        "overlap", "example", "unread", "top_token",
+    }  # fmt: skip
 
 
 def test_one_changed_byte_of_any_file_is_named_and_the_tokens_are_made_anew(
