@@ -74,7 +74,14 @@ SENTENCES = {
     "flash_attention": "dsft brings its own attention, which keeps packed examples apart",
     "max_samples": "all rows are read; give a file with those that are wanted, or set train.steps",
     "streaming": "rows are tokenised once into a cache, which is read from disk; leave it out",
-    "beta": "fine-tuning is supervised (objective=sft), which has none; AdamW's are optim.betas",
+    "beta": "take objective=dpo, orpo, simpo or kto and objective.beta; AdamW's are optim.betas",
+    "dpo_beta": "take objective=dpo objective.beta=VALUE",
+    "pref_beta": "take objective=dpo objective.beta=VALUE",
+    "pref_loss": "take objective=dpo objective.loss=sigmoid, ipo or hinge, objective=orpo, or objective=simpo",
+    "loss_type": "take objective=dpo objective.loss=sigmoid, ipo or hinge, objective=orpo, simpo or kto",
+    "simpo_gamma": "take objective=simpo objective.gamma=VALUE",
+    "cpo_alpha": "objective=simpo is without a term of cross entropy; objective=orpo has one",
+    "ref_model": "the reference is the policy as it was at the start; nothing is to be loaded",
     "device": "accelerators are taken where there are any; their number is launcher.devices",
     "device_map": "a model is spread over launcher.devices by strategy=fsdp",
     "time_limit": "set launcher.time for a SLURM job, train.max_minutes for any run",
@@ -115,6 +122,12 @@ SENTENCES = {
 """Their name -> how it is done here."""
 
 OPTIONS = {
+    "objective=ipo": "take objective=dpo objective.loss=ipo",
+    "objective=cdpo": "take objective=dpo objective.label_smoothing=0.1",
+    "method=dpo": "it is the objective: objective=dpo; what learns is method=lora or full",
+    "method=orpo": "it is the objective: objective=orpo; what learns is method=lora or full",
+    "method=simpo": "it is the objective: objective=simpo; what learns is method=lora or full",
+    "method=kto": "it is the objective: objective=kto; what learns is method=lora or full",
     "method=sft": "it is the objective, which is objective=sft as it is; what learns is method=lora or full",
     "method=lora+": "did you mean lora_plus?",
     "method=loraplus": "did you mean lora_plus?",

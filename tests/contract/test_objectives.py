@@ -70,7 +70,9 @@ def test_an_evaluation_divides_as_a_step_does(objective: str, place: Path) -> No
     before = evaluate(session, data).values
     found = train_step(session, batches, 1, 1.0).named
     assert before == pytest.approx({f"eval/{name}": value for name, value in found.items()}, rel=1e-6, abs=1e-9)
-    assert {"loss"} | session.run.objective.measures.keys() == found.keys() - {f"loss/{x}" for x in session.run.objective.terms}
+    assert {"loss"} | session.run.objective.measures.keys() == found.keys() - {
+        f"loss/{x}" for x in session.run.objective.terms
+    }
 
 
 @pytest.mark.parametrize("method", [name for name in METHODS if name not in NOISY])

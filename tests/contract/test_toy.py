@@ -124,12 +124,12 @@ def verdicts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bool]:
         text = yaml.replace("dsft_loudness.loudness.Loudness", f"broken.{kind}")
         (place / "conf" / "method" / f"{kind}.yaml").write_text(text)
     broken = [f"({kind} and {test})" for kind, test in [*CAUGHT.items(), ("Counts", RESUMES)]]
-    chosen = " or ".join(["loudness", *broken])
+    chosen = " or ".join(["loudness", "focal", *broken])
     path = os.pathsep.join([str(TOY), str(place), os.environ.get("PYTHONPATH", "")])
     report = place / "report.xml"
     subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}", "-k", chosen,
-         *(f"tests/contract/test_{part}.py" for part in ("conf", "methods", "results"))],
+         *(f"tests/contract/test_{part}.py" for part in ("conf", "methods", "objectives", "results"))],
         cwd=TOY.parents[1], env={**os.environ, "DSFT_CONFIG_DIR": str(place / "conf"), "PYTHONPATH": path},
         capture_output=True, text=True, check=False,
     )  # fmt: skip
@@ -141,6 +141,16 @@ def test_a_method_of_one_py_and_one_yaml_is_held_to_every_contract(verdicts: dic
     held = {name: passed for name, passed in verdicts.items() if "loudness" in name}
     assert {name.partition("[")[0] for name in held} == {
         "test_composes_and_builds", "test_keys_are_the_fields_of_its_class", RESUMES, *CAUGHT.values()
+    }  # fmt: skip
+    assert all(held.values()), held
+
+
+def test_an_objective_of_one_py_and_one_yaml_is_held_to_its_contract(verdicts: dict[str, bool]) -> None:
+    held = {name: passed for name, passed in verdicts.items() if "[focal]" in name}
+    assert {name.partition("[")[0] for name in held} == {
+        "test_composes_and_builds", "test_keys_are_the_fields_of_its_class",
+        "test_micro_batches_and_silence_change_nothing", "test_an_evaluation_divides_as_a_step_does",
+        "test_its_yaml_says_when_to_choose_it",
     }  # fmt: skip
     assert all(held.values()), held
 
