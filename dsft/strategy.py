@@ -24,14 +24,16 @@ Shape = tuple[torch.Size, torch.dtype]
 class Shares:
     """Parts of a whole that one rank keeps between steps, 1 = all of it (2: it is there twice).
 
-    weights: of what is frozen, as it is stored; values, gradients, moments: of what learns, in fp32.
-    on_host: those of them that live in host memory where there is an accelerator.
+    weights: of what is frozen, as it is stored; values, gradients, moments: of what learns, in fp32; shown: of what
+    learns, without masters that lie beside it. on_host: those of them that live in host memory where there is an
+    accelerator.
     """
 
     weights: float
     values: float
     gradients: float
     moments: float
+    shown: float
     on_host: tuple[str, ...] = ()
 
 

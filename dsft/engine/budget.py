@@ -36,15 +36,17 @@ class Budget:
     """Bytes of one rank on the device that computes.
 
     weights: what is frozen, as it is stored; values, gradients, moments: of what learns (gradients: those beside
-    activations); gathered: what sharding makes whole at a time; activations: of one micro-batch, None where they cannot
-    be counted; working: the most that one block, the head or the update takes for itself; slack: what a CPU's heap
-    wastes; process: what is there before, and for the links between ranks.
+    activations); references: copies of what learns that an objective compares with; gathered: what sharding makes whole
+    at a time; activations: of one micro-batch, None where they cannot be counted; working: the most that one block, the
+    head or the update takes for itself; slack: what a CPU's heap wastes; process: what is there before, and for the
+    links between ranks.
     """
 
     weights: int
     values: int
     gradients: int
     moments: int
+    references: int
     gathered: int
     activations: int | None
     working: int
@@ -86,6 +88,8 @@ def _estimate(run: Run, bones: Skeleton, saved: Saved | None, ranks: int, *, acc
         "gradients": shares.gradients * values,
         "moments": shares.moments * sum(state_bytes(run.optim, param.shape) for param in learning),
     }
+    on_host = accelerator and "values" in shares.on_host
+    references = 0 if on_host else round(len(run.objective.roles) * shares.shown * values)
     course = run.method.course(bones.model, run.train.steps or EVER, torch.device("meta"))
     kept["moments"] += sum(tensor.nbytes for tensor in course.state.values()) if course else 0
     activations, working = _kept(saved, run) if saved else (None, 0)
@@ -99,6 +103,7 @@ def _estimate(run: Run, bones: Skeleton, saved: Saved | None, ranks: int, *, acc
     update += LOOKS * _shown(bones, course) if course else 0
     return Budget(
         **{name: 0 if accelerator and name in shares.on_host else round(value) for name, value in kept.items()},
+        references=references,
         gathered=_gathered(run, bones),
         activations=activations,
         working=max(working, update - (activations or 0)),

@@ -33,7 +33,7 @@ class DDP(OnTensors):
 
     def shares(self, size: int) -> Shares:
         """All; the buckets hold what learns once more while it is summed."""
-        return Shares(weights=1, values=1, gradients=2, moments=1)
+        return Shares(weights=1, values=1, gradients=2, moments=1, shown=1)
 
     def shard(self, model: nn.Module, anatomy: Anatomy, world: World, precision: str) -> nn.Module:
         """Nothing to lay out: each rank reads the same values."""

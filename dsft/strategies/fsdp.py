@@ -49,7 +49,7 @@ class FSDP(OnTensors):
         """One of the shards of each."""
         part = 1 / self._shards(size)
         names = ("weights", "values", "gradients", "moments")
-        return Shares(part, part, part, part, on_host=names if self.offload == "parameters" else ())
+        return Shares(part, part, part, part, part, on_host=names if self.offload == "parameters" else ())
 
     def gathered(self, blocks: Sequence[int], rest: int) -> int:
         """What is no block, the block in use and the one that is fetched ahead; without resharding, all."""

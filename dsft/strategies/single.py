@@ -20,7 +20,7 @@ class Single(OnTensors):
 
     def shares(self, size: int) -> Shares:
         """All."""
-        return Shares(weights=1, values=1, gradients=1, moments=1)
+        return Shares(weights=1, values=1, gradients=1, moments=1, shown=1)
 
     def shard(self, model: nn.Module, anatomy: Anatomy, world: World, precision: str) -> nn.Module:
         """Nothing to lay out."""

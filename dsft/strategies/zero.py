@@ -68,6 +68,7 @@ class Zero(Strategy):
             values=values + part,
             gradients=whole if self.stage == 1 else part,
             moments=part,
+            shown=values,
             on_host=hosts[self.offload],
         )
 
