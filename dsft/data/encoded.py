@@ -28,6 +28,8 @@ class Encoded:
     @property
     def parts(self) -> list[tuple[Ids, NDArray[np.bool_]]]:
         """Tokens and mask of each segment, in order."""
+        if not self.segments:
+            return [(self.tokens, self.mask)]
         borders = np.cumsum(self.segments[:-1], dtype=np.int64)
         return list(zip(np.split(self.tokens, borders), np.split(self.mask, borders), strict=True))
 
