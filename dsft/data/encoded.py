@@ -10,7 +10,8 @@ from dsft.data.masks import Ids
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """tokens (L,) int32; mask (L,) bool, True = supervised; prompt: tokens before the last assistant turn's first.
+    """tokens (L,) int32; mask (L,) bool, True = supervised; prompt: tokens before the last assistant turn's first, of a
+    pair before both answers.
 
     empty_turns: supervised turns that the template renders to nothing but their end. asked: the prompt as the
     tokenizer writes it for a model that is to answer, where that is not the row's first tokens: a token across the
