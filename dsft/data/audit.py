@@ -92,14 +92,14 @@ class Counts:
             "duplicates" if self.duplicates > 1 else "duplicate": self.duplicates,
         }
         why = ", ".join(f"{count} {name}" for name, count in dropped.items() if count)
+        line = f"{self.rows} rows, {f'{self.kept} kept ({why} dropped)' if why else 'all kept'}, {self.tokens} tokens"
+        if not self.supervised:
+            return line
         ends = "all answers end with an end-of-turn token"
         if self.truncated:
             some = "answers end" if self.truncated > 1 else "answer ends"
             ends = f"{self.truncated} {some} without an end-of-turn token"
-        return (
-            f"{self.rows} rows, {f'{self.kept} kept ({why} dropped)' if why else 'all kept'}, {self.tokens} tokens, "
-            f"{self.supervised} supervised ({self.share:.1%}), {ends}"
-        )
+        return f"{line}, {self.supervised} supervised ({self.share:.1%}), {ends}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,7 +143,7 @@ class Audit:
         """What stands above the example."""
         if self.lengths:
             return "an example, the chosen answer in green, the rejected one in red:"
-        return "an example, what is supervised in green:"
+        return "an example, what is supervised in green:" if self.train.supervised else "an example:"
 
     def coloured(self, width: int | None = None) -> Text:
         """The example: supervised text green, the rest dim, behind a margin, so that no line of it looks like ours.

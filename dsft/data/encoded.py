@@ -10,7 +10,8 @@ from dsft.data.masks import Ids
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """tokens (L,) int32; mask (L,) bool, True = supervised; prompt: tokens before the last assistant turn's first.
+    """tokens (L,) int32; mask (L,) bool, True = supervised; prompt: tokens before the last assistant turn's first, of a
+    pair before both answers.
 
     empty_turns: supervised turns that the template renders to nothing but their end. asked: the prompt as the
     tokenizer writes it for a model that is to answer, where that is not the row's first tokens: a token across the
@@ -28,6 +29,8 @@ class Encoded:
     @property
     def parts(self) -> list[tuple[Ids, NDArray[np.bool_]]]:
         """Tokens and mask of each segment, in order."""
+        if not self.segments:
+            return [(self.tokens, self.mask)]
         borders = np.cumsum(self.segments[:-1], dtype=np.int64)
         return list(zip(np.split(self.tokens, borders), np.split(self.mask, borders), strict=True))
 

@@ -280,7 +280,7 @@ def _one_side(values: Mapping[str, Any]) -> str:
 
 def _unknown(values: Mapping[str, Any], place: str, wants: "Wants") -> str:
     layouts = [layout for layout in LAYOUTS.values() if layout.wants == wants]
-    wanted = ", ".join("+".join((*layout.columns, *layout.either[:1])) for layout in layouts)
+    wanted = ", ".join("+".join(layout.columns) for layout in layouts) if wants == "text" else KINDS[wants].columns
     below, way = row_list(dict(values)), "set data.fields"
     if below and {"role", "from"} & values[below][0].keys():
         way = f"if {below} holds the turns, set data.fields.messages={below}"

@@ -17,7 +17,7 @@ class Kind(NamedTuple):
 KINDS: dict["Wants", Kind] = {
     "text": Kind("examples of one answer", "messages, or prompt and completion, or text", "sft"),
     "pair": Kind("preference pairs (chosen, rejected)", "prompt, chosen and rejected", "dpo"),
-    "rated": Kind("answers with a verdict (label)", "prompt, completion and label", "kto"),
+    "rated": Kind("answers with a verdict (label)", "prompt, completion and label, or messages and label", "kto"),
     "labelled": Kind("texts with a label", "text or messages, and label", "classification"),
 }
 

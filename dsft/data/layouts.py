@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from dsft.data.numbers import finite, verdict
 from dsft.data.preference import PROMPTS, Side, read_sides
 from dsft.data.records import RowError, field_names, kind
-from dsft.data.turns import Turns, concatenated, exchange, json_text, read_turns
+from dsft.data.turns import Turns, concatenated, exchange, json_text, only_last, read_turns
 
 if TYPE_CHECKING:
     from dsft.objective import Wants
@@ -121,7 +121,19 @@ def _read_pair(values: Mapping[str, Any], place: str, ignore: frozenset[str]) ->
 
 
 def _read_rated(values: Mapping[str, Any], place: str, ignore: frozenset[str]) -> Read:
-    found = _read_completion(values, place, ignore)
+    """A completion of a prompt, or the last turn of a conversation, and the verdict on it."""
+    column = next((name for name in ("completion", "messages", "conversations") if values.get(name) is not None), "")
+    if column in ("messages", "conversations"):
+        turns = read_turns(values[column], place, column=column, ignore=ignore)
+        if turns.messages[-1]["role"] != "assistant":
+            raise RowError(
+                f"{place} must end with the assistant turn that the label is a verdict on, got a turn of the role "
+                f"{turns.messages[-1]['role']}; correct the row"
+            )
+        found = Read(only_last(turns), None)
+    else:
+        both = {name: values.get(name) for name in ("prompt", "completion")}
+        found = _read_completion(both, place, ignore)
     return found._replace(columns={"label": verdict(values["label"], place)})
 
 
@@ -170,8 +182,10 @@ LAYOUTS: dict[str, Layout] = {
     "prompt_completion": Layout("text", ("prompt", "completion"), _WEIGHED, (str, list), _read_completion),
     "question_answer": Layout("text", ("question", "answer"), _WEIGHED, (str,), _read_question),
     "text": Layout("text", ("text",), ("weight",), (str,), _read_text),
+    "rated": Layout(
+        "rated", ("label",), ("prompt", *_CHAT), (object,), _read_rated, ("completion", "messages", "conversations")
+    ),
     "labelled": Layout("labelled", ("label",), _CHAT, (object,), _read_labelled, ("messages", "conversations", "text")),
-    "rated": Layout("rated", ("prompt", "completion", "label"), _CHAT, (object,), _read_rated),
     "preference": Layout(
         "pair", ("chosen", "rejected"), (*PROMPTS, "input", "margin", *_CHAT), (str, list, dict), _read_pair
     ),

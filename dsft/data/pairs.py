@@ -51,26 +51,32 @@ def _joined(
 
 
 def _parting(encoder: Encoder, sample: Sample, chosen: Encoded, rejected: Encoded) -> int:
-    """The tokens before the answers, with which both sides and what a model is given to answer begin.
+    """The number of tokens before the answers, which both sides share, and whose text begins what a model is given.
 
-    Raises CannotRenderError with what is there instead.
+    The text, because a tokenizer may cut the last characters of a prompt otherwise where nothing follows them. Raises
+    CannotRenderError with what is there instead.
     """
     given, sides = _given(encoder, sample), (chosen.tokens.tolist(), rejected.tokens.tolist())
     first, other = (int(side.mask.argmax()) for side in (chosen, rejected))
     if not all(_answers_first(side) for side in sample.sides):
-        first = other = len(given)
+        first = other = len(given)  # the mask does not show where the first turn begins
     if first != other:
         raise CannotRenderError(
-            f"{first} tokens before the chosen answer and {other} before the rejected one: the chat template rewrites "
-            "it, or an answer begins with white space that makes one token with its end"
+            f"{first} tokens before the chosen answer and {other} before the rejected one: one alone has thoughts, or "
+            "begins with white space that makes one token with the prompt's end, or the chat template rewrites it"
         )
     if sides[0][:first] != sides[1][:first]:
         raise CannotRenderError("others before the rejected answer: the chat template rewrites it")
-    if sides[0][:first] != given[:first]:
+    if sides[0][:first] != given[:first] and not _begins(encoder, given, sides[0][:first]):
         raise CannotRenderError(
             "others than a model is given to write the answer: the chat template rewrites it once it is answered"
         )
     return first
+
+
+def _begins(encoder: Encoder, given: list[int], prompt: list[int]) -> bool:
+    """True if the text of given begins with that of prompt."""
+    return str(encoder.tokenizer.decode(given)).startswith(str(encoder.tokenizer.decode(prompt)))
 
 
 def _answers_first(side: Sample) -> bool:

@@ -118,6 +118,8 @@ class TokenSet:
     def prompt(self, index: int) -> NDArray[np.int32]:
         """What a model is given to write the example's last assistant turn, generation prompt included; empty for text.
 
+        Of a pair: what stands before both answers.
+
         Held-out examples whose answers can be judged have it as the tokenizer writes it for that, which may be other
         tokens than those before the turn in the example.
         """

@@ -33,6 +33,9 @@ def test_a_rated_row_is_an_answer_with_a_verdict(opened: Any, chatml: Any, super
     data = opened("rated", rows)
     assert [supervised(chatml, data.train, at) for at in range(3)] == [[f"A{n}<|im_end|>"] for n in (1, 2, 1)]
     assert data.train.columns["label"].tolist() == [1.0, 0.0, 0.0]
+    turns = [asked("Q1"), told("A1"), asked("Q2"), told("A2")]
+    chats = opened("rated", [{"messages": turns, "label": label} for label in (True, False)]).train
+    assert [supervised(chatml, chats, at) for at in range(2)] == [["A2<|im_end|>"]] * 2
     batch = build_batch(data.train, [2, 0])
     assert (batch.columns["label"].tolist(), batch.columns["label"].dtype) == ([0, 1], torch.int64)
     assert batch.members == (1, 1)
@@ -69,7 +72,10 @@ def test_no_token_of_a_labelled_row_is_supervised(opened: Any, chatml: Any, make
     assert (len(train), data.audit.train.duplicates, data.audit.train.zero_mask) == (3, 1, 0)
     assert train.supervised.tolist() == [0, 0, 0]
     assert build_batch(train, [0, 2]).answers == (0, 0)
-    assert "labels: 0 66.7 %, 1 33.3 %" in data.audit.lines()
+    tokens = sum(map(int, train.lengths))
+    lines = [f"train: 4 rows, 3 kept (1 duplicate dropped), {tokens} tokens", "labels: 0 66.7 %, 1 33.3 %"]
+    assert data.audit.lines() == lines
+    assert data.audit.heading == "an example:"
     plain = make_tokenizer(None)
     named = opened("labelled", [TEXT, {**TEXT, "label": "b"}], tokenizer=plain, labels=["0", "b"])
     assert named.train.supervised.tolist() == [0, 0]
@@ -80,6 +86,7 @@ BAD = [
     ("rated", RATED, {"label": "maybe"}, "true or false .* in the field label, got 'maybe'"),
     ("rated", RATED, {"label": 2}, "true or false .* got 2"),
     ("rated", RATED, {"label": None}, "true or false .* got null"),
+    ("rated", CHAT, {"messages": [asked("Q1")]}, "end with the assistant turn .*, got a turn of the role user"),
     ("rated", RATED, {"prompt": None}, "text both, or as lists of turns both, got null and str"),
     ("labelled", TEXT, {"label": -1}, "a whole number of 0 or more in the field label, got -1"),
     ("labelled", TEXT, {"label": 0.5}, "a whole number .* got 0.5"),
@@ -115,9 +122,9 @@ REFUSED: list[tuple[str, Any, dict[str, Any], str]] = [
     ("pair", [QA], {}, "preference pairs .*prompt, chosen and rejected, got examples of one answer .*objective=sft$"),
     ("pair", [TEXT], {}, "got texts with a label at .*; set objective=classification$"),
     ("pair", [QA], {"format": "question_answer"}, "got examples of one answer .*; set objective=sft$"),
-    ("rated", [QA], {}, "must be answers with a verdict .* prompt, completion and label, got examples of one answer"),
+    ("rated", [QA], {}, "must be answers with a verdict .* or messages and label, got examples of one answer"),
     ("labelled", [RATED], {}, "must be texts with a label .*, got answers with a verdict .*; set objective=kto$"),
-    ("rated", [{"a": 1}], {}, r"known format \(prompt\+completion\+label\), got the fields a; set data.fields"),
+    ("rated", [{"a": 1}], {}, r"known format \(prompt, completion and label, or mess.*\), got the fields a; set"),
     ("rated", [RATED, RATED], {"dedup": False}, "rows of two labels or more, got true in all 2 rows; there is nothing"),
     ("labelled", [CHAT], {}, "rows of two labels or more, got 1 in all 1 rows"),
     ("labelled", [{**TEXT, "label": f"n{i}"} for i in range(12)], {},

@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerFast
 
 from dsft.data.batch import build_batch
 from dsft.data.open import open_data
@@ -174,6 +176,23 @@ def test_a_template_that_rewrites_the_prompt_is_refused(
     pair = {"prompt": "q1", "chosen": "A1", "rejected": "A22"}
     with pytest.raises(ValueError, match=rf"rows\.jsonl:1 must .*{message}.*data\.on_bad_row=skip$"):
         opened([pair], tokenizer=make_tokenizer(template))
+
+
+def test_a_prompt_that_is_cut_otherwise_where_nothing_follows_is_no_other(opened: Any, make_tokenizer: Any) -> None:
+    """GPT-2's rule gives two line breaks one token at a text's end, and two before a word."""
+    template = CHATML.replace("assistant\n", "assistant\n\n").replace("m['role'] + '\n'", "m['role'] + '\n\n'")
+    described = json.loads(make_tokenizer().backend_tokenizer.to_str())
+    described["model"]["vocab"]["\u010a\u010a"] = 256
+    described |= {"added_tokens": [], "model": {**described["model"], "merges": [["\u010a", "\u010a"]]}}
+    backend = Tokenizer.from_str(json.dumps(described))
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token="<|im_end|>", additional_special_tokens=["<|im_start|>"]
+    )
+    tokenizer.chat_template = template
+    given = tokenizer.apply_chat_template([asked("Q1")], add_generation_prompt=True)["input_ids"]
+    train = opened([SHAPES["text"][0]], tokenizer=tokenizer).train
+    assert train.prompt(0).tolist() != given
+    assert [before for before, _ in said(tokenizer, train)] == [tokenizer.decode(given)] * 2
 
 
 def test_an_answer_that_shares_a_token_with_the_prompt_is_refused(opened: Any, make_tokenizer: Any) -> None:
