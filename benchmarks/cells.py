@@ -29,6 +29,7 @@ from dsft.data.open import open_data
 from dsft.engine.assemble import assemble
 from dsft.engine.loop import step_batches
 from dsft.engine.step import train_step
+from dsft.objective import Batch
 
 PLANTED = 2
 """Steps of a cell with a fault."""
@@ -45,7 +46,7 @@ ALONE = World(0, 1, 0, torch.device("cpu"))
 
 @dataclass
 class Measured:
-    """One cell. base_bytes: summed over ranks; label_ratio: largest over smallest rank's labels.
+    """One cell. base_bytes: summed over ranks; label_ratio: largest over smallest rank's labels, or examples.
 
     gaps: how near a router was to another choice, per step, on this rank (see Routing).
     examples: fewest and most in a micro-batch of any rank; collectives: what this rank handed to them in the last step;
@@ -77,8 +78,8 @@ def measure(run: Run, world: World, job: Job, fault: str | None = None, steps: i
     session = plant(assemble(run, files, world), fault)
     steps = PLANTED if fault else COUNTED if job.fake else steps
     micro = [step_batches(session, data, step)[1] for step in range(1, steps + 1)]
-    labels = [max(1.0, float(sum(sum(batch.answers) for batch in batches if batch.counts))) for batches in micro]
-    labels, sizes = zip(*world.gather((labels, [len(b.lengths) for batches in micro for b in batches])), strict=True)
+    labels = [_labels(batches) for batches in micro]
+    labels, sizes = zip(*world.gather((labels, [len(b.ids) for batches in micro for b in batches])), strict=True)
     losses, norms, gaps, base, counted = [], [], [], 0, Counted()
     for step, batches in enumerate(micro, start=1):
         with counted if job.counted and step == steps else nullcontext(), Routing(session.model) as routing:
@@ -98,13 +99,24 @@ def measure(run: Run, world: World, job: Job, fault: str | None = None, steps: i
         norms=norms,
         gaps=gaps,
         base_bytes=base,
-        label_ratio=min(max(counts) / min(counts) for counts in zip(*labels, strict=True)),
+        label_ratio=min(_ratio(step) for step in zip(*labels, strict=True)),
         examples=(min(held), max(held)),
         collectives=counted.found,
         rate=run.optim.lr,
         seconds=time.monotonic() - started,
         cpu=time.process_time() - before,
     )
+
+
+def _labels(batches: Sequence[Batch]) -> tuple[int, int]:
+    """Supervised tokens and examples of a rank's micro-batches that count."""
+    ours = [batch for batch in batches if batch.counts]
+    return max(1, sum(sum(batch.answers) for batch in ours)), max(1, sum(len(batch.ids) for batch in ours))
+
+
+def _ratio(ranks: Sequence[tuple[int, int]]) -> float:
+    """Largest over smallest of the ranks, of the one that differs more."""
+    return max(max(counts) / min(counts) for counts in zip(*ranks, strict=True))
 
 
 def base_bytes(model: nn.Module) -> int:

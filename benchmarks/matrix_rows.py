@@ -31,7 +31,7 @@ def write_rows(path: Path, batches: int) -> None:
             made["rows"].append({"question": asked, "answer": told})
             other = told[::-1][: max(4, answer * (3 + place) // 10)]
             made["pairs"].append({"prompt": asked, "chosen": told, "rejected": other})
-            good = place in (0, 3, 5, 6)
+            good = place in (0, 3, 5, 7)
             made["rated"].append({"prompt": asked, "completion": told if good else other, "label": good})
     for name, rows in made.items():
         file = path if name == "rows" else path.with_name(f"{name}.jsonl")

@@ -27,6 +27,7 @@ from benchmarks.matrix import (
     specs,
     with_faults,
 )
+from benchmarks.matrix_rows import OBJECTIVES
 from benchmarks.matrix_text import BOUND
 from benchmarks.verdicts import difference, verdict
 from dsft.compose import compose
@@ -47,7 +48,8 @@ def _cover() -> list[tuple[Column, str]]:
     every strategy meets recomputation and none, and a packed base.
     """
     columns = [column for column in _columns(2) if column.optim == "adamw"]
-    own, packed = ([name for name in METHODS if ("+" in name) is packing] for packing in (False, True))
+    plain = [name for name in METHODS if ":" not in name]
+    own, packed = ([name for name in plain if ("+" in name) is packing] for packing in (False, True))
     turns = [name for index, name in enumerate(packed) if index % 16 in (0, 7)]  # nf4 and int8 in turn
     names = [f"tiny {name} {list(VARIANTS)[index % 2]}" for index, name in enumerate(own)]
     names += [f"tiny {name} {'none' if name.endswith('nf4') else 'full'}" for name in turns]
@@ -82,8 +84,18 @@ def _dropping() -> list[tuple[Column, str]]:
     return [(column, f"tiny lora+dropout {variants[column.name]}") for column in COLUMNS if column.name in variants]
 
 
+def _preferences() -> list[tuple[Column, str]]:
+    """Each objective but sft once, under the next strategy, with silent micro-batches among them."""
+    columns = [column for column in _columns(2) if column.strategy in ("ddp", "fsdp", "zero2", "zero3")]
+    methods = ("lora", "full", "qlora")
+    return [
+        (columns[index % len(columns)], f"tiny {methods[index % 3]}:{objective} full")
+        for index, objective in enumerate(OBJECTIVES)
+    ]
+
+
 def test_every_strategy_and_every_method_equals_one_process_on_two(rows: Path, shared: Path) -> None:
-    _all_green(*_run([*_corner(2), *_cover(), *_dropping()], rows, shared))
+    _all_green(*_run([*_corner(2), *_cover(), *_dropping(), *_preferences()], rows, shared))
 
 
 def test_every_strategy_equals_one_process_on_four(rows: Path, shared: Path) -> None:
@@ -146,6 +158,12 @@ def _all_green(results: Mapping[str, Any], alone: Mapping[str, Any]) -> None:
 def test_planted_faults_turn_every_strategy_red(rows: Path, shared: Path) -> None:
     pairs = [(column, CORNER[0]) for column in _columns(2)]
     _all_red(*_run(pairs, rows, shared, PLANTED), cells=len(pairs) * len(PLANTED))
+
+
+def test_planted_faults_turn_an_objective_red(rows: Path, shared: Path) -> None:
+    """A silent micro-batch that counts, and a reference of other values on one rank."""
+    pairs = [pair for pair in _preferences() if pair[1].endswith(("dpo full", "kto full"))]
+    _all_red(*_run(pairs, rows, shared, ("silent-counts", "other-reference")), cells=4)
 
 
 def test_a_cell_that_crashes_is_red_and_the_others_are_measured(rows: Path, tmp_path: Path) -> None:
