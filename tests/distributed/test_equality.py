@@ -161,9 +161,13 @@ def test_planted_faults_turn_every_strategy_red(rows: Path, shared: Path) -> Non
 
 
 def test_planted_faults_turn_an_objective_red(rows: Path, shared: Path) -> None:
-    """A silent micro-batch that counts, and a reference of other values on one rank."""
+    """A silent micro-batch that counts changes the loss; a reference of other values on one rank ends the run."""
     pairs = [pair for pair in _preferences() if pair[1].endswith(("dpo full", "kto full"))]
-    _all_red(*_run(pairs, rows, shared, ("silent-counts", "other-reference")), cells=4)
+    cells, alone = _run(pairs, rows, shared, ("silent-counts", "other-reference"))
+    for column, row in pairs:
+        silent, other = (cells[column.name][f"{row}!{fault}"] for fault in ("silent-counts", "other-reference"))
+        assert difference(silent, alone["adamw"][row]) > 100 * BOUND
+        assert "reference_gap must be 0 before the first update" in other["crashed"]
 
 
 def test_a_cell_that_crashes_is_red_and_the_others_are_measured(rows: Path, tmp_path: Path) -> None:
