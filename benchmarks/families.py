@@ -70,7 +70,13 @@ def told(chosen: Sequence[str], cells: Mapping[str, Any], code: str) -> dict[str
 
 def _columns(name: str, method: str, cells: Mapping[str, Any]) -> dict[str, Any]:
     found = ((column, cells.get(f"{column}|{name} {method}")) for column in (ONE, DOUBLE, *RANKS))
-    return {column: cell for column, cell in found if cell is not None}
+    return {column: _named(cell, name) for column, cell in found if cell is not None}
+
+
+def _named(cell: dict[str, Any], name: str) -> dict[str, Any]:
+    """The cell, whose refusal names its row in the place of this machine's folder."""
+    folder = str(FamilySpec(name, "", ONE, str(FOLDER)).folder)
+    return {key: value.replace(folder, name) if key == "refused" else value for key, value in cell.items()}
 
 
 def main() -> int:

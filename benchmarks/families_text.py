@@ -5,7 +5,7 @@ from importlib.metadata import version
 from string import ascii_lowercase
 from typing import Any
 
-from benchmarks.matrix_text import ROOT, as_json, read
+from benchmarks.matrix_text import ROOT, among, as_json
 
 ONE, DOUBLE, RANKS = "single", "float64", ("fsdp x2", "zero3 x2")
 METHODS = ("lora", "full")
@@ -50,26 +50,16 @@ def merge(found: Mapping[str, Any], here: Mapping[str, str], order: Sequence[str
 
     order: the names of all rows that there can be; others are dropped.
     """
+    libraries = {name: version(name) for name in ("peft", "transformers")}
+    data = {"bounds": BOUNDS, **among(found, DATA, {**here, **libraries}, order)}
     if not found:
-        print("no row is whole: nothing was written")
         return 1
-    before = read(DATA) if DATA.is_file() else {"origins": {}, "rows": {}}
-    rows = {name: {**before["rows"], **found}.get(name) for name in order}
-    rows = {name: row for name, row in rows.items() if row is not None}
-    mine = {"commit": here["commit"], "machine": here["machine"], "peft": version("peft"), **_transformers()}
-    used = {row["code"] for row in rows.values()}
-    origins = {code: at for code, at in {**before["origins"], here["code"]: mine}.items() if code in used}
-    data = {"bounds": BOUNDS, "origins": origins, "rows": rows}
     DATA.write_text(as_json(data))
     PAGE.write_text(page(data))
-    print(f"{DATA}: {len(found)} rows measured, {len(rows)} in all; {PAGE}")
+    print(f"{DATA}: {len(found)} rows measured, {len(data['rows'])} in all; {PAGE}")
     for name, why in red(data).items():
         print(f"red: {name}: {why}")
     return int(bool(red(data)))
-
-
-def _transformers() -> dict[str, str]:
-    return {"transformers": version("transformers")}
 
 
 def red(data: Mapping[str, Any]) -> dict[str, str]:

@@ -62,9 +62,9 @@ def _rounded(off: float, cell: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(double, float):
         return {"red": f"differs by {off:.1e}, and gives nothing in float64"}
     said = _held(double, ROUNDING)
-    return (
-        {"red": f"{said['red']} in float64"} if "red" in said else {"off": float(f"{off:.1e}"), "double": said["off"]}
-    )
+    if "red" in said:
+        return {"red": f"differs by {off:.1e}, and by {double:.1e} in float64"}
+    return {"off": float(f"{off:.1e}"), "double": said["off"]}
 
 
 def _on_ranks(cell: Mapping[str, Any] | None, single: Mapping[str, Any], bound: float) -> dict[str, Any]:
