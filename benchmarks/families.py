@@ -9,7 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.families_text import CODE, METHODS, ONE, RANKS, merge
+from benchmarks import family_double as double
+from benchmarks.families_text import BOUNDS, CODE, DOUBLE, METHODS, ONE, RANKS, merge
 from benchmarks.family_cells import FamilySpec, write_rows
 from benchmarks.family_models import kind, names
 from benchmarks.family_verdicts import row_of
@@ -21,26 +22,40 @@ FOLDER = ROOT / "runs" / "families"
 """Where a run keeps its journal, its models and its rows."""
 
 PROGRAM = "benchmarks.family_cells"
-HUNG_S = {1: 300.0, 2: 120.0}
+HUNG_S = {DOUBLE: 1200.0, ONE: 600.0, **dict.fromkeys(RANKS, 120.0)}
+"""Column -> seconds after which a cell hangs."""
 
 
-def specs(chosen: Sequence[str], column: str, folder: Path = FOLDER) -> dict[str, FamilySpec]:
-    """Name of a cell, COLUMN|NAME METHOD -> what is run. column: single, or a strategy with a number of ranks."""
-    strategy = column.split()[0]
+def specs(
+    chosen: Sequence[str], column: str, methods: Sequence[str] = METHODS, folder: Path = FOLDER
+) -> dict[str, FamilySpec]:
+    """Name of a cell, COLUMN|NAME METHOD -> what is run. column: single, float64, or a strategy with a number
+    of ranks."""
+    strategy = ONE if column == DOUBLE else column.split()[0]
+    place = folder / DOUBLE if column == DOUBLE else folder
     return {
-        f"{column}|{name} {method}": FamilySpec(name, method, strategy, str(folder))
-        for method in METHODS
+        f"{column}|{name} {method}": FamilySpec(name, method, strategy, str(place))
+        for method in methods
         for name in chosen
     }
 
 
-def measure(chosen: Sequence[str], journal: Journal, jobs: int, *, ranks: bool) -> None:
-    """Run what the journal lacks of these rows: in single processes, jobs at a time, then on two ranks."""
-    single = run(Crew(jobs, alone=True, program=PROGRAM, hung=HUNG_S[1]), specs(chosen, ONE), journal)
+def measure(chosen: Sequence[str], methods: Sequence[str], journal: Journal, jobs: int, *, ranks: bool) -> None:
+    """Run what the journal lacks of these rows: in single processes, jobs at a time, then on two ranks.
+
+    What is not equal to plain transformers in fp32 is measured again in float64.
+    """
+    single = run(Crew(jobs, alone=True, program=PROGRAM, hung=HUNG_S[ONE]), specs(chosen, ONE, methods), journal)
+    apart = [
+        name for name, cell in single.items() if isinstance(off := cell.get("plain"), float) and off > BOUNDS["plain"]
+    ]
+    wide = {name.replace(ONE, DOUBLE, 1) for name in apart}
+    todo = {name: spec for name, spec in specs(chosen, DOUBLE, methods).items() if name in wide}
+    run(Crew(jobs, alone=True, program=double.PROGRAM, hung=HUNG_S[DOUBLE]), todo, journal)
     for column in RANKS if ranks else ():
-        todo = specs(chosen, column)
+        todo = specs(chosen, column, methods)
         runs = {name: spec for name, spec in todo.items() if "losses" in single[f"{ONE}|{name.partition('|')[2]}"]}
-        run(Crew(2, program=PROGRAM, hung=HUNG_S[2]), runs, journal)
+        run(Crew(2, program=PROGRAM, hung=HUNG_S[column]), runs, journal)
 
 
 def told(chosen: Sequence[str], cells: Mapping[str, Any], code: str) -> dict[str, Any]:
@@ -54,8 +69,14 @@ def told(chosen: Sequence[str], cells: Mapping[str, Any], code: str) -> dict[str
 
 
 def _columns(name: str, method: str, cells: Mapping[str, Any]) -> dict[str, Any]:
-    found = ((column, cells.get(f"{column}|{name} {method}")) for column in (ONE, *RANKS))
-    return {column: cell for column, cell in found if cell is not None}
+    found = ((column, cells.get(f"{column}|{name} {method}")) for column in (ONE, DOUBLE, *RANKS))
+    return {column: _named(cell, name) for column, cell in found if cell is not None}
+
+
+def _named(cell: dict[str, Any], name: str) -> dict[str, Any]:
+    """The cell, whose refusal names its row in the place of this machine's folder."""
+    folder = str(FamilySpec(name, "", ONE, str(FOLDER)).folder)
+    return {key: value.replace(folder, name) if key == "refused" else value for key, value in cell.items()}
 
 
 def main() -> int:
@@ -65,18 +86,20 @@ def main() -> int:
     parser.add_argument("--anew", action="store_true", help="measure again what was measured on this very code")
     parser.add_argument("--jobs", type=int, default=2, help="single processes at a time")
     parser.add_argument("--no-ranks", action="store_true", help="leave out the columns of two ranks")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS, help="of the rows that are measured")
     args = parser.parse_args()
     every = names()
     chosen = args.only.split(",") if args.only else every
     if unknown := sorted(set(chosen) - set(every)):
         parser.error(f"--only must be model types of transformers or rows of VARIANTS, got {', '.join(unknown)}")
     here = origin(CODE)
-    FOLDER.mkdir(parents=True, exist_ok=True)
     journal = Journal(FOLDER / "cells.jsonl", here["code"])
-    write_rows(FOLDER / "rows.jsonl")
+    for place in (FOLDER, FOLDER / DOUBLE):
+        place.mkdir(parents=True, exist_ok=True)
+        write_rows(place / "rows.jsonl")
     journal.forget([f"{name} {method}" for name in chosen for method in METHODS], keep=not args.anew)
     try:
-        measure(chosen, journal, args.jobs, ranks=not args.no_ranks)
+        measure(chosen, args.methods, journal, args.jobs, ranks=not args.no_ranks)
     finally:  # asked to stop, too
         code = merge(told(chosen, journal.read(), here["code"]), here, order=every)
     return code

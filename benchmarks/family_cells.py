@@ -207,13 +207,13 @@ def both(spec: FamilySpec, world: World) -> dict[str, Any]:
     return trained(composed, world, family_on_ranks(composed.run.model.resolve(), world))
 
 
-def _run(job: Job, rank: int, world: World) -> None:
+def _run(job: Job, rank: int, world: World, beside: Plain) -> None:
     """All cells of this process, each noted as begun before and in the journal after it."""
     specs = {name: FamilySpec(**spec) for name, spec in job.cells.items()}
     names = list(specs)[rank :: job.ranks] if job.alone else list(specs)
     journal, folder = Journal(Path(job.journal), job.code), Path(job.folder)
     progress, place = Progress(len(names), job.later, time.monotonic()), folder / f"rank-{rank}"
-    with Plain() as plain:
+    with beside as plain:
         for index, name in enumerate(names, start=1):
             (folder / f"rank-{rank}.began").write_text(name)
             faulthandler.dump_traceback_later(job.hung, exit=True)
@@ -238,15 +238,15 @@ def _line(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
-def main() -> None:
-    """family_cells.py JOB: JOB is the JSON of a groups.Job."""
+def main(plain: Plain | None = None) -> None:
+    """family_cells.py JOB: JOB is the JSON of a groups.Job. plain: the process beside it, if it is no usual one."""
     job = Job(**json.loads(Path(sys.argv[1]).read_text()))
     torch.set_num_threads(1)
     rank = int(os.environ["RANK"])
     if job.alone:
         for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", MEETING):
             os.environ.pop(name, None)
-    _run(job, rank, join())
+    _run(job, rank, join(), plain or Plain())
     leave()
 
 

@@ -14,7 +14,8 @@ ROOT = Path(__file__).parents[1]
 class Plain:
     """One such process, started at the first request; a context that ends it."""
 
-    def __init__(self) -> None:
+    def __init__(self, program: str = "benchmarks.family_elsewhere", *words: str) -> None:
+        self.command = [sys.executable, "-m", program, *words]
         self.process: subprocess.Popen[str] | None = None
 
     def __enter__(self) -> "Plain":
@@ -28,7 +29,7 @@ class Plain:
         """The answer to one request, {"error": line} where it failed. Raises RuntimeError if the process is gone."""
         if self.process is None:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "benchmarks.family_elsewhere"], cwd=ROOT, text=True, env=_own(),
+                self.command, cwd=ROOT, text=True, env=_own(),
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE,
             )  # fmt: skip
         assert self.process.stdin is not None

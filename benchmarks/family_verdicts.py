@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from benchmarks.families_text import BOUNDS, ONE, RANKS
+from benchmarks.families_text import BOUNDS, DOUBLE, ONE, RANKS, ROUNDING
 from benchmarks.family_shapes import Kind
 from benchmarks.verdicts import differences
 
@@ -50,8 +50,21 @@ def _verdicts(kind: Kind, single: Mapping[str, Any], cells: Mapping[str, Any]) -
             yield column, {"none": "random" if kind.drops and column == "plain" else "not computed again"}
         elif isinstance(single[column], dict):
             yield column, {"red": single[column]["failed"]}
+        elif column == "plain" and DOUBLE in cells:
+            yield column, _rounded(single[column], cells[DOUBLE])
         else:
             yield column, _held(single[column], bound)
+
+
+def _rounded(off: float, cell: Mapping[str, Any]) -> dict[str, Any]:
+    """off, beyond its bound in fp32, with what it is in float64; red where that is no rounding either."""
+    double = cell.get("plain")
+    if not isinstance(double, float):
+        return {"red": f"differs by {off:.1e}, and gives nothing in float64"}
+    said = _held(double, ROUNDING)
+    if "red" in said:
+        return {"red": f"differs by {off:.1e}, and by {double:.1e} in float64"}
+    return {"off": float(f"{off:.1e}"), "double": said["off"]}
 
 
 def _on_ranks(cell: Mapping[str, Any] | None, single: Mapping[str, Any], bound: float) -> dict[str, Any]:

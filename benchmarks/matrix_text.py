@@ -49,7 +49,7 @@ def origin(code: Sequence[str] = CODE) -> dict[str, str]:
     for file in files:
         if file.suffix in (".py", ".yaml"):
             digest.update(str(file.relative_to(ROOT)).encode() + b"\0" + file.read_bytes())
-    changed = "+" if _git("status", "--porcelain", "--", *code, ":!dsft/matrix.json") else ""
+    changed = "+" if _git("status", "--porcelain", "--", *code, ":!dsft/matrix.json", ":!dsft/families.json") else ""
     commit = (_git("rev-parse", "--short", "HEAD") or "unknown") + changed
     return {"code": digest.hexdigest()[:12], "commit": commit, "machine": hardware()}
 
@@ -63,19 +63,29 @@ def merge(found: Mapping[str, Any], here: Mapping[str, str], order: Sequence[str
 
     order: the names of all rows that there can be; others are dropped.
     """
+    data = {"bound": BOUND, **among(found, DATA, here, order)}
     if not found:
-        print("no row is whole: nothing was written")
         return 1
-    before = read(DATA) if DATA.is_file() else {"origins": {}, "rows": {}}
-    rows = {name: {**before["rows"], **found}.get(name) for name in order}
-    rows = {name: row for name, row in rows.items() if row is not None}
-    origins = {**before["origins"], here["code"]: {"commit": here["commit"], "machine": here["machine"]}}
-    used = {row["code"] for row in rows.values()}
-    data = {"bound": BOUND, "origins": {code: at for code, at in origins.items() if code in used}, "rows": rows}
     DATA.write_text(as_json(data))
     PAGE.write_text(page(data))
-    print(f"{DATA}: {len(found)} rows measured, {len(rows)} in all; {PAGE}")
-    return int(any("red" in cell for cell in _cells(rows)))
+    print(f"{DATA}: {len(found)} rows measured, {len(data['rows'])} in all; {PAGE}")
+    return int(any("red" in cell for cell in _cells(data["rows"])))
+
+
+def among(found: Mapping[str, Any], path: Path, here: Mapping[str, str], order: Sequence[str]) -> dict[str, Any]:
+    """Origins and rows of the data in path, with the rows found here among them; says so where none was found.
+
+    here: code, and what else is kept of where the rows were measured; order: as for merge.
+    """
+    if not found:
+        print("no row is whole: nothing was written")
+    before = read(path) if path.is_file() else {"origins": {}, "rows": {}}
+    rows = {name: {**before["rows"], **found}.get(name) for name in order}
+    rows = {name: row for name, row in rows.items() if row is not None}
+    used = {row["code"] for row in rows.values()}
+    mine = {key: value for key, value in here.items() if key != "code"}
+    origins = {**before["origins"], here["code"]: mine}
+    return {"origins": {code: at for code, at in origins.items() if code in used}, "rows": rows}
 
 
 def read(path: Path) -> dict[str, Any]:

@@ -36,6 +36,7 @@ from dsft.models.build import build_meta
 from dsft.models.lineage import Lineage
 from dsft.models.materialize import materialize
 from dsft.models.progress import no_progress_bars
+from dsft.models.reach import reach
 from dsft.models.source import Pretrained
 from dsft.models.values import open_values
 from dsft.protocols import Method
@@ -195,13 +196,13 @@ class Adapters:
         system = [{"role": "system", "content": result.system}] if result.system else []
         tokens = prompt_of(self.tokenizer, [*system, *map(dict, messages)], result.joint)
         shape, before = self.base.config.get_text_config(), self._positions[self.current]
-        known = getattr(shape, "max_position_embeddings", None)
+        known = reach(shape)
         left = None if known is None else known - before - len(tokens)
         if not tokens or (left is not None and left < 1):
-            reach = "1 or more" if known is None else f"1 to {known - before - 1}"
+            few = "1 or more" if known is None else f"1 to {known - before - 1}"
             taken = f" less {before} that its method takes" if before else ""
             raise ValueError(
-                f"the conversation with {self.current or BASE} must have {reach} tokens, the positions that the model "
+                f"the conversation with {self.current or BASE} must have {few} tokens, the positions that the model "
                 f"knows{taken}, got {len(tokens)}; shorten it or begin anew"
             )
         return tokens, left

@@ -23,8 +23,9 @@ NOISE = 2.0**-8
 TIMES = 2.0
 """How far a position's logits may be off, in the largest change that such rounding has shown for that position."""
 BEYOND = 32
-"""One of so many positions may be further off than that. Measured on random models of 1 to 20 layers of experts, 64
-positions each: 0 or 1 for 17 honest results; 5 to 58 for those whose correction bias was left out, but for one."""
+"""One position in so many may be further off than TIMES allows. On random models of 1 to 20 layers of experts, with 64
+positions each, 17 honest results had 0 or 1 such positions; results that lacked their correction bias had 5 to 58 of
+them, but for one result."""
 
 
 def compare(run: Learned | Run, result: Path) -> dict[str, Any]:

@@ -37,7 +37,10 @@ def family_of(files: "ModelFiles") -> "Family":
 
 
 def family_on_ranks(files: "ModelFiles", world: "World") -> "Family":
-    """What rank 0 finds, for all ranks. Collective; raises RuntimeError on every rank where it is a refusal."""
+    """Return on every rank the verdict that rank 0 finds. Collective.
+
+    Raises RuntimeError on every rank where the model is refused.
+    """
     found: dict[str, Any] = {}
     if world.rank == 0:
         try:
@@ -53,7 +56,7 @@ def family_on_ranks(files: "ModelFiles", world: "World") -> "Family":
 
 
 def _key(files: "ModelFiles") -> str:
-    """What a verdict depends on: the configuration, the model's own code, the libraries and the code that examines."""
+    """Digest of what a verdict depends on: configuration, the model's own code, libraries, the code that examines."""
     from dsft.models.files import code_digest
 
     config = {key: value for key, value in files.config.to_dict().items() if key not in INCIDENTAL}

@@ -18,6 +18,7 @@ from dsft.entry import enter
 from dsft.examined import family_of
 from dsft.flags import hydra_flags
 from dsft.folder import provenance
+from dsft.models.reach import reach
 from dsft.proven import proven
 from dsft.searched import own_folder_last
 from dsft.wording import refuse
@@ -157,11 +158,10 @@ def _few(names: Sequence[str]) -> str:
 
 def check_positions(run: Run, files: "ModelFiles") -> None:
     """Raise ValueError where the method leaves no position for a token."""
-    shape, before = files.config, run.method.positions
-    reach = getattr(shape, "max_position_embeddings", None)
-    if reach is not None and before >= reach:
+    known, before = reach(files.config), run.method.positions
+    if known is not None and before >= known:
         raise ValueError(
-            f"method.num_virtual_tokens must be below {reach}, the positions of the model, got {before}; lower it"
+            f"method.num_virtual_tokens must be below {known}, the positions of the model, got {before}; lower it"
         )
 
 

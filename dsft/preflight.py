@@ -15,6 +15,7 @@ from dsft import basis, folder, offline, origin, published
 from dsft.compose import Composed
 from dsft.config import Run, Slurm
 from dsft.door import at_the_door
+from dsft.models.reach import reach
 from dsft.offline import AbsentError
 
 if TYPE_CHECKING:
@@ -191,12 +192,12 @@ def _check_fit(run: Run, files: "ModelFiles", data: "Dataset") -> None:
 
     check_positions(run, files)
     _check_vocabulary(files, data)
-    shape, longest = files.config, data.train.longest
-    reach, before = getattr(shape, "max_position_embeddings", None), run.method.positions
-    if reach is not None and longest + before > reach:
+    longest = data.train.longest
+    known, before = reach(files.config), run.method.positions
+    if known is not None and longest + before > known:
         taken = f" less {before} that the method takes" if before else ""
         raise ValueError(
-            f"train.max_length must be at most {reach - before}, the positions that the model knows{taken}, got rows "
+            f"train.max_length must be at most {known - before}, the positions that the model knows{taken}, got rows "
             f"of {longest} tokens with train.max_length={run.train.max_length}; lower it"
         )
     metric = run.train.early_stop_metric

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dsft.data.tokens import TokenSet
 from dsft.engine.assemble import Session, autocast
+from dsft.models.reach import reach
 
 LEAST = 64
 """Tokens of the row, where the model knows so many positions."""
@@ -39,7 +40,7 @@ def probe_row(shape: Any, data: TokenSet, max_length: int, positions: int) -> Ro
     It begins with the longest example; others follow where that one is too short, in a row like one long example.
     shape: the configuration of the language model; positions: those that the method takes before the first token.
     """
-    known = getattr(shape, "max_position_embeddings", None)
+    known = reach(shape)
     limit = max_length if known is None else min(max_length, known - positions)
     passed = sorted({length for length in lengths_in(shape.to_dict()) if length < limit})
     size = min(max([LEAST, *(length + AFTER for length in passed[-1:])]), limit)

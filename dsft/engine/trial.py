@@ -34,13 +34,15 @@ from dsft.models.spans import UnheldError
 from dsft.models.values import open_values
 
 LENGTHS = (37, 11, 40)
-"""All are longer than SPAN, one is shorter than ROPE (models.small)."""
+"""Tokens of each example: all examples are longer than SPAN, and one is shorter than ROPE (models.small)."""
 SAME, ALIKE = 1e-5, 1e-4
 """Largest differences relative to the largest value: of what must not change by a bit but rounding, and of another
 order of computation. Honest classes differ by some 1e-7; one that mixes examples by 1e-3 and more.
 """
 ROUGH = 5e-2
-"""Of gradients: where a class keeps the largest values of a layer alone, rounding decides which they are."""
+"""Largest relative difference of gradients: where a class keeps no more than the largest values of a layer, rounding
+decides which values these are.
+"""
 ALONE = World(0, 1, 0, torch.device("cpu"))
 
 

@@ -10,8 +10,9 @@ from torch import Size, Tensor, nn
 
 from dsft.imports import uncompiled
 from dsft.methods.peft_folder import Folder
-from dsft.methods.peft_landing import check_landed, names_as_they_are, portable, refused
-from dsft.methods.stored import TENSORS, Stored, as_it_is
+from dsft.methods.peft_landing import check_landed, left_out, names_as_they_are, portable
+from dsft.methods.peft_names import as_in_file, file_names
+from dsft.methods.stored import TENSORS, Stored, as_it_is, shapes
 from dsft.protocols import Anatomy, Method
 
 ADAPTER = "default"
@@ -45,10 +46,13 @@ class Bridged(Method):
 
     def notes(self, model: nn.Module, anatomy: Anatomy) -> Iterable[str]:
         """Linears that PEFT adapts under no name."""
-        out = refused(model.peft_config[ADAPTER], model, anatomy.linears)  # type: ignore[index]
+        out = left_out(model.peft_config[ADAPTER], model, anatomy.linears)  # type: ignore[index]
         if out:
             kind = model.config.model_type  # type: ignore[union-attr]
-            yield f"all-linear leaves out {min(out)} and {len(out) - 1} more: PEFT refuses them in a {kind} model"
+            yield (
+                f"all-linear leaves out {min(out)} and {len(out) - 1} more: PEFT refuses them in a {kind} model, or "
+                "does not read their adapters back"
+            )
 
     def agree(self) -> Mapping[str, str]:
         """Keys of PEFT's configuration that decide what an adapter's numbers mean -> ours, under method."""
@@ -60,8 +64,12 @@ class Bridged(Method):
             return {}
         learning = {name: param for name, param in model.named_parameters() if param.requires_grad}
         folder = Folder(self.init_from)
-        self.check_stored(folder, model, {peft_name(name): param.shape for name, param in learning.items()})
-        return Stored(folder.tensors, {name: (peft_name(name), as_it_is) for name in learning})
+        there, ours = shapes(folder.tensors), [peft_name(name) for name in learning]
+        written = file_names(model.peft_config[ADAPTER], model, ours)  # type: ignore[index]
+        names = {each: written[each] if written[each] in there else each for each in ours}  # PEFT saves a module's name
+        expected = {names[peft_name(name)]: param.shape for name, param in learning.items()}
+        self.check_stored(folder, model, expected)
+        return Stored(folder.tensors, {name: (names[peft_name(name)], as_it_is) for name in learning})
 
     def check_stored(self, folder: Folder, model: nn.Module, expected: Mapping[str, Size]) -> None:
         """Refuse a folder that does not fit. expected: name in PEFT's file -> shape."""
@@ -69,8 +77,9 @@ class Bridged(Method):
 
     def save(self, model: nn.Module, weights: Mapping[str, Tensor], folder: Path, base: str) -> Mapping[str, Tensor]:
         """Write adapter_config.json and adapter_model.safetensors as PEFT reads them."""
-        tensors = {peft_name(name): value for name, value in weights.items()}
-        return write_adapter(portable(model.peft_config[ADAPTER], model), tensors, folder, base)  # type: ignore[index]
+        config = model.peft_config[ADAPTER]  # type: ignore[index]
+        tensors = as_in_file(config, model, {peft_name(name): value for name, value in weights.items()})
+        return write_adapter(portable(config, model), tensors, folder, base)
 
     def merge(self, model: nn.Module) -> nn.Module:
         """As PEFT merges; model: PEFT's own around the base, or what attach made of it."""

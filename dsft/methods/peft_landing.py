@@ -1,4 +1,4 @@
-"""Where PEFT puts an adapter: what it would not adapt, what it takes for something else, and whether it landed there.
+"""Checks of where PEFT puts an adapter: which linears it refuses or takes for experts, and which ones it has adapted.
 
 PEFT 0.21 reads a LoRA configuration as one of transformers 4. In a model whose experts are one tensor now, every name
 that an expert's linear had there (gate_proj, up_proj, down_proj) means that tensor to it, full names and patterns
@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import nn
 
+from dsft.methods.peft_names import unread
 from dsft.methods.peft_targets import chosen_linears, shortest
 from dsft.protocols import ROLES, Anatomy
 
@@ -30,25 +31,31 @@ def configured(
     """
     chosen = chosen_linears(wanted, anatomy)
     config = config_of(shortest(chosen, model))
-    out = refused(config, model, chosen)
+    out = left_out(config, model, chosen)
     if not out:
         return config, chosen
     named = [word for word in ((wanted,) if isinstance(wanted, str) else wanted) if word not in ("all-linear", *ROLES)]
     if asked := out & (chosen_linears(tuple(named), anatomy) if named else set()):
         raise ValueError(
-            f"method.target_modules must not name {min(asked)}: PEFT refuses it in a {_type(model)} model, where it is "
-            "part of a scan; leave it out"
+            f"method.target_modules must not name {min(asked)}: PEFT refuses it in a {_type(model)} model, as part of "
+            "a scan, or its loader takes the name for another module's; leave it out"
         )
     if not chosen - out:
         raise ValueError(
             f"method.target_modules={wanted} must name a linear that PEFT adapts, got {min(out)} alone, which it "
-            f"refuses in a {_type(model)} model; name others"
+            f"refuses or does not read back in a {_type(model)} model; name others"
         )
     return config_of(shortest(chosen - out, model)), chosen - out
 
 
+def left_out(config: Any, model: nn.Module, chosen: Iterable[str]) -> set[str]:
+    """Those of chosen that PEFT refuses to adapt in a model of this type, or whose adapter its loader would lose."""
+    chosen = set(chosen)
+    return refused(config, model, chosen) | unread(config, model, chosen)
+
+
 def refused(config: Any, model: nn.Module, chosen: Iterable[str]) -> set[str]:
-    """Those of chosen that PEFT refuses to adapt in a model of this type: what a Mamba block's scan reads by itself."""
+    """Those of chosen that PEFT refuses to adapt in a model of this type, since a Mamba block's scan reads them."""
     from peft.tuners.tuners_utils import _check_lora_target_modules_mamba
 
     out = set()

@@ -16,6 +16,7 @@ from dsft.methods.peft_bridge import ADAPTER, peft_name, write_adapter
 from dsft.methods.peft_folder import Folder
 from dsft.methods.peft_landing import portable
 from dsft.methods.peft_lora import LoraLayers
+from dsft.methods.peft_names import as_in_file
 from dsft.methods.stored import Stored
 
 STARTS = ("start_a", "start_b")
@@ -112,8 +113,8 @@ class Pissa(LoraLayers):
             elif f".lora_B.{ADAPTER}." in name:
                 start = weights[name.replace(f"lora_B.{ADAPTER}", "start_b")]
                 tensors[peft_name(name)] = torch.cat([value, -start.to(value.dtype)], dim=1)
-        config = portable(_of_twice_the_rank(model.peft_config[ADAPTER]), model)  # type: ignore[index]
-        return write_adapter(config, tensors, folder, base)
+        config = _of_twice_the_rank(model.peft_config[ADAPTER])  # type: ignore[index]
+        return write_adapter(portable(config, model), as_in_file(config, model, tensors), folder, base)
 
 
 class FusedDifference(FusedLinear):

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from dsft.models.anatomy import dissect
 from dsft.models.mixed import Mixed, tensors
+from dsft.models.reach import reach
 from dsft.models.spans import SPAN, UNRECORDED, Span, UnheldError, check_extras, configured, read_off
 
 NAME = "dsft_recorded"
@@ -48,10 +49,10 @@ def record_spans(model: Any) -> None:
         raise
     except Exception as error:  # whatever a model's own code can raise over tensors without values
         recorder.failed = _one_line(error)
-    reach = getattr(config, "max_position_embeddings", None) or REACH
+    farthest = reach(config) or REACH
     known: dict[int, Span] = {}
     for name, masks in recorder.masks.items():
-        spans = {_span(mask, reach, type(model).__name__, known) for mask in masks.values()}
+        spans = {_span(mask, farthest, type(model).__name__, known) for mask in masks.values()}
         if len(spans) > 1:
             kind = type(model).__name__
             raise UnheldError(f"model must mask each layer in one way, got {kind}, whose {name} is called with several")

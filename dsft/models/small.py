@@ -39,8 +39,10 @@ CHOSEN = re.compile(r"experts?_per_tok(en)?$|^moe_topk$|^moe_k$|^top_k$")
 GROUPS = ("n_group", "num_expert_group")
 REACH = re.compile(r"^(max_(position_embeddings|seq_len|target_positions)|n_positions|n_ctx|model_max_length)$")
 TOKENS = re.compile(r"token_(id|index)$|^(mask|unk)_index$")
-DEPTH = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "num_blocks")
+DEPTH = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "num_decoder_layers", "num_blocks")
 OF_LAYERS = re.compile(r"layers|idx|_ids$|indices|indexes")
+AFTER_FIRST = re.compile(r"(?<=\.)[1-9]\d*(?=\.|$)")
+"""Numbers of the modules of a list, but for the first."""
 RANDOM = re.compile(r"drop(out|$|_?prob|_?rate)|pdrop|layerdrop|jitter|noise", re.IGNORECASE)
 """Settings that draw random numbers in training."""
 
@@ -91,11 +93,15 @@ def _copy_of(config: Any, build: Any, sizes: tuple[int, int, int, int], kinds: s
 
 
 def _kinds(model: nn.Module) -> set[Any]:
-    """What tells the blocks of a model apart: classes of their modules, and settings that are words or flags."""
+    """What tells the blocks of a model apart: classes of their modules, and settings that are words or flags.
+
+    Of the modules of a list the first and another are told apart, no more: a list may have one for each layer.
+    """
     found = set()
     for name in dissect(model).blocks:
-        block = model.get_submodule(name)
-        found.add(tuple((inner, type(module).__name__, _settings(module)) for inner, module in block.named_modules()))
+        parts = model.get_submodule(name).named_modules()
+        told = ((AFTER_FIRST.sub("1", inner), type(module).__name__, _settings(module)) for inner, module in parts)
+        found.add(tuple(dict.fromkeys(told)))
     return found
 
 
@@ -145,11 +151,12 @@ def _resized(config: Any, narrow: int, few: int, layers: int, vocabulary: int) -
     depth = config.get_text_config().num_hidden_layers
     groups = max([v for _, k, v in _entries(values) if k in GROUPS and _whole(v)], default=1)
     experts = max(EXPERTS, 2 * groups)
+    each = _layers_of_a_block(values, depth)
     for holder, key, value in _entries(values):
         if _whole(value):
             holder[key] = _number(key, value, narrow, few, (experts, vocabulary))
-            if key in DEPTH and value == depth:
-                holder[key] = layers
+            if key in DEPTH and value == depth // each:
+                holder[key] = max(1, layers // each)
             elif key == "num_kv_shared_layers" and value:
                 holder[key] = max(1, value * layers // depth)
         elif isinstance(value, list) and value:
@@ -159,6 +166,12 @@ def _resized(config: Any, narrow: int, few: int, layers: int, vocabulary: int) -
     for key in ("torch_dtype", "dtype"):
         values.pop(key, None)
     return type(config).from_dict(values)
+
+
+def _layers_of_a_block(values: dict[str, Any], depth: int) -> int:
+    """How many of the model's layers one entry of its depth stands for: 2 where a block has two attentions, say."""
+    depths = [value for key, value in values.items() if key in DEPTH and _whole(value) and value > 0]
+    return 1 if depth in depths else min((depth // value for value in depths if depth % value == 0), default=1)
 
 
 def _entries(values: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str, Any]]:

@@ -7,11 +7,12 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.families_text import DATA, ONE, PAGE, page, read, red, right
+from benchmarks.families_text import DATA, DOUBLE, ONE, PAGE, page, red, right
 from benchmarks.family_cells import FamilySpec, single, write_rows
 from benchmarks.family_elsewhere import score, train
 from benchmarks.family_models import kind, names
 from benchmarks.family_verdicts import row_of
+from benchmarks.matrix_text import read
 from dsft.comm.world import World
 
 TABLE = read(DATA)
@@ -22,31 +23,6 @@ SAMPLE = [
     ("bart", "lora"), ("diffllama", "lora"),
 ]  # fmt: skip
 """Rows of each verdict, each under the method that costs less or shows more."""
-
-
-OPEN = (
-    "apertus, full, export",
-    "axk1, full, export",
-    "beam, full, export",
-    "deepseek_v32, full, export",
-    "deepseek_v4, full, export",
-    "dots1, full, export",
-    "dots3_note, full, export",
-    "inkling2_text, lora, plain",
-    "inkling2_text, lora, export",
-    "laguna, lora, plain",
-    "laguna, lora, export",
-    "longcat_flash, lora, plain",
-    "longcat_flash, lora, packed",
-    "prophetnet, lora, plain",
-    "qwen3_5, lora, plain",
-    "qwen3_5_moe, lora, plain",
-    "qwen3_5_moe_text, lora, plain",
-    "qwen3_5_text, lora, plain",
-    "qwen3_next, lora, plain",
-    "zamba2, lora, plain",
-)
-"""Red cells that are known: whole results without buffers of the base, and what was not looked into yet."""
 
 
 class Here:
@@ -87,8 +63,26 @@ def test_the_table_has_every_class_of_transformers() -> None:
     assert len({row["model_type"] for row in TABLE["rows"].values()}) > 180
 
 
-def test_no_cell_is_red_but_the_open_ones() -> None:
-    assert sorted(red(TABLE)) == sorted(OPEN)
+def test_no_cell_is_red() -> None:
+    assert red(TABLE) == {}
+
+
+@pytest.mark.parametrize(
+    ("double", "told"),
+    [
+        ({"plain": 1e-13}, {"off": 3e-4, "double": 1e-13}),
+        ({"plain": 2e-4}, {"red": "differs by 3.0e-04, and by 2.0e-04 in float64"}),
+        ({"crashed": "no memory"}, {"red": "differs by 3.0e-04, and gives nothing in float64"}),
+        (None, {"red": "differs by 3.0e-04"}),
+    ],
+)
+def test_what_differs_in_fp32_is_right_where_float64_says_rounding(
+    double: dict[str, Any] | None, told: dict[str, Any]
+) -> None:
+    family = {"packs": True, "attention": "sdpa", "reason": ""}
+    single = {"family": family, "plain": 3e-4, "packed": 0.0, "again": 0.0, "export": 0.0}
+    cells = {ONE: single, **({} if double is None else {DOUBLE: double})}
+    assert row_of(kind("llama"), {"lora": cells})["methods"]["lora"]["plain"] == told
 
 
 def test_eighty_families_are_right_under_lora() -> None:

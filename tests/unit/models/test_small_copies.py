@@ -5,6 +5,7 @@ import torch
 from transformers import AutoConfig
 
 from dsft.engine.trial import examine
+from dsft.models.anatomy import dissect
 from dsft.models.build import build_meta
 from dsft.models.files import ModelFiles
 from dsft.models.small import NoCopyError, small_copies
@@ -28,6 +29,22 @@ def test_sizes_that_a_configuration_keeps_by_layer_are_made_small() -> None:
 
 def _of(files: ModelFiles, config: object) -> ModelFiles:
     return ModelFiles(**{**vars(files), "config": config})
+
+
+ZAMBA = {"num_hidden_layers": 20, "layers_block_type": [*["linear_attention"] * 4, "hybrid"] * 4}
+"""Blocks of the second kind share their weights, and each has a list of adapters, one for each of these blocks."""
+
+
+@pytest.mark.parametrize(
+    ("model_type", "changed", "most"),
+    [("longcat_flash", {}, 2), ("prophetnet", {}, 2), ("zamba2", ZAMBA, 10)],
+)
+def test_a_copy_is_no_deeper_than_its_kinds_of_blocks_ask_for(
+    model_type: str, changed: dict[str, object], most: int
+) -> None:
+    files = _files(model_type, **changed)
+    copy = next(small_copies(files.config, lambda config: build_meta(_of(files, config), torch.float32, "eager")))
+    assert len(dissect(build_meta(_of(files, copy), torch.float32, "eager")).blocks) <= most
 
 
 def test_a_vocabulary_that_is_asked_for_is_taken() -> None:
