@@ -47,7 +47,7 @@ def probe_row(shape: Any, data: TokenSet, max_length: int, positions: int) -> Ro
     longest = int(data.lengths.argmax())
     parts, count, row = list[Any](), 0, longest
     while count < size:
-        example, _ = data.example(row)
+        example, _ = data.segments(row)[0]
         parts.append(example[: size - count].astype(np.int64))
         count, row = count + len(parts[-1]), (row + 1) % len(data)
     places = [range(max(size - AFTER, 0), size), *(range(at, at + FEW) for at in (0, *passed[:-1]))]
