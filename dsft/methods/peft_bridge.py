@@ -10,8 +10,8 @@ from torch import Size, Tensor, nn
 
 from dsft.imports import uncompiled
 from dsft.methods.peft_folder import Folder
-from dsft.methods.peft_landing import check_landed, left_out, names_as_they_are, portable
-from dsft.methods.peft_names import as_in_file, file_names
+from dsft.methods.peft_landing import check_landed, names_as_they_are, portable, refused
+from dsft.methods.peft_names import as_in_file, file_names, unread
 from dsft.methods.stored import TENSORS, Stored, as_it_is, shapes
 from dsft.protocols import Anatomy, Method
 
@@ -46,13 +46,12 @@ class Bridged(Method):
 
     def notes(self, model: nn.Module, anatomy: Anatomy) -> Iterable[str]:
         """Linears that PEFT adapts under no name."""
-        out = left_out(model.peft_config[ADAPTER], model, anatomy.linears)  # type: ignore[index]
-        if out:
-            kind = model.config.model_type  # type: ignore[union-attr]
-            yield (
-                f"all-linear leaves out {min(out)} and {len(out) - 1} more: PEFT refuses them in a {kind} model, or "
-                "does not read their adapters back"
-            )
+        config: Any = model.peft_config[ADAPTER]  # type: ignore[index]
+        reasons = {"PEFT refuses them": refused, "PEFT would not read their adapters back": unread}
+        for why, found in reasons.items():
+            if out := found(config, model, anatomy.linears):
+                kind = model.config.model_type  # type: ignore[union-attr]
+                yield f"all-linear leaves out {min(out)} and {len(out) - 1} more: {why} in a {kind} model"
 
     def agree(self) -> Mapping[str, str]:
         """Keys of PEFT's configuration that decide what an adapter's numbers mean -> ours, under method."""
