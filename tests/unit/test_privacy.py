@@ -4,6 +4,7 @@ import json
 import os
 import stat
 import sys
+import time
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -140,6 +141,11 @@ def test_a_secret_in_a_yaml_is_refused_and_other_variables_are_not(
         compose([*words, "experiment=mine"])
 
 
+def _sent(run_dir: Path) -> list[Path]:
+    """The files that hold what a tracker was told."""
+    return [path for path in (run_dir / "wandb").rglob("*.*") if path.suffix in (".wandb", ".yaml", ".json")]
+
+
 def test_planted_secrets_stand_in_the_batch_script_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "sbatch").write_text("#!/bin/sh\necho Submitted batch job 7\n")
     (tmp_path / "sbatch").chmod(0o755)
@@ -169,8 +175,10 @@ def test_planted_secrets_stand_in_the_batch_script_alone(tmp_path: Path, monkeyp
     assert "export X_KEY=hush-setup" in holders[0].read_text()
     assert config["data"]["path"] == "rows.jsonl"
     assert "launcher" not in config
-    sent = [path for path in (run_dir / "wandb").rglob("*.*") if path.suffix in (".wandb", ".yaml", ".json")]
-    assert any(b"rows.jsonl" in path.read_bytes() for path in sent)
+    until = time.monotonic() + 60  # its service writes in a process of its own, and on a busy machine after close
+    while not (sent := _sent(run_dir)) or not any(b"rows.jsonl" in path.read_bytes() for path in sent):
+        assert time.monotonic() < until
+        time.sleep(0.1)
     assert not [path for path in sent if b"hushed-place" in path.read_bytes()]
     assert "launcher.setup=???" in command_of(run_dir).replace("'", "")
     with pytest.raises(ValueError, match=r"launcher\.setup must be given"):
