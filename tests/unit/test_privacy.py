@@ -4,8 +4,8 @@ import json
 import os
 import stat
 import sys
-import time
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
