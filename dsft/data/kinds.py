@@ -7,18 +7,22 @@ if TYPE_CHECKING:
 
 
 class Kind(NamedTuple):
-    """rows: what they are called; columns: what they have, in words; objective: one that takes them."""
+    """rows: what they are called; columns: what they have, in words; way: how they can be used."""
 
     rows: str
     columns: str
-    objective: str
+    way: str
 
 
 KINDS: dict["Wants", Kind] = {
-    "text": Kind("examples of one answer", "messages, or prompt and completion, or text", "sft"),
-    "pair": Kind("preference pairs (chosen, rejected)", "prompt, chosen and rejected", "dpo"),
-    "rated": Kind("answers with a verdict (label)", "prompt, completion and label, or messages and label", "kto"),
-    "labelled": Kind("texts with a label", "text or messages, and label", "classification"),
+    "text": Kind("examples of one answer", "messages, or prompt and completion, or text", "set objective=sft"),
+    "pair": Kind("preference pairs (chosen, rejected)", "prompt, chosen and rejected", "set objective=dpo"),
+    "rated": Kind(
+        "answers with a verdict (label)", "prompt, completion and label, or messages and label", "set objective=kto"
+    ),
+    "labelled": Kind(
+        "texts with a label", "text or messages, and label", "leave the label unread by data.ignore=[label]"
+    ),
 }
 
 
@@ -27,5 +31,5 @@ def other_kind(wants: "Wants", found: "Wants", where: str, way: str = "") -> Val
     more = f", or {way}" if way else ""
     return ValueError(
         f"data must be {KINDS[wants].rows} for this objective, with the columns {KINDS[wants].columns}, got "
-        f"{KINDS[found].rows} {where}; set objective={KINDS[found].objective}{more}"
+        f"{KINDS[found].rows} {where}; {KINDS[found].way}{more}"
     )

@@ -42,7 +42,7 @@ COLUMNS: dict[str, Known] = {
     **dict.fromkeys(("chosen", "rejected"), _PAIR),
     "label": Known(
         "a label is not learned",
-        "set objective=classification, or objective=kto for verdicts, or write it as the answer",
+        "set objective=kto for verdicts, or write it as the answer",
     ),
     "system": Known("this format has no system turn", "use a format of conversations"),
     "system_prompt": Known("it is not in the conversation", "set data.fields.system=system_prompt"),
