@@ -135,8 +135,8 @@ def assemble(run: Run, files: ModelFiles, world: World, total: int = 0, *, famil
     family: the verdict on the model.
     """
     choose(run.train.deterministic)
-    bones = skeleton(run, files, family)
-    model, anatomy, tokenizer = bones.model, bones.anatomy, files.tokenizer()
+    bones, tokenizer = skeleton(run, files, family), files.tokenizer()
+    model, anatomy = bones.model, bones.anatomy
     run.method.tokenize(model, tokenizer)
     plain = family.ragged and not bones.draws.functional
     compiler = compiler_for(run.train, total, model, anatomy) if plain else None
@@ -145,6 +145,30 @@ def assemble(run: Run, files: ModelFiles, world: World, total: int = 0, *, famil
     recompute(model, anatomy, run.train.gradient_checkpointing, reentrant=reentrant, run=compiler, draws=bones.draws)
     first = _first_packed(model)
     model = run.strategy.shard(model, anatomy, world, run.train.precision)
+    _fill(run, bones, model, files, world, first=first)
+    module = run.strategy.prepare(model, _groups(run, model), factory(run.optim))
+    roles = Roles(run, module, Scorer(module, packs=family.packs), world)
+    roles.keep()
+    session = Session(
+        run=run,
+        files=files,
+        world=world,
+        tokenizer=tokenizer,
+        model=model,
+        module=module,
+        anatomy=anatomy,
+        compiler=compiler,
+        guided=guided(course, run.strategy, model),
+        family=family,
+        draws=bones.draws,
+        roles=roles,
+    )
+    require_apart(session, autocast(session))
+    return session
+
+
+def _fill(run: Run, bones: Skeleton, model: nn.Module, files: ModelFiles, world: World, *, first: str | None) -> None:
+    """Give every tensor of model its value. first: the first packed linear, which is compared. Collective."""
     values = open_values(files, DTYPES[run.train.precision], run.train.seed)
     home = replace(world, device=run.strategy.home(world))
 
@@ -162,24 +186,6 @@ def assemble(run: Run, files: ModelFiles, world: World, total: int = 0, *, famil
             module._buffers[name] = None if buffer is None else buffer.to(world.device)
     if first is not None:
         _check_bytes(run, bones, first, values, home.device)
-    module = run.strategy.prepare(model, _groups(run, model), factory(run.optim))
-    session = Session(
-        run=run,
-        files=files,
-        world=world,
-        tokenizer=tokenizer,
-        model=model,
-        module=module,
-        anatomy=anatomy,
-        compiler=compiler,
-        guided=guided(course, run.strategy, model),
-        family=family,
-        draws=bones.draws,
-        roles=Roles(run, module, Scorer(module, packs=family.packs), world),
-    )
-    session.roles.keep()
-    require_apart(session, autocast(session))
-    return session
 
 
 def _groups(run: Run, model: nn.Module) -> list[dict[str, Any]]:

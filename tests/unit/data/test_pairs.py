@@ -246,7 +246,7 @@ def test_a_batch_of_pairs_has_two_segments_an_example(opened: Any) -> None:
     assert batch.answers == (3, 6, 3, 4, 3, 6)
     silent = build_batch(train, [1], silent=True)
     assert (silent.answers, silent.members, silent.counts, silent.columns["margin"].tolist()) == (
-        (0, 0), (2,), False, [1.0],
+        (3, 5), (2,), False, [1.0],
     )  # fmt: skip
 
 
