@@ -18,7 +18,7 @@ OTHER_PIP := .venv/bin/python -m pip --disable-pip-version-check --python $(OTHE
 # DeepSpeed builds an operator at first use and looks for ninja on PATH.
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: help demo test test-oldest check slow slurm-test matrix families pages learns faults gpu gpu-rehearsal bench bench-peers audit clean
+.PHONY: help demo test test-oldest check slow slurm-test trl-goldens matrix families pages learns faults gpu gpu-rehearsal bench bench-peers audit clean
 
 help:
 	@echo 'make demo     fine-tune a small real model on this machine, and see it before and after'
@@ -27,6 +27,7 @@ help:
 	@echo 'make check    lint, types, and the house, unit and contract tests'
 	@echo 'make matrix   every method x quantization x strategy: equal to the single process, or refused'
 	@echo 'make families  every causal model class of transformers, small: equal to plain transformers and PEFT, or refused; goes on where it was'
+	@echo 'make trl-goldens  losses of TRL on pairs and verdicts, which the tests hold dsft to; ten minutes'
 	@echo 'make pages    docs/methods: a page per method, from its YAML, its class and counts'
 	@echo 'make learns   what each method learns in 60 steps, at its own settings; an hour, goes on where it was'
 	@echo 'make faults   what breaks, on every layout: 50 damages of a run folder, and real starts with planted faults; an hour;'
@@ -54,6 +55,11 @@ check: $(READY)
 	@.venv/bin/python -m ruff format --check .
 	@.venv/bin/python -m mypy
 	@.venv/bin/python -m pytest -q -m 'not slow' $(wildcard tests/house tests/unit tests/contract)
+
+# TRL alone, in a folder that nothing else looks into: what it needs is what dsft needs.
+trl-goldens: $(READY)
+	@$(PIP) --no-deps --upgrade --target .venv-trl trl==1.16.0
+	@PYTHONPATH=.:launchers:.venv-trl .venv/bin/python -m benchmarks.trl_goldens
 
 matrix: $(READY)
 	@.venv/bin/python -m benchmarks.matrix $(ARGS)

@@ -8,7 +8,6 @@ from dsft.data.open import open_data
 from dsft.engine.assemble import assemble
 from dsft.engine.loop import step_batches
 from dsft.engine.step import train_step
-from dsft.objective import IGNORE
 
 
 def words(job: Job) -> list[str]:
@@ -35,7 +34,7 @@ def run(job: Job) -> list[Step]:
 
 
 def train(run: Run, world: World, num_steps: int) -> list[Step]:
-    """The engine's steps; a silent micro-batch, which repeats an example without loss, counts as padding."""
+    """The engine's steps; a silent micro-batch, which repeats an example, counts as padding."""
     files = run.model.resolve()
     data = open_data(run.data, files.tokenizer(), max_length=run.train.max_length, seed=run.train.seed)
     session = assemble(run, files, world)
@@ -43,7 +42,7 @@ def train(run: Run, world: World, num_steps: int) -> list[Step]:
     for step in range(1, num_steps + 1):
         batches = step_batches(session, data, step)[1]
         result = train_step(session, batches, step, 1.0)
-        supervised = [int((batch.targets != IGNORE).sum()) for batch in batches]
+        supervised = [sum(batch.answers) if batch.counts else 0 for batch in batches]
         sizes = [batch.tokens.numel() for batch in batches]
         real = sum(size for size, carries in zip(sizes, supervised, strict=True) if carries)
         clock.end(real, sum(supervised), sum(sizes), result.loss)

@@ -9,6 +9,8 @@ from dsft.config import Run
 
 MATRIX = Path(__file__).with_name("matrix.json")
 PAGE = "docs/matrix.md"
+OWN = "sft"
+"""The objective of rows that name none."""
 
 
 def proven(run: Run, names: Mapping[str, str], theirs: Mapping[str, str], *, experts: bool) -> str | None:
@@ -22,14 +24,16 @@ def proven(run: Run, names: Mapping[str, str], theirs: Mapping[str, str], *, exp
         return None
     asked = {
         "model": "tiny_moe" if experts else "tiny",
-        **{group: names[group] for group in ("method", "quantization")},
+        **{group: names[group] for group in ("method", "quantization", "objective")},
         "recompute": run.train.gradient_checkpointing,
     }
-    what = " ".join(asked.values()) + f" under {names['strategy']}"
-    if foreign := [f"{group}={names[group]}" for group in ("method", "quantization", "strategy") if group in theirs]:
+    shown = [value for group, value in asked.items() if (group, value) != ("objective", OWN)]
+    what = " ".join(shown) + f" under {names['strategy']}"
+    groups = ("method", "quantization", "objective", "strategy")
+    if foreign := [f"{group}={names[group]}" for group in groups if group in theirs]:
         return f"not in the matrix: {foreign[0]} is not dsft's own"
     rows = json.loads(MATRIX.read_text(encoding="utf-8"))["rows"].values()
-    row = next((row for row in rows if all(row[key] == value for key, value in asked.items())), None)
+    row = next((row for row in rows if asked.items() <= {"objective": OWN, **row}.items()), None)
     cells = {name: cell for name, cell in row["cells"].items() if name.split()[0] == names["strategy"]} if row else {}
     return f"{_said(cells, row['changed'])}: {what}" if row and cells else f"not in the matrix: {what}"
 

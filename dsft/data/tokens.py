@@ -100,11 +100,11 @@ class TokenSet:
         return list(zip(np.split(tokens, borders), np.split(mask, borders), strict=True))
 
     def mismatch(self, index: int) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
-        """Tokens and mask of an example's prompt with the answer of the next one, the last with that of the first.
+        """Tokens and mask of an example's prompt with the answer of the one before, the first with that of the last.
 
         Cut to the longest example of the set: a model may take no more.
         """
-        (tokens, mask), (others, learned) = self.example(index), self.example((index + 1) % len(self))
+        (tokens, mask), (others, learned) = self.example(index), self.example(index - 1)
         prompt, answer = int(mask.argmax()), int(learned.argmax())
         joined = np.concatenate([tokens[:prompt], others[answer:]])
         marks = np.concatenate([np.zeros(prompt, dtype=np.bool_), learned[answer:]])
