@@ -59,7 +59,7 @@ check: $(READY)
 # TRL alone, in a folder that nothing else looks into: what it needs is what dsft needs.
 trl-goldens: $(READY)
 	@$(PIP) --no-deps --upgrade --target .venv-trl trl==1.16.0
-	@PYTHONPATH=.:launchers:.venv-trl .venv/bin/python -m benchmarks.trl_goldens
+	@PYTHONPATH=.:launchers:.venv-trl .venv/bin/python -m benchmarks.trl_goldens $(ARGS)
 
 matrix: $(READY)
 	@.venv/bin/python -m benchmarks.matrix $(ARGS)

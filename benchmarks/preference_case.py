@@ -14,7 +14,7 @@ TARGETS = ["q_proj", "v_proj", "down_proj"]
 BETA, GAMMA = 0.1, 0.7
 
 TEMPLATE = (
-    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>{% endfor %}"
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}{{ eos_token }}{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 """ChatML without the line break behind a turn, which TRL supervises and dsft does not."""

@@ -104,7 +104,7 @@ class TokenSet:
 
         Cut to the longest example of the set: a model may take no more.
         """
-        (tokens, mask), (others, learned) = self.example(index), self.example(index - 1)
+        (tokens, mask), (others, learned) = self.example(index), self.example((index - 1) % len(self))
         prompt, answer = int(mask.argmax()), int(learned.argmax())
         joined = np.concatenate([tokens[:prompt], others[answer:]])
         marks = np.concatenate([np.zeros(prompt, dtype=np.bool_), learned[answer:]])
