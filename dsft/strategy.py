@@ -51,6 +51,9 @@ class Strategy(ABC):
     reentrant_recompute = False
     """True if gradient checkpointing must be reentrant under this strategy."""
 
+    shards_blocks = False
+    """True if each block is sharded by itself, so that no two may share a parameter."""
+
     kept: Mapping[str, Tensor] = {}
     """Tensors of a method's course that are saved with the run; see keep."""
 

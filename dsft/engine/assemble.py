@@ -97,6 +97,7 @@ def skeleton(run: Run, files: ModelFiles, family: Family = PACKS) -> Skeleton:
     stored = run.method.stored(model)
     origins = {name: origin for name, origin in lineage.origins(model).items() if name not in stored}
     _check_family(run, model, family)
+    _check_blocks(run, model, anatomy)
     calling.fit(model, family)
     scoring.install(model, model.get_submodule(anatomy.head))
     for param in model.parameters():
@@ -127,6 +128,18 @@ def _check_family(run: Run, model: nn.Module, family: Family) -> None:
         )
     if not family.ragged and run.train.compile is True:
         raise ValueError(f"train.compile must be false for {name}, which computes attention in its own way, got true")
+
+
+def _check_blocks(run: Run, model: nn.Module, anatomy: Anatomy) -> None:
+    """Refuse a strategy that shards each block by itself where blocks share parameters, as Zamba's do."""
+    owner: dict[nn.Parameter, str] = {}
+    for block in anatomy.blocks if run.strategy.shards_blocks else ():
+        for param in model.get_submodule(block).parameters():
+            if owner.setdefault(param, block) != block:
+                raise ValueError(
+                    f"strategy must leave blocks whole for {type(model).__name__}, as {owner[param]} and {block} share "
+                    "parameters, got one that shards each by itself; take strategy=ddp, zero1 or zero2"
+                )
 
 
 def assemble(run: Run, files: ModelFiles, world: World, total: int = 0, *, family: Family = PACKS) -> Session:

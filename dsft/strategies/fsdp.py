@@ -25,6 +25,8 @@ class FSDP(OnTensors):
     factor, which gloo refuses.
     """
 
+    shards_blocks = True
+
     reshard: bool
     keep_unsharded: bool
     offload: Literal["none", "parameters"]
