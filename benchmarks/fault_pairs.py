@@ -16,7 +16,7 @@ from benchmarks.kills import steps_recorded
 from benchmarks.plants import Plant, environment
 from benchmarks.run_folders import differences
 
-SLOW = Plant("dsft.objectives.sft:SFT.loss", "sleep", "0.3", nth=0, rank=0)
+SLOW = Plant("dsft.objectives.sft:SFT.losses", "sleep", "0.3", nth=0, rank=0)
 HELD = r"process \d+ on "
 LONG = ("train.steps=40",)
 PROMISE = "A living run is not taken over"

@@ -23,7 +23,7 @@ from benchmarks.plants import Plant
 LAST = -1
 """The highest rank."""
 
-STEP, LOSS = "dsft.engine.step:train_step", "dsft.objectives.sft:SFT.loss"
+STEP, LOSS = "dsft.engine.step:train_step", "dsft.objectives.sft:SFT.losses"
 WRITTEN = "dsft.checkpoint.files:_Writer.write_data"
 READER, ASSEMBLED = "dsft.verify:_in_a_fresh_process", "dsft.engine.assemble:assemble"
 DIGESTS, IN_READER = "dsft.checkpoint.digests:of_all", "__import__('sys').argv[0].endswith('verify.py')"

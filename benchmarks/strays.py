@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from dsft import protocols
+from dsft import objective
 from dsft.methods import bottleneck
 from dsft.models import scoring
 from dsft.objectives.sft import SFT
@@ -96,11 +96,11 @@ STRAYS: dict[str, tuple[Any, str, Callable[..., Any]]] = {
     "forward-on-host": (bottleneck.Adapter, "forward", _forward_on_the_host),
     "forward-by-host": (bottleneck.Adapter, "forward", _forward_by_the_host),
     "drawn-by-host": (bottleneck.Adapter, "forward", _drawn_by_the_host),
-    "terms-on-host": (SFT, "loss", _terms_on_the_host),
-    "terms-to-numpy": (SFT, "loss", _terms_to_numpy),
-    "look-at-loss": (SFT, "loss", _look_at_the_loss),
+    "terms-on-host": (SFT, "losses", _terms_on_the_host),
+    "terms-to-numpy": (SFT, "losses", _terms_to_numpy),
+    "look-at-loss": (SFT, "losses", _look_at_the_loss),
     "indices-on-host": (scoring, "_slope", _indices_on_the_host),
     "values-on-host": (Update, "step", _values_on_the_host),
-    "copied-from-pageable": (protocols, "sent", _copied_from_pageable),
+    "copied-from-pageable": (objective, "sent", _copied_from_pageable),
 }
 """Name -> what it is planted in, and how."""

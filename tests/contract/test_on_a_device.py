@@ -48,7 +48,7 @@ VARIANTS = {
 }  # fmt: skip
 """Cells of options that change where something lies or when it moves."""
 
-LOSS, NORM = "engine/step.py train_step: copy to host", "strategies/update.py step: _local_scalar_dense"
+LOSS, NORM = "engine/tally.py measured: copy to host", "strategies/update.py step: _local_scalar_dense"
 STOP = "comm/world.py max: copy to host"
 ZERO = {"strategies/zero.py step: _local_scalar_dense": 4, "strategies/zero.py step: number to device": 2}
 """DeepSpeed's own, with two groups of parameters, the most that a method has: overflow, and norms of each."""
