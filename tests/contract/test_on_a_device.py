@@ -77,7 +77,7 @@ STRAYS = {
 WAITS = {
     "forward-by-host": {f"methods/bottleneck.py _on_first: copy to {where}" for where in ("host", "device")},
     "look-at-loss": {"engine/forward.py forward: _local_scalar_dense"},
-    "copied-from-pageable": {"protocols.py to: copy to device"},
+    "copied-from-pageable": {"objective.py to: copy to device"},
 }
 """What is planted and right, but waits -> where."""
 
