@@ -68,11 +68,11 @@ rank = int(os.environ.get("RANK", "0"))
 
 @dataclass(frozen=True, kw_only=True)
 class Broken(SFT):
-    def loss(self, model, batch):
+    def losses(self, model, batch):
         calls.append(batch)
         if len(calls) == 5:
             WHAT
-        return super().loss(model, batch)
+        return super().losses(model, batch)
 """
 
 
