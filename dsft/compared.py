@@ -23,8 +23,9 @@ NOISE = 2.0**-8
 TIMES = 2.0
 """How far a position's logits may be off, in the largest change that such rounding has shown for that position."""
 BEYOND = 32
-"""One position in so many may be further off than TIMES allows. On random models of 1 to 20 layers of experts, with 64
-positions each, 17 honest results had 0 or 1 such positions; results that lacked their correction bias had 5 to 58 of
+"""The proof allows one position in so many to be further off than TIMES.
+
+On random models of 1 to 20 layers of experts, with 64 positions each, 17 honest results had 0 or 1 such positions; results that lacked their correction bias had 5 to 58 of
 them, but for one result."""
 
 

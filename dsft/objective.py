@@ -23,6 +23,9 @@ Direction = Literal["max", "min"]
 POLICY, START = "policy", "start"
 """Roles: what learns as it is now, and as it was before the first step of the run."""
 
+GAP = "reference_gap"
+"""Measure of objectives with a reference: mean over answers of |reward|, 0 before the first update."""
+
 Metrics = Mapping[str, Tensor]
 """Name -> sums over a batch, of a shape that never changes, float64: (2,) is a sum and the count to divide it by."""
 

@@ -140,7 +140,7 @@ class Audit:
 
     @property
     def heading(self) -> str:
-        """What stands above the example."""
+        """Return the line that the audit prints above the example."""
         if self.lengths:
             return "an example, the chosen answer in green, the rejected one in red:"
         return "an example, what is supervised in green:" if self.train.supervised else "an example:"

@@ -221,7 +221,7 @@ class Encoder:
         return (tokens[:-1], offsets[:-1]) if ended else pair
 
     def plain(self, sample: Sample) -> tuple[str, str]:
-        """What is given and what is learned of a sample without a chat template. Raises ValueError if it needs one."""
+        """Return prompt and answer of a sample without a chat template. Raises ValueError if it needs one."""
         if sample.plain is None:
             what = "a system message" if len(sample.messages) == 3 else "conversations"
             raise ValueError(

@@ -1,4 +1,4 @@
-"""What a person should know of the rows of one kind before they are learned from."""
+"""The audit states these facts of a set of rows before a run learns from them."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence

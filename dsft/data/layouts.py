@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class Read(NamedTuple):
-    """What a row says. plain: (given, learned) for a tokenizer without a chat template, None if it cannot be.
+    """A row that has been read. plain: (given, learned) for a tokenizer without a chat template, None if it cannot be.
 
     sides: the answers of a pair, of which turns and plain are the first. columns: the row's numbers by name.
     """
@@ -26,8 +26,10 @@ class Read(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """One format. wants: the kind of its rows. columns: must be there, of one of types; optional: are read where they
-    are there; either: one of them must be there.
+    """A layout is one format of rows.
+
+    wants: the kind of its rows. columns: must be there, of one of types; optional: are read where they are there;
+    either: one of them must be there.
     """
 
     wants: "Wants"
@@ -39,7 +41,7 @@ class Layout(NamedTuple):
 
     @property
     def names(self) -> tuple[str, ...]:
-        """All columns that this format reads."""
+        """Return all columns that this format reads."""
         return (*self.columns, *self.either, *self.optional)
 
     def fits(self, values: Mapping[str, Any], renamed: Mapping[str, str]) -> bool:

@@ -23,7 +23,7 @@ _REPEATED = 5
 
 
 class Side(NamedTuple):
-    """One answer behind its prompt, which is the first so many turns.
+    """A side holds one answer behind its prompt, which is the first so many turns.
 
     plain: (given, learned) for text, None if it makes no sense without a template.
     """

@@ -12,13 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dsft.objective import PREFERRED, START, Batch, Direction, Metrics, Objective, Passes, Scorer, preferred
+from dsft.objective import GAP, PREFERRED, START, Batch, Direction, Metrics, Objective, Passes, Scorer, preferred
 
 Loss = Literal["sigmoid", "ipo", "hinge"]
 """Values of objective.loss."""
-
-GAP = "reference_gap"
-"""Measure: mean over answers of |reward|."""
 
 MEASURES: Mapping[str, Direction] = {**PREFERRED, GAP: "min"}
 

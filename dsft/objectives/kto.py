@@ -10,10 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dsft.objective import POLICY, START, Batch, Direction, Metrics, Objective, Passes, Scorer
-
-GAP = "reference_gap"
-"""Measure: mean over answers of |reward|."""
+from dsft.objective import GAP, POLICY, START, Batch, Direction, Metrics, Objective, Passes, Scorer
 
 MEASURES: Mapping[str, Direction] = {
     "reward_margin": "max",
