@@ -25,7 +25,8 @@ TIMES = 2.0
 BEYOND = 32
 """The proof allows one position in so many to be further off than TIMES.
 
-On random models of 1 to 20 layers of experts, with 64 positions each, 17 honest results had 0 or 1 such positions; results that lacked their correction bias had 5 to 58 of
+On random models of 1 to 20 layers of experts, with 64 positions each,
+17 honest results had 0 or 1 such positions; results that lacked their correction bias had 5 to 58 of
 them, but for one result."""
 
 
