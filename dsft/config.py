@@ -5,7 +5,7 @@ Groups whose option is a class (model, method, quantization, strategy, objective
 """
 
 import re
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 from dsft_launchers.cluster import minutes
@@ -240,6 +240,25 @@ class Run:
     launcher: Launcher
     tracker: dict[str, Any]
     run_dir: str
+
+    def __post_init__(self) -> None:
+        """Refuse an objective of labels without their names."""
+        if self.objective.head is None and getattr(self.data, "labels", ()) is None:
+            raise ValueError(
+                "data.labels must list the labels for this objective, whose head has an output for each, got null; set "
+                "data.labels=[a,b] to those of your rows"
+            )
+        self.objective.check(self.labels)
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """What the model's head gives of a sequence, by name; empty: it is a language model."""
+        names = self.objective.head
+        return tuple(getattr(self.data, "labels", None) or ()) if names is None else tuple(names)
+
+    def files(self, *, planning: bool = False) -> Any:
+        """The base model with this run's labels; see its resolve (dsft/models/source.py)."""
+        return replace(self.model.resolve(planning=planning), labels=self.labels)
 
 
 def _at_least(name: str, value: int | None, floor: int) -> None:

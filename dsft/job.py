@@ -104,6 +104,7 @@ def work(run_dir: Path, attempt: Attempt) -> int:
             hello = greet(world, installed.versions(), socket.gethostname())
         with patience.phase("data", _data_s(run_dir)):
             files, data = find(run, world, hello, known=folder.provenance(run_dir))
+            run = replace(run, objective=run.objective.knowing(data.train.columns))
         with patience.phase("base digest", files.nbytes / BYTES_PER_S):
             base = Basis(files, run_dir, world)
         total = total_steps(run.train, len(data.train))
@@ -252,7 +253,7 @@ def find(
     from dsft.data.open import open_for
 
     require_code_on_ranks(run.model, known, world)
-    files, day = run.model.resolve(), known.get("template_date")
+    files, day = run.files(), known.get("template_date")
     seen = None if world.local_rank == 0 else world.barrier  # one rank of each node compares all tokens
     data = open_for(run, files.tokenizer(), day=day, after=seen)
     if world.local_rank == 0:

@@ -46,7 +46,7 @@ def preflight(composed: Composed) -> dict[str, Any] | None:
     starting = not folder.goes_on(run_dir) or anew
     start_from = origin.known(composed.resolved["method"].get("init_from")) if starting else {}
     basis.require_code(run.model, start_from)
-    files = run.model.resolve()
+    files = run.files()
     day = provenance.get("template_date")
     data = _open(run, files, files.tokenizer(), day)
     before = {} if anew else folder.known(run_dir)
@@ -131,7 +131,7 @@ def rehearse(composed: Composed) -> list[str]:
         run.data.check(run.objective.wants)
     with _noted(unchecked, "the model's weights and tokenizer"):
         run.model.check()
-        files = run.model.resolve()
+        files = run.files()
         tokenizer = files.tokenizer()
         if "the data" not in unchecked:
             with _noted(unchecked, "the data"):
@@ -139,7 +139,7 @@ def rehearse(composed: Composed) -> list[str]:
     if "the data" not in unchecked and "the model's weights and tokenizer" in unchecked:
         unchecked.append("the data's tokens")
     with _noted(unchecked, "the model's shape"):
-        make_plan(composed, files or run.model.resolve(planning=True))
+        make_plan(composed, files or run.files(planning=True))
     if not cluster.answers():
         blind = "" if composed.start.place.gpus else " (the script asks for no GPUs)"
         unchecked.append(f"the cluster{blind}")

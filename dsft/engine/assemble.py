@@ -21,11 +21,12 @@ from dsft.engine.optimizers import factory
 from dsft.engine.precision import DTYPES, cast
 from dsft.engine.recompute import recompute
 from dsft.engine.roles import Roles
-from dsft.models import calling, scoring
+from dsft.models import calling, scoring, sequence
 from dsft.models.anatomy import dissect
 from dsft.models.build import build_meta
 from dsft.models.family import PACKS, Family
 from dsft.models.files import ModelFiles
+from dsft.models.heads import head_tensors
 from dsft.models.lineage import Lineage
 from dsft.models.materialize import materialize
 from dsft.models.scorer import Scorer
@@ -98,8 +99,12 @@ def skeleton(run: Run, files: ModelFiles, family: Family = PACKS) -> Skeleton:
     origins = {name: origin for name, origin in lineage.origins(model).items() if name not in stored}
     _check_family(run, model, family)
     _check_blocks(run, model, anatomy)
-    calling.fit(model, family)
-    scoring.install(model, model.get_submodule(anatomy.head))
+    if files.labels:
+        sequence.install(model, anatomy.head, family)
+        model.get_submodule(anatomy.head).requires_grad_(True)
+    else:
+        calling.fit(model, family)
+        scoring.install(model, model.get_submodule(anatomy.head))
     for param in model.parameters():
         if param.requires_grad:
             param.data = param.data.float()
@@ -185,9 +190,13 @@ def _fill(run: Run, bones: Skeleton, model: nn.Module, files: ModelFiles, world:
     values = open_values(files, DTYPES[run.train.precision], run.train.seed)
     home = replace(world, device=run.strategy.home(world))
 
+    new = head_tensors(bones.model) if files.labels else frozenset()
+
     def initial(name: str, param: Tensor) -> Tensor:
         if name in bones.stored:
             return bones.stored[name]
+        if name in new:  # no output is better than another before the first step
+            return torch.zeros(param.shape)
         with seeded(run.train.seed, name):
             read = partial(_trained_weight, bones, values, home.device)
             value: Tensor = run.method.initial(model, name, param, read)
@@ -204,9 +213,13 @@ def _fill(run: Run, bones: Skeleton, model: nn.Module, files: ModelFiles, world:
 def _groups(run: Run, model: nn.Module) -> list[dict[str, Any]]:
     """What learns, one group per rate and weight decay, in the order of the model."""
     alike: dict[tuple[float, bool], list[tuple[str, nn.Parameter]]] = {}
+    head = head_tensors(model) if run.labels else frozenset()  # no method knows of it
     for name, param in model.named_parameters():
         if param.requires_grad:
-            alike.setdefault((run.method.rate(name, run.optim.lr), run.method.decays(name)), []).append((name, param))
+            known = (
+                (run.optim.lr, True) if name in head else (run.method.rate(name, run.optim.lr), run.method.decays(name))
+            )
+            alike.setdefault(known, []).append((name, param))
     return [
         {"params": params, "lr": rate, "weight_decay": run.optim.weight_decay if decays else 0.0}
         for (rate, decays), params in alike.items()

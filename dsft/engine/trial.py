@@ -52,6 +52,7 @@ class UnfitError(Exception):
 
 def examine(files: ModelFiles) -> Family:
     """The verdict on the class and configuration of files. Raises ValueError for a model that dsft cannot hold."""
+    files = replace(files, labels=())  # the body is what can mix examples, and it is the same one
     with _apart_from_all():
         tried: BaseException
         try:
@@ -206,10 +207,9 @@ def _write(model: Any, folder: Path) -> None:
     from safetensors.torch import save_file
     from transformers.core_model_loading import revert_weight_conversion
 
-    tensors: dict[str, Tensor] = {}
-    for name, tensor in [*model.named_parameters(), *persistent_buffers(model).items()]:
-        tensors |= revert_weight_conversion(model, {name: tensor.detach().clone()})
-    held = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    tensors = {**dict(model.named_parameters()), **persistent_buffers(model)}
+    whole = revert_weight_conversion(model, {name: tensor.detach().clone() for name, tensor in tensors.items()})
+    held = {name: tensor.contiguous() for name, tensor in whole.items()}
     save_file(held, folder / "model.safetensors", metadata={"format": "pt"})
     model.config.save_pretrained(folder)
 
