@@ -4,12 +4,15 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from dsft.course import Course
+
+if TYPE_CHECKING:
+    from dsft.models.files import ModelFiles
 
 ROLES = ("attention", "mlp", "other")
 """Roles of linears: inside a module named *attn*/*attention*, inside *mlp*/*feed_forward*/*expert*, elsewhere."""
@@ -193,6 +196,16 @@ class PackedLinear(nn.Linear):
     def unpack(self) -> Tensor:
         """Weight (out, in) in the compute dtype; on meta if the bytes are on meta."""
         raise NotImplementedError
+
+
+class BaseModel(Protocol):
+    """Where the model that a run starts from is found. Its fields are its YAML keys."""
+
+    def check(self, *, planning: bool = False) -> None:
+        """Refuse what cannot be loaded, without torch or network; planning: its weights are not needed."""
+
+    def resolve(self, *, planning: bool = False) -> "ModelFiles":
+        """Find the model, downloading or writing it where it is not here. Raises ValueError if it cannot be found."""
 
 
 class Tracker(Protocol):

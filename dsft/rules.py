@@ -6,6 +6,7 @@ import os
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from dsft.config import Run, Slurm
 
@@ -111,7 +112,7 @@ REFUSED = (
     ),
     Rule(
         "whole-gradients-offloaded",
-        lambda run, names, at: run.method.guides and names["strategy"] in SHARDED and run.strategy.offload != "none",
+        lambda run, names, at: run.method.guides and names["strategy"] in SHARDED and _of(run, "offload") != "none",
         "strategy.offload={run.strategy.offload} takes gradients out of the ranks' reach, and method={names[method]} "
         "gathers them at each step; take strategy.offload=none",
     ),
@@ -170,8 +171,8 @@ REFUSED = (
         "hsdp-shape",
         lambda run, names, at: (
             names["strategy"] == "hsdp"
-            and isinstance(run.strategy.shard_size, int)
-            and at.size % run.strategy.shard_size != 0
+            and isinstance(_of(run, "shard_size"), int)
+            and at.size % _of(run, "shard_size") != 0
         ),
         "strategy.shard_size must divide the number of ranks, {size}, got {run.strategy.shard_size}",
     ),
@@ -181,8 +182,8 @@ REFUSED = (
             names["strategy"] == "hsdp"
             and isinstance(run.launcher, Slurm)
             and run.launcher.elastic
-            and isinstance(run.strategy.shard_size, int)
-            and at.size // run.launcher.nodes % run.strategy.shard_size != 0
+            and isinstance(_of(run, "shard_size"), int)
+            and at.size // run.launcher.nodes % _of(run, "shard_size") != 0
         ),
         "strategy.shard_size must divide the ranks of one node where launcher.elastic=true, so that a lost node leaves "
         "whole shards, got {run.strategy.shard_size}; take strategy.shard_size=node or launcher.elastic=false",
@@ -197,6 +198,11 @@ def refuse(run: Run, names: Mapping[str, str], at: Place) -> None:
             found = {"capacity": _over_capacity(run, at), "compiler": missing_compiler(at.gpus)}
             why = rule.why.format(run=run, names=names, size=at.size, measured=" ".join(measured(run)), **found)
             raise RuleError(rule.name, why)
+
+
+def _of(run: Run, key: str) -> Any:
+    """A key that some strategies have."""
+    return getattr(run.strategy, key)
 
 
 def measured(run: Run) -> tuple[str, ...]:

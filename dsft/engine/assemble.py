@@ -90,8 +90,9 @@ def skeleton(run: Run, files: ModelFiles, family: Family = PACKS) -> Skeleton:
 
     family: the verdict on the model, see models/family.py. Raises ValueError for what it does not allow.
     """
-    model = build_meta(files, DTYPES[run.train.precision], family.attention)
+    model: nn.Module = build_meta(files, DTYPES[run.train.precision], family.attention)
     anatomy = dissect(model)
+    head = model.get_submodule(anatomy.head)
     model = run.quantization.convert(model, anatomy)
     lineage = Lineage(model)
     model = run.method.attach(model, anatomy)
@@ -100,6 +101,7 @@ def skeleton(run: Run, files: ModelFiles, family: Family = PACKS) -> Skeleton:
     _check_family(run, model, family)
     _check_blocks(run, model, anatomy)
     if files.labels:
+        _check_head(model, anatomy, head)
         sequence.install(model, anatomy.head, family)
         model.get_submodule(anatomy.head).requires_grad_(True)
     else:
@@ -133,6 +135,15 @@ def _check_family(run: Run, model: nn.Module, family: Family) -> None:
         )
     if not family.ragged and run.train.compile is True:
         raise ValueError(f"train.compile must be false for {name}, which computes attention in its own way, got true")
+
+
+def _check_head(model: nn.Module, anatomy: Anatomy, head: nn.Module) -> None:
+    """Refuse a method that has put something in the place of a head that learns itself."""
+    if model.get_submodule(anatomy.head) is not head:
+        raise ValueError(
+            f"method.target_modules must not name {anatomy.head}, the head of this objective, which learns itself; "
+            "leave it out"
+        )
 
 
 def _check_blocks(run: Run, model: nn.Module, anatomy: Anatomy) -> None:
