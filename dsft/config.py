@@ -200,13 +200,16 @@ class Slurm(Launcher):
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """When state is saved and what stays; every 0: never."""
+    """When state is saved and what stays; every 0: never. keep_best: the metric whose best step stays too, and is what
+    the result is of.
+    """
 
     every: int
     keep: int
     keep_every: int
     background: bool
     verify_result: bool
+    keep_best: str | None = None
 
     def __post_init__(self) -> None:
         """Refuse counts that would keep nothing."""

@@ -135,7 +135,7 @@ def _train(
     from dsft.engine.limits import BYTES_PER_S
     from dsft.engine.loop import fit
     from dsft.engine.progress import STOPPED as ASKED
-    from dsft.engine.resume import keeper_for, resume
+    from dsft.engine.resume import back_to_best, keeper_for, resume
     from dsft.engine.stop import in_vain
     from dsft.verify import foreseen
 
@@ -166,6 +166,8 @@ def _train(
     if at.state != ASKED:
         with patience.phase("base digest", base.files.nbytes / BYTES_PER_S):
             recorder.event("base_digest", at.step, {"digest": base.settle()})
+        with patience.phase("resume", 3 * patience.limits.state_s):
+            back_to_best(session, run_dir, who, lease, at, recorder)
         give_result(session, data, run_dir, lease, recorder, patience=patience, why_not=why_not)
     elif run.checkpoint.every and keeper.saved != at.step:
         raise RuntimeError(f"stopped at step {at.step}, which could not be saved; step {keeper.saved} was")

@@ -200,11 +200,11 @@ def _check_fit(run: Run, files: "ModelFiles", data: "Dataset") -> None:
             f"train.max_length must be at most {known - before}, the positions that the model knows{taken}, got rows "
             f"of {longest} tokens with train.max_length={run.train.max_length}; lower it"
         )
-    metric = run.train.early_stop_metric
-    if metric is not None and (data.eval is None or (metric == "eval/accuracy" and not data.verifiable)):
-        raise ValueError(
-            f"train.early_stop_metric={metric} needs held-out rows that give it; hold some out or unset it"
-        )
+    asked = {"train.early_stop_metric": run.train.early_stop_metric, "checkpoint.keep_best": run.checkpoint.keep_best}
+    generated = set() if data.verifiable else {"eval/accuracy"} - {f"eval/{name}" for name in run.objective.measures}
+    for key, metric in asked.items():
+        if metric is not None and (data.eval is None or metric in generated):
+            raise ValueError(f"{key}={metric} needs held-out rows that give it; hold some out or unset it")
 
 
 def _check_vocabulary(files: "ModelFiles", data: "Dataset") -> None:

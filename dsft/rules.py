@@ -75,6 +75,17 @@ REFUSED = (
         "{run.train.early_stop_metric}",
     ),
     Rule(
+        "unmeasured-best",
+        lambda run, names, at: run.checkpoint.keep_best not in (None, *measured(run)),
+        "checkpoint.keep_best must be one of {measured}, which objective={names[objective]} measures, got "
+        "{run.checkpoint.keep_best}",
+    ),
+    Rule(
+        "best-without-evaluations",
+        lambda run, names, at: run.checkpoint.keep_best is not None and run.train.eval_every == 0,
+        "checkpoint.keep_best needs evaluations to look at, got train.eval_every=0; set it",
+    ),
+    Rule(
         "warm-up-without-end",
         lambda run, names, at: run.train.steps is not None and run.optim.warmup_steps >= run.train.steps,
         "optim.warmup_steps must be below train.steps, {run.train.steps}, got {run.optim.warmup_steps}: the rate would "
@@ -150,6 +161,12 @@ REFUSED = (
         lambda run, names, at: names["method"] == "diff_pruning" and run.train.early_stop_metric is not None,
         "train.early_stop_metric={run.train.early_stop_metric} may end a run before method=diff_pruning has chosen "
         "what it keeps; take train.early_stop_metric=null and fewer train.steps",
+    ),
+    Rule(
+        "best-before-pruning",
+        lambda run, names, at: names["method"] == "diff_pruning" and run.checkpoint.keep_best is not None,
+        "checkpoint.keep_best={run.checkpoint.keep_best} may choose a step before method=diff_pruning has chosen what "
+        "it keeps; take checkpoint.keep_best=null",
     ),
     Rule(
         "noise-beside-a-reference",

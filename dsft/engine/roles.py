@@ -26,13 +26,15 @@ class Roles:
     """Gives scores by the values of a role. Implements Passes of dsft/objective.py.
 
     values: by role, this rank's part of each tensor that learns, in the order of Strategy.parts. between: called before
-    each forward pass; what it raises ends the passes.
+    each forward pass; what it raises ends the passes. settle: called before a role's values change places with the
+    policy's, and returns once no save is copying these.
     """
 
     def __init__(self, run: Run, module: nn.Module, scorer: Scorer, world: World) -> None:
         self.run, self.module, self.scorer, self.world = run, module, scorer, world
         self.values: dict[str, list[Tensor]] = {}
         self.between: Callable[[], None] = lambda: None
+        self.settle: Callable[[], None] = lambda: None
 
     def keep(self) -> None:
         """Copy what learns as it is now, if the objective names the role: before a step, and before a checkpoint."""
@@ -42,6 +44,8 @@ class Roles:
     def score(self, role: str, batches: Sequence[Batch]) -> list[Tensor]:
         """For each batch the scores (P,) by the values of a role, on the device, without dropout. Collective."""
         self.module.eval()
+        if role != POLICY:
+            self.settle()
         shown = nullcontext() if role == POLICY else self.run.strategy.showing(self.values[role])
         with shown, torch.no_grad(), cast(self.run.train.precision, self.world.device):
             return [self._score(batch) for batch in batches]

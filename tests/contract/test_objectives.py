@@ -109,6 +109,18 @@ def test_a_reference_of_a_run_that_starts_from_another(method: str, place: Path,
     assert train_step(session, batches, 1, 1.0).loss == pytest.approx(math.log(2), abs=1e-15)
 
 
+def test_a_save_has_copied_the_policy_before_the_reference_is_shown(place: Path) -> None:
+    """A save in the background copies while the next step computes: what it copies must be the policy's values."""
+    session, data = session_of("lora", *_words("dpo", place), "optim.lr=1e-2")
+    for step in (1, 2):
+        batches = step_batches(session, data, step)[1]
+        policy, seen = session.run.strategy.snapshot(), []
+        session.roles.settle = lambda kept=seen: kept.append(session.run.strategy.snapshot())  # type: ignore[misc]
+        train_step(session, batches, step, 1.0)
+        assert all(map(torch.equal, seen[0], policy))
+    assert not all(map(torch.equal, policy, session.roles.values["start"]))
+
+
 @pytest.mark.parametrize("fault", ["moved", "dropping"])
 def test_a_reference_that_is_not_the_start_ends_the_run(fault: str, place: Path) -> None:
     session, data = session_of("lora", *_words("dpo", place))
