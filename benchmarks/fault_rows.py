@@ -40,7 +40,7 @@ LONGER = ("train.steps=8",)
 
 STOPS = {
     "loading": (ASSEMBLED, 1), "the first step": (STEP, 1), "a later step": (STEP, 6),
-    "evaluation": ("dsft.engine.evaluate:_loss", 1), "generation": ("dsft.engine.evaluate:_generate", 1),
+    "evaluation": ("dsft.engine.evaluate:_measured", 1), "generation": ("dsft.engine.evaluate:_generate", 1),
     "a save": (WRITTEN, 2), "the result": ("dsft.engine.result:write_result", 1),
     "the verification": ("dsft.engine.probe:write_probe", 1),
 }  # fmt: skip
@@ -220,7 +220,7 @@ def requests() -> Iterator[Row]:
         (Start(plants=(early,), code=75, state="", says="dsft: ", never="Traceback"), AGAIN),
     )  # fmt: skip
     evaluates = ("data.eval_path={folder}/eval.jsonl", "data.verify=exact")
-    for name, place in (("loading", ASSEMBLED), ("the first evaluation", "dsft.engine.evaluate:_loss")):
+    for name, place in (("loading", ASSEMBLED), ("the first evaluation", "dsft.engine.evaluate:_measured")):
         plant = Plant(place, "run", "kill -TERM $(test ${WORLD_SIZE:-1} = 1 && echo $PLANT_PID || echo $PLANT_PARENT)"
                       "; sleep 1", rank=0)  # fmt: skip
         yield Row(

@@ -25,6 +25,9 @@ Direction = Literal["max", "min"]
 POLICY, START = "policy", "start"
 """Roles: what learns as it is now, and as it was before the first step of the run."""
 
+BASE = "base"
+"""Value of objective.reference: the model as it was before any adapter."""
+
 GAP = "reference_gap"
 """Measure of objectives with a reference: mean over answers of |reward|, 0 before the first update."""
 
@@ -132,7 +135,8 @@ class Objective(ABC):
     roles: names of the values, beside the policy's own, under which it asks Passes for scores. mismatched: True if it
     asks for the same prompts with answers to others. passes: forward passes over each batch, its own among them.
     at_start: measures that are 0 before the first update. head: names of what a head of its own gives of a sequence, in
-    place of the language model's; None: those of data.labels; empty: there is no such head.
+    place of the language model's; None: those of data.labels; empty: there is no such head. reference: whose values the
+    role START has: start, base (what the method starts from without an adapter), or the folder of a run or its result.
     """
 
     wants: ClassVar[Wants] = "text"
@@ -144,6 +148,8 @@ class Objective(ABC):
     passes: ClassVar[int] = 1
     at_start: ClassVar[tuple[str, ...]] = ()
     head: ClassVar[tuple[str, ...] | None] = ()
+
+    reference = START
 
     def check(self, labels: Sequence[str]) -> None:
         """Raise ValueError, one line, if it cannot do with a head of these labels. Asked before anything is read."""

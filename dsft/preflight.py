@@ -112,7 +112,8 @@ def _origin(composed: Composed, digests: Mapping[str, str], files: "ModelFiles")
     """What a person should know of the adapter that this run starts from. Raises ValueError for one that is wrong."""
     started = composed.resolved["method"]
     found = origin.check(started["init_from"], digests, files.name_or_path) if "init_from" in started else None
-    return [] if found is None else [found]
+    other = origin.check_reference(composed.run.objective.reference, digests, files.name_or_path)
+    return [said for said in (found, other) if said is not None]
 
 
 def rehearse(composed: Composed) -> list[str]:

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 
 ROLES = ("attention", "mlp", "other")
 """Roles of linears: inside a module named *attn*/*attention*, inside *mlp*/*feed_forward*/*expert*, elsewhere."""
+
+STARTING = "init_from"
+"""Key of methods that may start from an adapter."""
 
 PREFIX = "dsft_prefix"
 """Name of a child of an attention module, and of an argument that travels with a call of the model to the attentions.
@@ -70,6 +73,12 @@ class Method(ABC):
         parameter that learns. Raises ValueError, one line, if the adapter does not fit. Empty: nothing of the kind.
         """
         return {}
+
+    def started_from(self, place: str) -> "Method":
+        """This method where it starts from the adapter in place. Raises ValueError if it cannot start from one."""
+        if not any(field.name == STARTING for field in fields(self)):  # type: ignore[arg-type]
+            raise ValueError(f"method.{STARTING} must be a key of {type(self).__name__} to take the values of {place}")
+        return replace(self, **{STARTING: place})  # type: ignore[type-var]
 
     def rate(self, name: str, lr: float) -> float:
         """Rate of this parameter in a run of optim.lr=lr."""

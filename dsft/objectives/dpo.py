@@ -34,6 +34,7 @@ class DPO(Objective):
     beta: float
     loss: Loss
     label_smoothing: float
+    reference: str = START
 
     def __post_init__(self) -> None:
         """Refuse values outside their range."""

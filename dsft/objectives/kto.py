@@ -36,6 +36,7 @@ class KTO(Objective):
     beta: float
     desirable_weight: float
     undesirable_weight: float
+    reference: str = START
 
     def __post_init__(self) -> None:
         """Refuse values outside their range."""
