@@ -45,8 +45,7 @@ def reference_of(run: Run, files: ModelFiles, model: nn.Module) -> Mapping[str, 
     if where == BASE:
         if not run.method.starts_as_base:
             raise ValueError(
-                f"objective.reference must be start for {type(run.method).__name__}, whose first values change the "
-                "model, got base"
+                "objective.reference must be start for a method whose first values change the model, got base"
             )
         return {}
     try:
