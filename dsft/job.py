@@ -136,6 +136,7 @@ def _train(
     from dsft.engine.loop import fit
     from dsft.engine.progress import STOPPED as ASKED
     from dsft.engine.resume import back_to_best, keeper_for, resume
+    from dsft.engine.scored_once import score_once
     from dsft.engine.stop import in_vain
     from dsft.verify import foreseen
 
@@ -143,6 +144,8 @@ def _train(
     with patience.phase("loading", patience.limits.loading_s):
         session = assemble(run, base.files, world, total, family=examined.family_on_ranks(base.files, world))
         asked = next(filter(None, world.gather(stop.reason)), None)
+    with patience.phase("reference", patience.limits.forward_s(2 * int(data.train.lengths.sum()))):
+        data = score_once(session, data)
     if session.compiler and run.train.compile == "auto":
         recorder.event("compile", 0, {"steps": total})
     if asked is not None:

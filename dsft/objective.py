@@ -136,7 +136,8 @@ class Objective(ABC):
     asks for the same prompts with answers to others. passes: forward passes over each batch, its own among them.
     at_start: measures that are 0 before the first update. head: names of what a head of its own gives of a sequence, in
     place of the language model's; None: those of data.labels; empty: there is no such head. reference: whose values the
-    role START has: start, base (what the method starts from without an adapter), or the folder of a run or its result.
+    role START has: start, base (what the method starts from without an adapter), or the folder of a run or its result;
+    reference_cache: their scores are computed once for all rows, and these values are not kept.
     """
 
     wants: ClassVar[Wants] = "text"
@@ -150,6 +151,7 @@ class Objective(ABC):
     head: ClassVar[tuple[str, ...] | None] = ()
 
     reference = START
+    reference_cache = False
 
     def check(self, labels: Sequence[str]) -> None:
         """Raise ValueError, one line, if it cannot do with a head of these labels. Asked before anything is read."""

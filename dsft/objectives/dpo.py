@@ -35,6 +35,7 @@ class DPO(Objective):
     loss: Loss
     label_smoothing: float
     reference: str = START
+    reference_cache: bool = False
 
     def __post_init__(self) -> None:
         """Refuse values outside their range."""

@@ -37,6 +37,7 @@ class KTO(Objective):
     desirable_weight: float
     undesirable_weight: float
     reference: str = START
+    reference_cache: bool = False
 
     def __post_init__(self) -> None:
         """Refuse values outside their range."""

@@ -3,12 +3,15 @@
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from benchmarks.matrix_rows import chosen, write_rows
 from dsft.engine.assemble import Session
+from dsft.engine.evaluate import evaluate
 from dsft.engine.loop import step_batches
+from dsft.engine.scored_once import score_once
 from dsft.engine.step import train_step
 from tests.contract.sessions import covering, left_by, session_of
 
@@ -83,3 +86,32 @@ def test_a_reference_that_cannot_be_had_is_refused(
     with pytest.raises(ValueError, match=message) as caught:
         session_of(method, *_dpo(place, *given))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("objective", ["dpo", "kto"])
+def test_scores_that_were_computed_once_are_those_of_each_step(
+    objective: str, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DSFT_CACHE", str(tmp_path))
+    rows = chosen({"dpo": "pair", "kto": "rated"}[objective], place)
+    words = [f"objective={objective}", *rows, "data.eval_fraction=0.3", "optim.lr=1e-2", "train.micro_batch_tokens=600"]
+    plain, data = session_of("lora", *words)
+    cached, other = session_of("lora", *words, "objective.reference_cache=true")
+    with_scores = score_once(cached, other)
+    assert cached.roles.values == {}, "the reference's values are not kept"
+    for step in (1, 2, 3):
+        mine = train_step(cached, step_batches(cached, with_scores, step)[1], step, 1.0)
+        theirs = train_step(plain, step_batches(plain, data, step)[1], step, 1.0)
+        assert mine.named == pytest.approx(theirs.named, rel=1e-5, abs=1e-5)
+    assert evaluate(cached, with_scores).values == pytest.approx(evaluate(plain, data).values, rel=1e-5, abs=1e-5)
+    (folder,) = (tmp_path / "references").iterdir()
+    stamp = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+    again, _ = session_of("lora", *words, "objective.reference_cache=true")
+    score_once(again, other)
+    assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == stamp, "read, not computed"
+    np.save(folder / "train-scores.npy", 1 + np.load(folder / "train-scores.npy"))
+    damaged, _ = session_of("lora", *words, "objective.reference_cache=true")
+    assert np.array_equal(score_once(damaged, other).train.arrays["scores"], with_scores.train.arrays["scores"])
+    session, _ = session_of("lora", *words, "objective.reference_cache=true", "method.alpha=8")
+    score_once(session, other)
+    assert len(list((tmp_path / "references").iterdir())) == 2, "another adapter has another key"
