@@ -78,7 +78,6 @@ def guarded(run_dir: Path) -> int:
 
 def work(run_dir: Path, attempt: Attempt) -> int:
     """Resume or begin, train, write the result, and return the exit code. Collective over the ranks."""
-    _quiet()
     _require_submitted(run_dir)
     from dsft.comm.hello import greet
     from dsft.comm.meeting import LIMIT_S
@@ -89,8 +88,10 @@ def work(run_dir: Path, attempt: Attempt) -> int:
     from dsft.engine.patience import Patience
     from dsft.engine.progress import STOPPED as ASKED
     from dsft.engine.stop import StopFlag
+    from dsft.models.progress import quiet
     from dsft.recorder import Recorder
 
+    quiet()
     run = _asked(run_dir)
     stop = StopFlag(run.train.max_minutes)
     stop.bind()
@@ -288,14 +289,6 @@ def give_result(
             lease.check(strict=True)
             published.publish(place, run_dir / "adapter")
         session.world.barrier()
-
-
-def _quiet() -> None:
-    """Libraries' progress bars stay out of the user's terminal and logs."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
 
 
 if __name__ == "__main__":
