@@ -166,7 +166,7 @@ def causes() -> Iterator[Row]:
         killed = Start(plants=(plant,), code=76, state="failed", says=f"rank {rank}", reason=f"rank {rank}.*SIGKILL")
         yield Row(f"cause: kill -9 of rank {rank}", "7", promise, (killed, AGAIN), ranks=(2,))
     nan = Start(
-        ("optim.lr=1e30", "train.steps=3"), code=76, state="failed", never="SIGABRT", reason="loss|gradient norm"
+        ("optim.lr=1e30", "train.steps=3"), code=78, state="diverged", never="SIGABRT", reason="loss|gradient norm"
     )
     yield Row("cause: a loss that is not a number on all ranks", "19", promise, (nan,), equal=False)
 
