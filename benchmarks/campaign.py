@@ -41,7 +41,7 @@ KINDS = {"kill -9": 9, "SIGSTOP": 4, "an error": 4, "a full disk": 3, "kill -9, 
 
 STEP, SAVE = "dsft.engine.step:train_step", "dsft.checkpoint.files:_Writer.write_data"
 PHASES = {
-    "step": [STEP], "save": [SAVE], "evaluation": ["dsft.engine.evaluate:_loss", "dsft.engine.evaluate:_generate"],
+    "step": [STEP], "save": [SAVE], "evaluation": ["dsft.engine.evaluate:_measured", "dsft.engine.evaluate:_generate"],
     "loading": ["dsft.engine.assemble:assemble", "dsft.checkpoint.restore:restore"],
     "result": ["dsft.engine.result:write_result", "os:rename"],
 }  # fmt: skip

@@ -73,7 +73,7 @@ class Measured:
 def measure(run: Run, world: World, job: Job, fault: str | None = None, steps: int = Spec.steps) -> Measured:
     """So many optimizer steps of one configuration, fewer with a fault or on a fake group. Collective."""
     started, before = time.monotonic(), time.process_time()
-    files = run.model.resolve()
+    files = run.files()
     data = open_data(run.data, files.tokenizer(), max_length=run.train.max_length, seed=0, wants=run.objective.wants)
     session = plant(assemble(run, files, world), fault)
     steps = PLANTED if fault else COUNTED if job.fake else steps

@@ -40,7 +40,7 @@ LONGER = ("train.steps=8",)
 
 STOPS = {
     "loading": (ASSEMBLED, 1), "the first step": (STEP, 1), "a later step": (STEP, 6),
-    "evaluation": ("dsft.engine.evaluate:_loss", 1), "generation": ("dsft.engine.evaluate:_generate", 1),
+    "evaluation": ("dsft.engine.evaluate:_measured", 1), "generation": ("dsft.engine.evaluate:_generate", 1),
     "a save": (WRITTEN, 2), "the result": ("dsft.engine.result:write_result", 1),
     "the verification": ("dsft.engine.probe:write_probe", 1),
 }  # fmt: skip
@@ -166,7 +166,7 @@ def causes() -> Iterator[Row]:
         killed = Start(plants=(plant,), code=76, state="failed", says=f"rank {rank}", reason=f"rank {rank}.*SIGKILL")
         yield Row(f"cause: kill -9 of rank {rank}", "7", promise, (killed, AGAIN), ranks=(2,))
     nan = Start(
-        ("optim.lr=1e30", "train.steps=3"), code=76, state="failed", never="SIGABRT", reason="loss|gradient norm"
+        ("optim.lr=1e30", "train.steps=3"), code=78, state="diverged", never="SIGABRT", reason="loss|gradient norm"
     )
     yield Row("cause: a loss that is not a number on all ranks", "19", promise, (nan,), equal=False)
 
@@ -220,7 +220,7 @@ def requests() -> Iterator[Row]:
         (Start(plants=(early,), code=75, state="", says="dsft: ", never="Traceback"), AGAIN),
     )  # fmt: skip
     evaluates = ("data.eval_path={folder}/eval.jsonl", "data.verify=exact")
-    for name, place in (("loading", ASSEMBLED), ("the first evaluation", "dsft.engine.evaluate:_loss")):
+    for name, place in (("loading", ASSEMBLED), ("the first evaluation", "dsft.engine.evaluate:_measured")):
         plant = Plant(place, "run", "kill -TERM $(test ${WORLD_SIZE:-1} = 1 && echo $PLANT_PID || echo $PLANT_PARENT)"
                       "; sleep 1", rank=0)  # fmt: skip
         yield Row(

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.groups import COSTS, Crew, Journal, Spec, run
-from benchmarks.matrix_rows import KINDS, OBJECTIVES, write_rows
+from benchmarks.matrix_rows import OBJECTIVES, chosen, write_rows
 from benchmarks.matrix_text import merge, origin
 from benchmarks.verdicts import verdict
 from dsft.wording import OWN_CONF
@@ -113,12 +113,11 @@ def words(column: Column, row: str, data: Path) -> tuple[str, ...]:
     model, method, variant = row.split()
     sgd = column.optim == "sgd"
     objective = method.partition(":")[2]
-    if objective:
-        data = data.with_name(f"{KINDS[OBJECTIVES[objective]]}.jsonl")
+    rows_of = chosen(OBJECTIVES[objective], data.parent) if objective else ["data=local", f"data.path={data}"]
     uneven = [UNEVEN] if objective and variant == "full" else []
     return (
         f"model={model}", *(METHODS | DROPPING)[method], *needed(row), *VARIANTS[variant], *uneven,
-        "data=local", f"data.path={data}", "data.shuffle=false", "train.precision=fp32", "train.steps=10",
+        *rows_of, "data.shuffle=false", "train.precision=fp32", "train.steps=10",
         "train.max_length=512", "tracker=[]", f"optim.name={column.optim}", "optim.schedule=constant",
         f"train.max_grad_norm={'inf' if sgd else 1.0}", f"strategy={column.strategy}", *column.extra,
         f"train.micro_batch_tokens={PACKED if variant == 'none' and column.size > 1 else 1}",

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 
 MODELS = ("tiny", "smollm2_135m")
-OBJECTIVES = ("dpo", "hinge", "ipo", "orpo", "simpo", "kto")
+OBJECTIVES = ("dpo", "hinge", "ipo", "orpo", "simpo", "kto", "reward")
 STEPS, BATCH, RATE, RANK, ALPHA = 5, 4, 2e-4, 8, 16
 TARGETS = ["q_proj", "v_proj", "down_proj"]
-BETA, GAMMA = 0.1, 0.7
+BETA, GAMMA, CENTER = 0.1, 0.7, 0.01
 
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}{{ eos_token }}{% endfor %}"

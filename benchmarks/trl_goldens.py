@@ -16,6 +16,7 @@ import torch
 from benchmarks.preference_case import (
     BATCH,
     BETA,
+    CENTER,
     GAMMA,
     GOLDENS,
     LENGTH,
@@ -52,6 +53,11 @@ def trainer(objective: str, model: Any, tokenizer: Any, folder: str) -> Any:
         from trl import KTOConfig, KTOTrainer
 
         return KTOTrainer(args=KTOConfig(**config, desirable_weight=1.3, undesirable_weight=0.8), **more)
+    if objective == "reward":
+        from trl import RewardConfig, RewardTrainer
+
+        del config["beta"]
+        return RewardTrainer(args=RewardConfig(**config, center_rewards_coefficient=CENTER), **more)
     if objective == "orpo":
         from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
@@ -70,12 +76,23 @@ def trainer(objective: str, model: Any, tokenizer: Any, folder: str) -> Any:
 def measure(objective: str, places: dict[str, Path], folder: str) -> list[dict[str, float]]:
     """Loss and gradient norm of each step."""
     from peft import PeftModel
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-    base = AutoModelForCausalLM.from_pretrained(places["model"], dtype=torch.float32)
-    model = PeftModel.from_pretrained(base, places["adapter"], is_trainable=True)
     tokenizer = AutoTokenizer.from_pretrained(places["model"])
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    if objective == "reward":
+        base: Any = AutoModelForSequenceClassification.from_pretrained(
+            places["model"], dtype=torch.float32, num_labels=1
+        )
+        torch.nn.init.zeros_(base.score.weight)  # as dsft's head begins
+        base.prepare_inputs_for_generation = None  # PEFT's wrapper for models that answer keeps it
+        tokenizer.pad_token = "<|im_start|>"  # no row ends with it: a last token that is padding would be passed over
+    else:
+        base = AutoModelForCausalLM.from_pretrained(places["model"], dtype=torch.float32)
+    model: Any = PeftModel.from_pretrained(base, places["adapter"], is_trainable=True)
+    if objective == "reward":  # PEFT's class for it wants a head in the file
+        model.base_model.model.score.requires_grad_(True)
+        model = model.base_model.model
     tokenizer.bos_token = None  # CPOTrainer and ORPOTrainer put it before what the template has written
     made = trainer(objective, model, tokenizer, folder)
     made.train()
@@ -87,14 +104,16 @@ def measure(objective: str, places: dict[str, Path], folder: str) -> list[dict[s
 
 
 def main() -> None:
-    """Measure every objective on the models that are named, or on each; those of others stay as they are."""
+    """Measure the objectives on the models that are named, or each of them; others stay as they are."""
     found: dict[str, Any] = json.loads(GOLDENS.read_text()) if GOLDENS.is_file() else {}
     packages = ("trl", "transformers", "peft", "torch", "accelerate")
-    for name in sys.argv[1:] or MODELS:
+    only = {word for word in sys.argv[1:] if word in OBJECTIVES} or set(OBJECTIVES)
+    for name in [word for word in sys.argv[1:] if word not in OBJECTIVES] or MODELS:
         base = compose([f"model={name}"]).run.model.resolve().folder
         with tempfile.TemporaryDirectory() as place:
             places = prepare(Path(place) / "case", base)
-            steps = {one: measure(one, places, f"{place}/{one}") for one in OBJECTIVES}
+            steps = {one: measure(one, places, f"{place}/{one}") for one in OBJECTIVES if one in only}
+            steps = {**found.get(name, {}).get("steps", {}), **steps}
         found[name] = {"versions": {package: version(package) for package in packages}, "steps": steps}
         GOLDENS.write_text(json.dumps(found, indent=1) + "\n")
 

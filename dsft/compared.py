@@ -1,6 +1,7 @@
 """A result as its own loader reads it, against what the live model has left of itself: the tensors, then the logits."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -112,9 +113,27 @@ def _logits(model: Any, probe: dict[str, "Tensor"], *, bf16: bool) -> "Tensor":
     device = next(model.parameters()).device
     kept = (probe["kept"] - tokens.shape[1]).to(device)
     known = {"logits_to_keep": kept} if takes_rows(_base(model)) else {}
-    with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+    with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=bf16), _of_all_tokens(model) as given:
         logits: torch.Tensor = model(input_ids=tokens.to(device), **known).logits
+    logits = given[-1] if given else logits
     return (logits if known else logits[:, kept]).float().cpu()
+
+
+@contextmanager
+def _of_all_tokens(model: Any) -> "Iterator[list[Tensor]]":
+    """What a head for sequences gives of each token (1, T, labels), inside; its class hands out that of one token."""
+    from dsft.models.heads import head_name, is_classifier
+
+    given: list[Tensor] = []
+    base = _base(model)
+    if not is_classifier(base):
+        yield given
+        return
+    hook = base.get_submodule(head_name(base)).register_forward_hook(lambda module, args, output: given.append(output))
+    try:
+        yield given
+    finally:
+        hook.remove()
 
 
 def _base(model: Any) -> Any:
@@ -152,6 +171,6 @@ def _diverged(logits: "Tensor") -> str | None:
     """Why logits (1, P, V) are of a model that has diverged: its values are what was trained, and say nothing."""
     if not bool(logits.isfinite().all()):
         return "its logits are not finite"
-    if bool((logits == logits[..., :1]).all()):
+    if logits.shape[-1] > 1 and bool((logits == logits[..., :1]).all()):
         return "all its logits are equal"
     return None

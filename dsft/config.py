@@ -5,13 +5,22 @@ Groups whose option is a class (model, method, quantization, strategy, objective
 """
 
 import re
-from dataclasses import dataclass, fields
-from typing import Any, Literal
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Any, Literal
 
 from dsft_launchers.cluster import minutes
 from dsft_launchers.gpus import asks_for_gpus
 from dsft_launchers.join import ON_CPUS
 from dsft_launchers.submit import refuse_controls
+
+if TYPE_CHECKING:
+    from dsft.data.source import Source
+    from dsft.models.files import ModelFiles
+    from dsft.objective import Objective
+    from dsft.protocols import BaseModel, Method, Quantizer, Tracker
+    from dsft.strategy import Strategy
+else:  # nothing is imported from above: who builds a run checks these parts
+    BaseModel = Method = Quantizer = Tracker = Objective = Source = Strategy = Any
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,13 +200,16 @@ class Slurm(Launcher):
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """When state is saved and what stays; every 0: never."""
+    """When state is saved and what stays; every 0: never. keep_best: the metric whose best step stays too, and is what
+    the result is of.
+    """
 
     every: int
     keep: int
     keep_every: int
     background: bool
     verify_result: bool
+    keep_best: str | None = None
 
     def __post_init__(self) -> None:
         """Refuse counts that would keep nothing."""
@@ -223,23 +235,42 @@ class Resume:
 class Run:
     """One run, resolved: everything that decides its numbers, and where it writes.
 
-    The class-valued groups are typed Any here, because their classes live above this file; compose.py checks each
-    against its own dataclass and protocols.py says what the engine may ask of it.
+    The class-valued groups are what their contracts say, which live above this file; compose.py checks each against its
+    own dataclass.
     """
 
-    model: Any
-    method: Any
-    quantization: Any
-    strategy: Any
-    objective: Any
-    data: Any
+    model: "BaseModel"
+    method: "Method"
+    quantization: "Quantizer"
+    strategy: "Strategy"
+    objective: "Objective"
+    data: "Source"
     optim: Optim
     train: Train
     checkpoint: Checkpoint
     resume: Resume
     launcher: Launcher
-    tracker: dict[str, Any]
+    tracker: dict[str, "Tracker"]
     run_dir: str
+
+    def __post_init__(self) -> None:
+        """Refuse an objective of labels without their names."""
+        if self.objective.head is None and getattr(self.data, "labels", ()) is None:
+            raise ValueError(
+                "data.labels must list the labels for this objective, whose head has an output for each, got null; set "
+                "data.labels=[a,b] to those of your rows"
+            )
+        self.objective.check(self.labels)
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """What the model's head gives of a sequence, by name; empty: it is a language model."""
+        names = self.objective.head
+        return tuple(getattr(self.data, "labels", None) or ()) if names is None else tuple(names)
+
+    def files(self, *, planning: bool = False) -> "ModelFiles":
+        """The base model with this run's labels; see its resolve (dsft/models/source.py)."""
+        return replace(self.model.resolve(planning=planning), labels=self.labels)
 
 
 def _at_least(name: str, value: int | None, floor: int) -> None:

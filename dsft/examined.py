@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from dsft.models.files import ModelFiles
 
 INCIDENTAL = ("_name_or_path", "transformers_version", "torch_dtype", "dtype")
+HEADED = "with a head for sequences"
 LIBRARIES = ("torch", "transformers")
 
 
@@ -61,7 +62,15 @@ def _key(files: "ModelFiles") -> str:
 
     config = {key: value for key, value in files.config.to_dict().items() if key not in INCIDENTAL}
     own = code_digest(files.folder) if files.trust_remote_code and files.folder is not None else files.revision
-    parts = [type(files.config).__qualname__, config, own, {name: _version(name) for name in LIBRARIES}, _code()]
+    headed = [HEADED] if files.labels else []
+    parts = [
+        *headed,
+        type(files.config).__qualname__,
+        config,
+        own,
+        {name: _version(name) for name in LIBRARIES},
+        _code(),
+    ]
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
 
@@ -78,7 +87,7 @@ def _code() -> str:
     here = Path(__file__).parent
     paths = [
         *sorted((here / "models").glob("*.py")),
-        *(here / "engine" / name for name in ("trial.py", "recompute.py")),
+        *(here / "engine" / name for name in ("trial.py", "head_trial.py", "recompute.py")),
     ]
     return hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()
 

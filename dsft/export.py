@@ -6,6 +6,7 @@ import os
 import shutil
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -16,6 +17,7 @@ from dsft import basis, owners
 from dsft.config import Run
 from dsft.entry import collect_again, enter, lose_lines
 from dsft.folder import provenance, state
+from dsft.headed import labels_of
 from dsft.imports import uncompiled
 from dsft.learned import FLAG, Learned, learned
 from dsft.loaded import unpacked_base
@@ -171,7 +173,7 @@ def _refuse_unmergeable(run: Learned | Run, adapter: Path) -> None:
     from dsft.models.anatomy import dissect
     from dsft.models.build import build_meta
 
-    model = build_meta(run.model.resolve(), torch.float32, "eager")
+    model = build_meta(replace(run.model.resolve(), labels=labels_of(adapter)), torch.float32, "eager")
     method = native.read(adapter)
     method.merge(method.attach(model, dissect(model)))
 
@@ -193,13 +195,13 @@ def merged_and_beside(run: Learned | Run, adapter: Path) -> tuple[Any, dict[str,
     from dsft.methods import peft_bridge
     from dsft.models.anatomy import dissect
 
-    base = unpacked_base(run)
+    base = unpacked_base(run, labels=labels_of(adapter))
     dtype, anatomy = base.dtype, dissect(base)
     dtypes = {name: tensor.dtype for name, tensor in (*base.named_parameters(), *base.named_buffers())}
     base.to(torch.float32)
     if native.holds(adapter):
         method = native.read(adapter)
-        whole: Any = method.merge(method.restore(base, anatomy, adapter))
+        whole: Any = method.merge(native.load(base, anatomy, adapter))
     else:
         check_config(json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8")), adapter)
         whole = run.method.merge(peft_bridge.load(base, adapter))

@@ -78,7 +78,6 @@ def guarded(run_dir: Path) -> int:
 
 def work(run_dir: Path, attempt: Attempt) -> int:
     """Resume or begin, train, write the result, and return the exit code. Collective over the ranks."""
-    _quiet()
     _require_submitted(run_dir)
     from dsft.comm.hello import greet
     from dsft.comm.meeting import LIMIT_S
@@ -89,8 +88,10 @@ def work(run_dir: Path, attempt: Attempt) -> int:
     from dsft.engine.patience import Patience
     from dsft.engine.progress import STOPPED as ASKED
     from dsft.engine.stop import StopFlag
+    from dsft.models.progress import quiet
     from dsft.recorder import Recorder
 
+    quiet()
     run = _asked(run_dir)
     stop = StopFlag(run.train.max_minutes)
     stop.bind()
@@ -104,6 +105,7 @@ def work(run_dir: Path, attempt: Attempt) -> int:
             hello = greet(world, installed.versions(), socket.gethostname())
         with patience.phase("data", _data_s(run_dir)):
             files, data = find(run, world, hello, known=folder.provenance(run_dir))
+            run = replace(run, objective=run.objective.knowing(data.train.columns))
         with patience.phase("base digest", files.nbytes / BYTES_PER_S):
             base = Basis(files, run_dir, world)
         total = total_steps(run.train, len(data.train))
@@ -134,7 +136,8 @@ def _train(
     from dsft.engine.limits import BYTES_PER_S
     from dsft.engine.loop import fit
     from dsft.engine.progress import STOPPED as ASKED
-    from dsft.engine.resume import keeper_for, resume
+    from dsft.engine.resume import back_to_best, keeper_for, resume
+    from dsft.engine.scored_once import score_once
     from dsft.engine.stop import in_vain
     from dsft.verify import foreseen
 
@@ -142,6 +145,8 @@ def _train(
     with patience.phase("loading", patience.limits.loading_s):
         session = assemble(run, base.files, world, total, family=examined.family_on_ranks(base.files, world))
         asked = next(filter(None, world.gather(stop.reason)), None)
+    with patience.phase("reference", patience.limits.forward_s(2 * int(data.train.lengths.sum()))):
+        data = score_once(session, data)
     if session.compiler and run.train.compile == "auto":
         recorder.event("compile", 0, {"steps": total})
     if asked is not None:
@@ -165,6 +170,8 @@ def _train(
     if at.state != ASKED:
         with patience.phase("base digest", base.files.nbytes / BYTES_PER_S):
             recorder.event("base_digest", at.step, {"digest": base.settle()})
+        with patience.phase("resume", 3 * patience.limits.state_s):
+            back_to_best(session, run_dir, who, lease, at, recorder)
         give_result(session, data, run_dir, lease, recorder, patience=patience, why_not=why_not)
     elif run.checkpoint.every and keeper.saved != at.step:
         raise RuntimeError(f"stopped at step {at.step}, which could not be saved; step {keeper.saved} was")
@@ -252,7 +259,7 @@ def find(
     from dsft.data.open import open_for
 
     require_code_on_ranks(run.model, known, world)
-    files, day = run.model.resolve(), known.get("template_date")
+    files, day = run.files(), known.get("template_date")
     seen = None if world.local_rank == 0 else world.barrier  # one rank of each node compares all tokens
     data = open_for(run, files.tokenizer(), day=day, after=seen)
     if world.local_rank == 0:
@@ -282,14 +289,6 @@ def give_result(
             lease.check(strict=True)
             published.publish(place, run_dir / "adapter")
         session.world.barrier()
-
-
-def _quiet() -> None:
-    """Libraries' progress bars stay out of the user's terminal and logs."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
 
 
 if __name__ == "__main__":

@@ -4,9 +4,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import ClassVar, Literal, Protocol
+from typing import ClassVar, Literal, Protocol, Self
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from dsft.comm.devices import sent
@@ -22,6 +24,9 @@ Direction = Literal["max", "min"]
 
 POLICY, START = "policy", "start"
 """Roles: what learns as it is now, and as it was before the first step of the run."""
+
+BASE = "base"
+"""Value of objective.reference: the model as it was before any adapter."""
 
 GAP = "reference_gap"
 """Measure of objectives with a reference: mean over answers of |reward|, 0 before the first update."""
@@ -108,6 +113,9 @@ class Scorer(Protocol):
     def score(self, batch: Batch) -> Tensor:
         """(P,) float32: -log p in nats of each supervised target, given its own segment before it."""
 
+    def outputs(self, batch: Batch) -> Tensor:
+        """(S, labels) float32: what the model's head gives of each segment, at its last token."""
+
 
 class Passes(Protocol):
     """Further forward passes that an objective may ask for before a step: without gradient, dropout or update."""
@@ -126,7 +134,10 @@ class Objective(ABC):
     and which values are better. compares: True if it sets forward passes beside each other, so that none may drop.
     roles: names of the values, beside the policy's own, under which it asks Passes for scores. mismatched: True if it
     asks for the same prompts with answers to others. passes: forward passes over each batch, its own among them.
-    at_start: measures that are 0 before the first update.
+    at_start: measures that are 0 before the first update. head: names of what a head of its own gives of a sequence, in
+    place of the language model's; None: those of data.labels; empty: there is no such head. reference: whose values the
+    role START has: start, base (what the method starts from without an adapter), or the folder of a run or its result;
+    reference_cache: their scores are computed once for all rows, and these values are not kept.
     """
 
     wants: ClassVar[Wants] = "text"
@@ -137,6 +148,17 @@ class Objective(ABC):
     mismatched: ClassVar[bool] = False
     passes: ClassVar[int] = 1
     at_start: ClassVar[tuple[str, ...]] = ()
+    head: ClassVar[tuple[str, ...] | None] = ()
+
+    reference = START
+    reference_cache = False
+
+    def check(self, labels: Sequence[str]) -> None:
+        """Raise ValueError, one line, if it cannot do with a head of these labels. Asked before anything is read."""
+
+    def knowing(self, columns: Mapping[str, NDArray[np.float64]]) -> Self:
+        """This objective where the columns of the rows to learn from are known, one value per example (N,)."""
+        return self
 
     def prepare(self, passes: Passes, batches: Sequence[Batch]) -> Sequence[Batch]:
         """The micro-batches of a step, with the columns that this objective adds. Every rank has equally many."""

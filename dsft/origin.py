@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dsft.folder import base_then_and_now, provenance
+from dsft.objective import BASE, START
 from dsft.published import require
 from dsft.results import NATIVE, PEFT, TENSORS
 
@@ -46,6 +47,26 @@ def check(init_from: str | None, digests: Mapping[str, str], base: str) -> str |
     require(folder, "method.init_from", weights_alone=folder.name != "adapter")
     _check_finite(folder / TENSORS)
     return said
+
+
+def check_reference(reference: str, digests: Mapping[str, str], base: str) -> str | None:
+    """Refuse a reference of another base model, as check does an adapter; one that is no run is none of this."""
+    if reference in (START, BASE):
+        return None
+    try:
+        folder, run = _folder(reference), known(reference)
+        if (folder / "config.json").is_file():
+            was, digest = base_then_and_now(run, digests)
+            require(folder, "objective.reference", weights_alone=folder.name != "adapter")
+            if was is not None and was != digest:
+                raise ValueError(
+                    f"objective.reference must be a model that was trained from {base} ({digest[:12]} by its content), "
+                    f"got one from another ({was[:12]}); take the model that it was trained on"
+                )
+            return None
+        return check(reference, digests, base)
+    except ValueError as error:
+        raise ValueError(str(error).replace("method.init_from", "objective.reference")) from None
 
 
 def _check_base(described: Path, run: Mapping[str, str], digests: Mapping[str, str], base: str) -> str | None:

@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         check_gpus_here(composed)
         if composed.run.resume.allow == () and not composed.run.resume.anew:
             require_code(composed.run.model, provenance(Path(composed.run.run_dir)))
-        plan = make_plan(composed, composed.run.model.resolve(planning=True), device_bytes=gpu)
+        plan = make_plan(composed, composed.run.files(planning=True), device_bytes=gpu)
     except ValueError as error:
         return refuse(error)
     place = composed.start.place

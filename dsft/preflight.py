@@ -46,7 +46,7 @@ def preflight(composed: Composed) -> dict[str, Any] | None:
     starting = not folder.goes_on(run_dir) or anew
     start_from = origin.known(composed.resolved["method"].get("init_from")) if starting else {}
     basis.require_code(run.model, start_from)
-    files = run.model.resolve()
+    files = run.files()
     day = provenance.get("template_date")
     data = _open(run, files, files.tokenizer(), day)
     before = {} if anew else folder.known(run_dir)
@@ -112,7 +112,8 @@ def _origin(composed: Composed, digests: Mapping[str, str], files: "ModelFiles")
     """What a person should know of the adapter that this run starts from. Raises ValueError for one that is wrong."""
     started = composed.resolved["method"]
     found = origin.check(started["init_from"], digests, files.name_or_path) if "init_from" in started else None
-    return [] if found is None else [found]
+    other = origin.check_reference(composed.run.objective.reference, digests, files.name_or_path)
+    return [said for said in (found, other) if said is not None]
 
 
 def rehearse(composed: Composed) -> list[str]:
@@ -131,7 +132,7 @@ def rehearse(composed: Composed) -> list[str]:
         run.data.check(run.objective.wants)
     with _noted(unchecked, "the model's weights and tokenizer"):
         run.model.check()
-        files = run.model.resolve()
+        files = run.files()
         tokenizer = files.tokenizer()
         if "the data" not in unchecked:
             with _noted(unchecked, "the data"):
@@ -139,7 +140,7 @@ def rehearse(composed: Composed) -> list[str]:
     if "the data" not in unchecked and "the model's weights and tokenizer" in unchecked:
         unchecked.append("the data's tokens")
     with _noted(unchecked, "the model's shape"):
-        make_plan(composed, files or run.model.resolve(planning=True))
+        make_plan(composed, files or run.files(planning=True))
     if not cluster.answers():
         blind = "" if composed.start.place.gpus else " (the script asks for no GPUs)"
         unchecked.append(f"the cluster{blind}")
@@ -200,11 +201,11 @@ def _check_fit(run: Run, files: "ModelFiles", data: "Dataset") -> None:
             f"train.max_length must be at most {known - before}, the positions that the model knows{taken}, got rows "
             f"of {longest} tokens with train.max_length={run.train.max_length}; lower it"
         )
-    metric = run.train.early_stop_metric
-    if metric is not None and (data.eval is None or (metric == "eval/accuracy" and not data.verifiable)):
-        raise ValueError(
-            f"train.early_stop_metric={metric} needs held-out rows that give it; hold some out or unset it"
-        )
+    asked = {"train.early_stop_metric": run.train.early_stop_metric, "checkpoint.keep_best": run.checkpoint.keep_best}
+    generated = set() if data.verifiable else {"eval/accuracy"} - {f"eval/{name}" for name in run.objective.measures}
+    for key, metric in asked.items():
+        if metric is not None and (data.eval is None or metric in generated):
+            raise ValueError(f"{key}={metric} needs held-out rows that give it; hold some out or unset it")
 
 
 def _check_vocabulary(files: "ModelFiles", data: "Dataset") -> None:

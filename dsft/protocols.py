@@ -2,17 +2,23 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from dsft.course import Course
 
+if TYPE_CHECKING:
+    from dsft.models.files import ModelFiles
+
 ROLES = ("attention", "mlp", "other")
 """Roles of linears: inside a module named *attn*/*attention*, inside *mlp*/*feed_forward*/*expert*, elsewhere."""
+
+STARTING = "init_from"
+"""Key of methods that may start from an adapter."""
 
 PREFIX = "dsft_prefix"
 """Name of a child of an attention module, and of an argument that travels with a call of the model to the attentions.
@@ -67,6 +73,12 @@ class Method(ABC):
         parameter that learns. Raises ValueError, one line, if the adapter does not fit. Empty: nothing of the kind.
         """
         return {}
+
+    def started_from(self, place: str) -> "Method":
+        """This method where it starts from the adapter in place. Raises ValueError if it cannot start from one."""
+        if not any(field.name == STARTING for field in fields(self)):  # type: ignore[arg-type]
+            raise ValueError(f"method.{STARTING} must be a key of {type(self).__name__} to take the values of {place}")
+        return replace(self, **{STARTING: place})  # type: ignore[type-var]
 
     def rate(self, name: str, lr: float) -> float:
         """Rate of this parameter in a run of optim.lr=lr."""
@@ -193,6 +205,16 @@ class PackedLinear(nn.Linear):
     def unpack(self) -> Tensor:
         """Weight (out, in) in the compute dtype; on meta if the bytes are on meta."""
         raise NotImplementedError
+
+
+class BaseModel(Protocol):
+    """Where the model that a run starts from is found. Its fields are its YAML keys."""
+
+    def check(self, *, planning: bool = False) -> None:
+        """Refuse what cannot be loaded, without torch or network; planning: its weights are not needed."""
+
+    def resolve(self, *, planning: bool = False) -> "ModelFiles":
+        """Find the model, downloading or writing it where it is not here. Raises ValueError if it cannot be found."""
 
 
 class Tracker(Protocol):

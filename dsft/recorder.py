@@ -20,12 +20,14 @@ from dsft.engine.progress import STOPPED, Progress
 from dsft.privacy import for_trackers
 from dsft.telemetry.meter import Meter, peak_memory_bytes
 from dsft.telemetry.progress import ProgressLine
-from dsft.telemetry.record import METRICS, RunRecord, Saved, State, Status, read_lines, read_status, timestamp
+from dsft.telemetry.record import METRICS, Best, RunRecord, Saved, State, Status, read_lines, read_status, timestamp
 from dsft.telemetry.trackers import Trackers
 
 SAID = {
     "nonfinite": "nothing was updated: loss {loss}, gradient norm {grad_norm}; {skipped} such steps so far",
     "early_stop": "stops early: {metric} has not improved on {best:.4f}",
+    "best": "the best so far: {metric} {value:.4f}",
+    "back_to_best": "the result is the model of this step, the best; the last was step {last}",
     "resume": "resumed from {checkpoint}",
     "optimizer_anew": "the optimizer begins anew: the checkpoint holds the state of {was}, this run takes {now}",
     "clock": "THE CLOCK OF {host} is {seconds:+.1f} s off rank 0's: times in its logs and files mislead",
@@ -172,6 +174,10 @@ class Recorder:
             saved = Saved(step=step, time=_committed(self.run_dir, checkpoint))
             self.status = replace(self.status, checkpoint=checkpoint, saved=saved)
             self.record.status(self.status)
+        if event == "best":
+            best = Best(step=step, metric=str(details["metric"]), value=float(str(details["value"])))
+            self.status = replace(self.status, best=best)
+            self.record.status(self.status)
         if event == "stopping":
             self.status = replace(self.status, state="stopping", reason=str(details["reason"]))
             self.record.status(self.status)
@@ -205,6 +211,7 @@ def closing(run_dir: Path, data: Dataset, at: Progress, saved: int) -> Iterator[
         return
     if at.evaluations:
         first, last = at.evaluations[0][1], at.evaluations[-1][1]
+        last = next((found for step, found in at.evaluations if step == at.best_step), last)
         for key in [key for key in first.values if key in last.values]:
             yield f"{key:<14} {first.values[key]:.4f} before, {last.values[key]:.4f} after"
         assert data.eval is not None

@@ -12,6 +12,7 @@ from dsft.again import command_of
 from dsft.compose import load_yaml
 from dsft.door import brief
 from dsft.folder import base_then_and_now, provenance, state
+from dsft.headed import KIND, scores_sequences
 from dsft.locate import Allowed
 from dsft.models.files import check_folder
 from dsft.models.source import local_folder
@@ -152,6 +153,11 @@ def _read(name: str, folder: Path, run_dir: Path | None, *, trust: bool) -> Resu
         raise ValueError(
             f"RUN must hold a plain adapter, got {folder} with init_lora_weights={start}, whose base was changed too; "
             "convert it with PEFT's path_initial_model_for_weight_conversion"
+        )
+    if scores_sequences(folder):
+        raise ValueError(
+            f"RUN must hold a result that answers, got {folder}, whose head gives numbers of a sequence; load it with "
+            f"transformers' AutoModel{KIND} and, if it is an adapter, PEFT"
         )
     whole = kind == WHOLE
     if run_dir is None:

@@ -6,6 +6,7 @@ import os
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from dsft.config import Run, Slurm
 
@@ -74,6 +75,17 @@ REFUSED = (
         "{run.train.early_stop_metric}",
     ),
     Rule(
+        "unmeasured-best",
+        lambda run, names, at: run.checkpoint.keep_best not in (None, *measured(run)),
+        "checkpoint.keep_best must be one of {measured}, which objective={names[objective]} measures, got "
+        "{run.checkpoint.keep_best}",
+    ),
+    Rule(
+        "best-without-evaluations",
+        lambda run, names, at: run.checkpoint.keep_best is not None and run.train.eval_every == 0,
+        "checkpoint.keep_best needs evaluations to look at, got train.eval_every=0; set it",
+    ),
+    Rule(
         "warm-up-without-end",
         lambda run, names, at: run.train.steps is not None and run.optim.warmup_steps >= run.train.steps,
         "optim.warmup_steps must be below train.steps, {run.train.steps}, got {run.optim.warmup_steps}: the rate would "
@@ -111,7 +123,7 @@ REFUSED = (
     ),
     Rule(
         "whole-gradients-offloaded",
-        lambda run, names, at: run.method.guides and names["strategy"] in SHARDED and run.strategy.offload != "none",
+        lambda run, names, at: run.method.guides and names["strategy"] in SHARDED and _of(run, "offload") != "none",
         "strategy.offload={run.strategy.offload} takes gradients out of the ranks' reach, and method={names[method]} "
         "gathers them at each step; take strategy.offload=none",
     ),
@@ -151,6 +163,12 @@ REFUSED = (
         "what it keeps; take train.early_stop_metric=null and fewer train.steps",
     ),
     Rule(
+        "best-before-pruning",
+        lambda run, names, at: names["method"] == "diff_pruning" and run.checkpoint.keep_best is not None,
+        "checkpoint.keep_best={run.checkpoint.keep_best} may choose a step before method=diff_pruning has chosen what "
+        "it keeps; take checkpoint.keep_best=null",
+    ),
+    Rule(
         "noise-beside-a-reference",
         lambda run, names, at: run.method.noisy and run.objective.compares,
         "objective={names[objective]} compares forward passes, which must be alike, and method={names[method]} draws "
@@ -170,8 +188,8 @@ REFUSED = (
         "hsdp-shape",
         lambda run, names, at: (
             names["strategy"] == "hsdp"
-            and isinstance(run.strategy.shard_size, int)
-            and at.size % run.strategy.shard_size != 0
+            and isinstance(_of(run, "shard_size"), int)
+            and at.size % _of(run, "shard_size") != 0
         ),
         "strategy.shard_size must divide the number of ranks, {size}, got {run.strategy.shard_size}",
     ),
@@ -181,8 +199,8 @@ REFUSED = (
             names["strategy"] == "hsdp"
             and isinstance(run.launcher, Slurm)
             and run.launcher.elastic
-            and isinstance(run.strategy.shard_size, int)
-            and at.size // run.launcher.nodes % run.strategy.shard_size != 0
+            and isinstance(_of(run, "shard_size"), int)
+            and at.size // run.launcher.nodes % _of(run, "shard_size") != 0
         ),
         "strategy.shard_size must divide the ranks of one node where launcher.elastic=true, so that a lost node leaves "
         "whole shards, got {run.strategy.shard_size}; take strategy.shard_size=node or launcher.elastic=false",
@@ -197,6 +215,11 @@ def refuse(run: Run, names: Mapping[str, str], at: Place) -> None:
             found = {"capacity": _over_capacity(run, at), "compiler": missing_compiler(at.gpus)}
             why = rule.why.format(run=run, names=names, size=at.size, measured=" ".join(measured(run)), **found)
             raise RuleError(rule.name, why)
+
+
+def _of(run: Run, key: str) -> Any:
+    """A key that some strategies have."""
+    return getattr(run.strategy, key)
 
 
 def measured(run: Run) -> tuple[str, ...]:

@@ -74,6 +74,19 @@ def restore(strategy: Strategy, search: Search) -> Manifest | None:
     return found.content
 
 
+def go_back(strategy: Strategy, search: Search, step: int) -> None:
+    """Load the checkpoint of step into strategy. Collective. Raises RefusedError if it is gone or does not verify."""
+    folder = search.store.folder / manifest.folder_name(step)
+    there = search.world.gather(folder.is_dir())[0]
+    found = _verified(strategy, folder, search) if there else Damage(folder.name, "it is gone")
+    if not isinstance(found, Found):
+        raise RefusedError(
+            f"the result must be of step {step}, which has the best evaluation, and its checkpoint {folder} cannot be "
+            f"read ({found}); put it back, or take the model of the last step by checkpoint.keep_best=null"
+        )
+    strategy.import_state(found.state)
+
+
 def _settle(search: Search, end: Callable[[], Settled | None]) -> bool:
     """Have rank 0 end the trial of a checkpoint, if it is time, and tell of it. Return True if it was ended."""
     settled = None

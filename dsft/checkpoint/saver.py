@@ -65,6 +65,7 @@ class Saver:
         self.crash: BaseException | None = None
         self.in_flight_since: tuple[int, float] | None = None
         """Step and time.monotonic() of the beginning of the save that this rank is in; None between saves."""
+        self.exempt: frozenset[int] = frozenset()
         self.longest_s = 0.0
         """Seconds of the longest save so far, whatever became of it."""
 
@@ -74,12 +75,14 @@ class Saver:
         return self.thread is not None and self.thread.is_alive()
 
     def start(
-        self, step: int, export: Callable[[], Mapping[str, Tensor]], progress: Mapping[str, Any], *, background: bool
-    ) -> None:
+        self, step: int, export: Callable[[], Mapping[str, Tensor]], progress: Mapping[str, Any], *, background: bool,
+        exempt: frozenset[int] = frozenset(),
+    ) -> None:  # fmt: skip
         """Save what export gives; with background a thread copies and writes it: call settle before it changes.
 
-        Nothing may be in flight.
+        Nothing may be in flight. exempt: steps whose checkpoints stay, whatever the retention says.
         """
+        self.exempt = exempt
         assert self.thread is None, "take the last outcome first"
         begun = time.monotonic()
         self.in_flight_since = step, begun
@@ -209,7 +212,7 @@ class Saver:
         with contextlib.suppress(OSError):
             settled = self.store.settle_trial()
         with contextlib.suppress(OSError):
-            deleted = tuple(self.store.retain(self.retention.keep, self.retention.keep_every, step))
+            deleted = tuple(self.store.retain(self.retention.keep, self.retention.keep_every, {step, *self.exempt}))
         return settled, deleted
 
 

@@ -3,7 +3,7 @@
 import contextlib
 import shutil
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 
 from dsft_launchers.files import sync
@@ -64,15 +64,15 @@ class Store:
         self.trials.forget(_step(checkpoint), gone=True)
         return place
 
-    def retain(self, keep: int, keep_every: int, newest: int) -> list[int]:
-        """Delete all but the newest keep, the milestones of keep_every, and step newest; the steps deleted.
+    def retain(self, keep: int, keep_every: int, exempt: Collection[int]) -> list[int]:
+        """Delete all but the newest keep, the milestones of keep_every, and the exempt steps; the steps deleted.
 
         A milestone is the first checkpoint of each keep_every steps from the first multiple on, so that one that was
-        saved late stays all the same. newest: the step just committed. A folder is renamed first, so that it is never
-        half a checkpoint.
+        saved late stays all the same. exempt: the step just committed, and others. A folder is renamed first, so that
+        it is never half a checkpoint.
         """
         steps = {_step(path): path for path in self.newest_first() if path.is_dir()}
-        kept = {newest, *sorted(steps, reverse=True)[:keep], *_milestones(steps, keep_every)}
+        kept = {*exempt, *sorted(steps, reverse=True)[:keep], *_milestones(steps, keep_every)}
         doomed = [step for step in steps if step not in kept]
         for step in doomed:
             leaving = steps[step].with_name(f"{steps[step].name}.old-{uuid.uuid4().hex[:8]}")

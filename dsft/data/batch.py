@@ -7,7 +7,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dsft.data.tokens import TokenSet
+from dsft.data.tokens import BESIDE, SCORES, TokenSet
 from dsft.objective import IGNORE, Batch
 
 Segment = tuple[NDArray[np.int32], NDArray[np.bool_]]
@@ -29,7 +29,7 @@ def build_batch(
 
     targets[t] is token t + 1 of the same segment where that token is supervised, else IGNORE; so the last position of
     a segment is always IGNORE, and positions restart at 0 with each. columns: those of the set, one value per example;
-    label int64, the others float64.
+    label int64, the others float64; and SCORES, one per supervised token, where the set has them.
     """
     chosen = list(rows)
     ids = tuple(tokens.id(row) for row in rows)
@@ -37,15 +37,25 @@ def build_batch(
     columns = {name: torch.from_numpy(values[chosen]) for name, values in tokens.columns.items()}
     if "label" in columns:
         columns["label"] = columns["label"].long()
+    columns |= _scores(tokens, SCORES, chosen)
     beside = None
     if mismatched:
-        others = [tokens.mismatch(row) for row in rows]
-        beside = Batch(*_laid_out(others), ids=ids, places=at, members=(1,) * len(rows), counts=not silent)
+        beside = Batch(
+            *_laid_out([tokens.mismatch(row) for row in rows]), ids=ids, places=at, members=(1,) * len(rows),
+            columns=_scores(tokens, BESIDE, chosen), counts=not silent,
+        )  # fmt: skip
     parts = [part for row in rows for part in tokens.segments(row)]
     members = tuple(tokens.members[chosen].tolist())
     return Batch(
         *_laid_out(parts), ids=ids, places=at, members=members, columns=columns, counts=not silent, beside=beside
     )
+
+
+def _scores(tokens: TokenSet, name: str, rows: Sequence[int]) -> dict[str, Tensor]:
+    """The column SCORES (P,) of these rows, from the array of that name, if the set has it."""
+    if name not in tokens.arrays:
+        return {}
+    return {SCORES: torch.from_numpy(np.concatenate([tokens.scores(name, row) for row in rows]))}
 
 
 def _laid_out(segments: Sequence[Segment]) -> tuple[Tensor, Tensor, Tensor, tuple[int, ...]]:

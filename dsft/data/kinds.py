@@ -16,12 +16,16 @@ class Kind(NamedTuple):
 
 KINDS: dict["Wants", Kind] = {
     "text": Kind("examples of one answer", "messages, or prompt and completion, or text", "set objective=sft"),
-    "pair": Kind("preference pairs (chosen, rejected)", "prompt, chosen and rejected", "set objective=dpo"),
+    "pair": Kind(
+        "preference pairs (chosen, rejected)",
+        "prompt, chosen and rejected",
+        "set objective=dpo or objective=reward",
+    ),
     "rated": Kind(
         "answers with a verdict (label)", "prompt, completion and label, or messages and label", "set objective=kto"
     ),
     "labelled": Kind(
-        "texts with a label", "text or messages, and label", "leave the label unread by data.ignore=[label]"
+        "texts with a label", "text or messages, and label", "set objective=classification and data.labels"
     ),
 }
 

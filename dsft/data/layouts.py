@@ -187,7 +187,9 @@ LAYOUTS: dict[str, Layout] = {
     "rated": Layout(
         "rated", ("label",), ("prompt", *_CHAT), (object,), _read_rated, ("completion", "messages", "conversations")
     ),
-    "labelled": Layout("labelled", ("label",), _CHAT, (object,), _read_labelled, ("messages", "conversations", "text")),
+    "labelled": Layout(
+        "labelled", ("label",), _WEIGHED, (object,), _read_labelled, ("messages", "conversations", "text")
+    ),
     "preference": Layout(
         "pair", ("chosen", "rejected"), (*PROMPTS, "input", "margin", *_CHAT), (str, list, dict), _read_pair
     ),

@@ -149,8 +149,10 @@ def open_for(
     run: "Run", tokenizer: "PreTrainedTokenizerBase", *, day: str | None = None, after: Callable[[], None] | None = None
 ) -> Dataset:
     """The data of a run, by its keys and of the kind that its objective wants; see open_data."""
-    keys = {"max_length": run.train.max_length, "seed": run.train.seed, "wants": run.objective.wants}
-    return open_data(run.data, tokenizer, day=day, after=after, **keys)
+    return open_data(
+        run.data, tokenizer, max_length=run.train.max_length, seed=run.train.seed, wants=run.objective.wants, day=day,
+        after=after,
+    )  # fmt: skip
 
 
 def _build(folder: Path, source: Source, encoder: Encoder, *, wants: "Wants", max_length: int, seed: int) -> None:

@@ -21,6 +21,11 @@ both int64. Without them each example is one."""
 COLUMN = "column-"
 """Begins the name of the file of a further value per example (N,) float64, which some row of the set has."""
 
+SCORES, BESIDE = "scores", "scores-beside"
+"""Names of arrays that are no files of a set: float32, one per supervised token of all examples, and of prompts with
+answers to others; each has offsets (N + 1,) under its name with OFFSETS behind it."""
+OFFSETS = "-offsets"
+
 DEFAULTS = {"label": 0.0, "margin": 0.0, "weight": 1.0}
 """Columns, and what a row says that has none: every row has a label where one has."""
 
@@ -114,6 +119,11 @@ class TokenSet:
     def _starts(self) -> NDArray[np.int64]:
         """The number of each example's first segment (N,)."""
         return np.cumsum(self.members) - self.members
+
+    def scores(self, name: str, index: int) -> NDArray[np.float32]:
+        """(P,): what SCORES or BESIDE holds of an example."""
+        first, last = self.arrays[f"{name}{OFFSETS}"][index : index + 2]
+        return self.arrays[name][first:last]
 
     def prompt(self, index: int) -> NDArray[np.int32]:
         """What a model is given to write the example's last assistant turn, generation prompt included; empty for text.

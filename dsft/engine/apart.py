@@ -35,14 +35,18 @@ def require_apart(session: "Session", cast: AbstractContextManager[object]) -> N
 
 
 def _scores_of_last(session: "Session", first: Tensor, last: Tensor) -> Tensor:
-    """Scores (TOKENS - 1,) float32 on CPU of an example that comes behind another one in its row."""
+    """Scores (TOKENS - 1,) float32 on CPU of an example that comes behind another one in its row.
+
+    Of a model whose head may still be 0 the states (TOKENS - 1, width) before it.
+    """
     device, places = session.world.device, torch.arange(TOKENS)
+    asked = {"states": True} if session.files.labels else {"targets": last[1:].to(device)}
     scores = session.module(
         input_ids=torch.cat([first, last])[None].to(device),
         position_ids=torch.cat([places, places])[None].to(device),
         segment_lengths=(TOKENS, TOKENS),
         logits_to_keep=(TOKENS + places[:-1]).to(device),
-        targets=last[1:].to(device),
+        **asked,
         use_cache=False,
     ).logits[0]
     return scores.float().cpu()  # type: ignore[no-any-return]

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -15,40 +14,47 @@ from dsft.engine.apart import require_apart
 from dsft.engine.compiling import Compiler, compiler_for
 from dsft.engine.determinism import choose
 from dsft.engine.dropout import Draws, keyed, silence
+from dsft.engine.first_values import First, fill, first_packed
 from dsft.engine.guided import Guided, guided
-from dsft.engine.masks import stream
 from dsft.engine.optimizers import factory
 from dsft.engine.precision import DTYPES, cast
 from dsft.engine.recompute import recompute
+from dsft.engine.reference import reference_of
 from dsft.engine.roles import Roles
-from dsft.models import calling, scoring
+from dsft.models import calling, scoring, sequence
 from dsft.models.anatomy import dissect
 from dsft.models.build import build_meta
 from dsft.models.family import PACKS, Family
 from dsft.models.files import ModelFiles
+from dsft.models.heads import head_tensors
 from dsft.models.lineage import Lineage
-from dsft.models.materialize import materialize
 from dsft.models.scorer import Scorer
-from dsft.models.values import Values, open_values
-from dsft.protocols import Anatomy, PackedLinear
+from dsft.protocols import Anatomy
 
 
 @dataclass(frozen=True)
 class Skeleton:
     """A model on meta with its method in it.
 
-    origins: tensor name -> its name in the base, see Lineage; stored: what an earlier adapter gives, and the base not;
+    of_base: tensor name -> its name in the base, see Lineage; stored: what an earlier adapter gives in its place;
+    reference: the same of an objective's reference, None if that is the policy as it was at the start;
     family: how the model is computed; draws: by what its dropout is drawn; silenced: probabilities to drop that
     were set to 0, as the objective compares forward passes.
     """
 
     model: nn.Module
     anatomy: Anatomy
-    origins: dict[str, str]
+    of_base: dict[str, str]
     stored: Mapping[str, Tensor]
+    reference: Mapping[str, Tensor] | None
     family: Family
     draws: Draws
     silenced: tuple[str, ...]
+
+    @property
+    def origins(self) -> dict[str, str]:
+        """Tensor name -> its name in the base, of what comes from there."""
+        return {name: origin for name, origin in self.of_base.items() if name not in self.stored}
 
 
 @dataclass(frozen=True)
@@ -89,17 +95,23 @@ def skeleton(run: Run, files: ModelFiles, family: Family = PACKS) -> Skeleton:
 
     family: the verdict on the model, see models/family.py. Raises ValueError for what it does not allow.
     """
-    model = build_meta(files, DTYPES[run.train.precision], family.attention)
+    model: nn.Module = build_meta(files, DTYPES[run.train.precision], family.attention)
     anatomy = dissect(model)
+    head = model.get_submodule(anatomy.head)
     model = run.quantization.convert(model, anatomy)
     lineage = Lineage(model)
     model = run.method.attach(model, anatomy)
-    stored = run.method.stored(model)
-    origins = {name: origin for name, origin in lineage.origins(model).items() if name not in stored}
+    stored, reference = run.method.stored(model), reference_of(run, files, model)
+    of_base = lineage.origins(model)
     _check_family(run, model, family)
     _check_blocks(run, model, anatomy)
-    calling.fit(model, family)
-    scoring.install(model, model.get_submodule(anatomy.head))
+    if files.labels:
+        _check_head(model, anatomy, head)
+        sequence.install(model, anatomy.head, family)
+        model.get_submodule(anatomy.head).requires_grad_(True)
+    else:
+        calling.fit(model, family)
+        scoring.install(model, model.get_submodule(anatomy.head))
     for param in model.parameters():
         if param.requires_grad:
             param.data = param.data.float()
@@ -110,7 +122,7 @@ def skeleton(run: Run, files: ModelFiles, family: Family = PACKS) -> Skeleton:
             f"train.compile must be false or auto where a model may drop without a module ({draws.functional} of its "
             "configuration), got true; set train.compile=false"
         )
-    return Skeleton(model, anatomy, origins, stored, family, draws, silenced)
+    return Skeleton(model, anatomy, of_base, stored, reference, family, draws, silenced)
 
 
 def _check_family(run: Run, model: nn.Module, family: Family) -> None:
@@ -128,6 +140,15 @@ def _check_family(run: Run, model: nn.Module, family: Family) -> None:
         )
     if not family.ragged and run.train.compile is True:
         raise ValueError(f"train.compile must be false for {name}, which computes attention in its own way, got true")
+
+
+def _check_head(model: nn.Module, anatomy: Anatomy, head: nn.Module) -> None:
+    """Refuse a method that has put something in the place of a head that learns itself."""
+    if model.get_submodule(anatomy.head) is not head:
+        raise ValueError(
+            f"method.target_modules must not name {anatomy.head}, the head of this objective, which learns itself; "
+            "leave it out"
+        )
 
 
 def _check_blocks(run: Run, model: nn.Module, anatomy: Anatomy) -> None:
@@ -156,12 +177,19 @@ def assemble(run: Run, files: ModelFiles, world: World, total: int = 0, *, famil
     course = run.method.course(model, total or run.train.steps or 0, world.device)
     reentrant = run.strategy.reentrant_recompute
     recompute(model, anatomy, run.train.gradient_checkpointing, reentrant=reentrant, run=compiler, draws=bones.draws)
-    first = _first_packed(model)
+    first = first_packed(model)
     model = run.strategy.shard(model, anatomy, world, run.train.precision)
-    _fill(run, bones, model, files, world, first=first)
+    home = replace(world, device=run.strategy.home(world))
+    fill(run, First(run, bones, files, home), model, world, first=first)
     module = run.strategy.prepare(model, _groups(run, model), factory(run.optim))
     roles = Roles(run, module, Scorer(module, packs=family.packs), world)
-    roles.keep()
+    if bones.reference is None:
+        roles.keep()
+    else:
+        begin = First(run, skeleton(run, files, family), files, home)
+        begin.write(model, bones.reference)
+        roles.keep()
+        begin.write(model, bones.stored)
     session = Session(
         run=run,
         files=files,
@@ -180,33 +208,16 @@ def assemble(run: Run, files: ModelFiles, world: World, total: int = 0, *, famil
     return session
 
 
-def _fill(run: Run, bones: Skeleton, model: nn.Module, files: ModelFiles, world: World, *, first: str | None) -> None:
-    """Give every tensor of model its value. first: the first packed linear, which is compared. Collective."""
-    values = open_values(files, DTYPES[run.train.precision], run.train.seed)
-    home = replace(world, device=run.strategy.home(world))
-
-    def initial(name: str, param: Tensor) -> Tensor:
-        if name in bones.stored:
-            return bones.stored[name]
-        with seeded(run.train.seed, name):
-            read = partial(_trained_weight, bones, values, home.device)
-            value: Tensor = run.method.initial(model, name, param, read)
-            return value
-
-    materialize(model, values, home, origins=bones.origins, initial=initial, place=run.strategy.place)
-    for module in model.modules():
-        for name, buffer in module._buffers.items():
-            module._buffers[name] = None if buffer is None else buffer.to(world.device)
-    if first is not None:
-        _check_bytes(run, bones, first, values, home.device)
-
-
 def _groups(run: Run, model: nn.Module) -> list[dict[str, Any]]:
     """What learns, one group per rate and weight decay, in the order of the model."""
     alike: dict[tuple[float, bool], list[tuple[str, nn.Parameter]]] = {}
+    head = head_tensors(model) if run.labels else frozenset()  # no method knows of it
     for name, param in model.named_parameters():
         if param.requires_grad:
-            alike.setdefault((run.method.rate(name, run.optim.lr), run.method.decays(name)), []).append((name, param))
+            known = (
+                (run.optim.lr, True) if name in head else (run.method.rate(name, run.optim.lr), run.method.decays(name))
+            )
+            alike.setdefault(known, []).append((name, param))
     return [
         {"params": params, "lr": rate, "weight_decay": run.optim.weight_decay if decays else 0.0}
         for (rate, decays), params in alike.items()
@@ -216,54 +227,3 @@ def _groups(run: Run, model: nn.Module) -> list[dict[str, Any]]:
 def autocast(session: Session) -> torch.autocast:
     """The precision of a forward pass."""
     return cast(session.run.train.precision, session.world.device)
-
-
-class seeded:  # noqa: N801  # a context, used like a function
-    """Draw from torch's default CPU stream as if newly seeded by words; the stream goes on afterwards as before."""
-
-    def __init__(self, *words: object) -> None:
-        self.seed = stream(*words)
-
-    def __enter__(self) -> None:
-        self.state = torch.get_rng_state()
-        torch.manual_seed(self.seed)
-
-    def __exit__(self, *_: object) -> None:
-        torch.set_rng_state(self.state)
-
-
-def _trained_weight(bones: Skeleton, values: Values, device: torch.device, name: str) -> Tensor:
-    """Weight (out, in), on CPU, of the linear called name as training sees it: packed and unpacked where it is packed.
-
-    device: where the model's own are packed. Another one sums in another order, and so packs other bytes.
-    """
-    module = bones.model.get_submodule(name)
-    origin = bones.origins[f"{name}.weight"]
-    if isinstance(module, PackedLinear):
-        weight = values.full(origin, device)
-        return module.decode(tuple(module.pack(weight).values()), weight.dtype).cpu()
-    return values.full(origin)
-
-
-def _first_packed(model: nn.Module) -> str | None:
-    return next((name for name, module in model.named_modules() if isinstance(module, PackedLinear)), None)
-
-
-def _check_bytes(run: Run, bones: Skeleton, name: str, values: Values, device: torch.device) -> None:
-    """The start-up self-test: a packed weight as its forward pass gets it is the weight packed here, byte for byte.
-
-    A mixed-precision cast of packed bytes is silent otherwise (bitsandbytes#1945). device: where the model's own were
-    packed; on another one the mean of the scales may differ in its last bit. Collective.
-    """
-    module = bones.model.get_submodule(name)
-    assert isinstance(module, PackedLinear)
-    expected = module.pack(values.full(bones.origins[f"{name}.weight"], device))
-    got = run.strategy.used(bones.model, name, module.packed)
-    for part in module.packed:
-        mine, theirs = got[part], expected[part].cpu()
-        if mine.dtype != theirs.dtype or not torch.equal(mine, theirs):
-            raise RuntimeError(
-                f"{name}.{part}: the packed weight that training would see is not the one that was packed: "
-                f"{type(run.strategy).__name__} does not carry its bytes with torch {torch.__version__} here "
-                f"({theirs.dtype} became {mine.dtype}); do not train on it, take quantization=none or another strategy"
-            )

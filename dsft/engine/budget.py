@@ -89,7 +89,9 @@ def _estimate(run: Run, bones: Skeleton, saved: Saved | None, ranks: int, *, acc
         "moments": shares.moments * sum(state_bytes(run.optim, param.shape) for param in learning),
     }
     on_host = accelerator and "values" in shares.on_host
-    references = 0 if on_host else round(len(run.objective.roles) * shares.shown * values)
+    references = (
+        0 if on_host or run.objective.reference_cache else round(len(run.objective.roles) * shares.shown * values)
+    )
     course = run.method.course(bones.model, run.train.steps or EVER, torch.device("meta"))
     kept["moments"] += sum(tensor.nbytes for tensor in course.state.values()) if course else 0
     activations, working = _kept(saved, run) if saved else (None, 0)

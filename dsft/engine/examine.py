@@ -3,7 +3,7 @@
 import math
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -44,6 +44,7 @@ class Examiner:
             loss = evaluation.values.get("eval/loss", 0.0)
             if not math.isfinite(loss):
                 raise DivergedError(f"eval/loss after step {at.step} is {loss}; {WAY_OUT}")
+            self._note_best(at, evaluation.values)
         at.owed = False
         if due and self._no_better(at):
             at.over = True
@@ -72,17 +73,30 @@ class Examiner:
         prompts = -(-len(self.data.verifiable) // ranks)
         return limits.generation_s(prompts, int(held.supervised.max()) + 2, -(-prompts // ANSWERS_AT_ONCE))
 
+    def _note_best(self, at: Progress, values: Mapping[str, float]) -> None:
+        """Note a step of training whose evaluation is better than all before it."""
+        name = self.session.run.checkpoint.keep_best
+        if name is None or at.step == 0:
+            return
+        value = self._lower_is_better("checkpoint.keep_best", name, values)
+        if not at.bests or value < at.bests[-1][1]:
+            at.bests.append((at.step, value))
+            self.watch.event("best", at.step, {"metric": name, "value": values[name]})
+
+    def _lower_is_better(self, key: str, name: str, values: Mapping[str, float]) -> float:
+        """The value of a metric, negative where higher is better. key: that asks for it."""
+        if name not in values:
+            raise RuntimeError(f"{key}={name} was not measured; there are: {', '.join(values)}")
+        directions = {"accuracy": "max", **self.session.run.objective.measures}
+        return -values[name] if directions.get(name.removeprefix("eval/")) == "max" else values[name]
+
     def _no_better(self, at: Progress) -> bool:
         """Return True once the metric has not improved for early_stop_patience evaluations."""
         train = self.session.run.train
         name = train.early_stop_metric
         if name is None or not at.evaluations:
             return False
-        values = at.evaluations[-1][1].values
-        if name not in values:
-            raise RuntimeError(f"train.early_stop_metric={name} was not measured; there are: {', '.join(values)}")
-        directions = {"accuracy": "max", **self.session.run.objective.measures}
-        value = -values[name] if directions.get(name.removeprefix("eval/")) == "max" else values[name]
+        value = self._lower_is_better("train.early_stop_metric", name, at.evaluations[-1][1].values)
         at.worse = 0 if value < at.best else at.worse + 1
         at.best = min(at.best, value)
         return at.worse >= train.early_stop_patience

@@ -46,24 +46,27 @@ class Keeper:
         """After each step, on all ranks: tell what became of a save, begin the one that is due. busy: on any rank.
 
         One that falls due while another is in flight is made as soon as that one is over. last: the loop ends here, and
-        what is returned from has been saved, or was said not to be.
+        what is returned from has been saved, or was said not to be. The step with the best evaluation so far is saved
+        too, after the one in flight.
         """
         if self.config.every == 0:
             return
-        while last and not self.saver.ended(LOOK_S):
+        last_or_best = last or at.best_step == at.step > self.saved
+        while last_or_best and not self.saver.ended(LOOK_S):
             self._tell_late(at.step, watch)
-        if last or not busy:
-            self._report(self.saver.take(), watch, last=last and self.asked == at.step)
+        if last_or_best or not busy:
+            self._report(self.saver.take(), watch, at, last=last and self.asked == at.step)
             self.told_late_s = 0.0
         elif self._due(at.step):
             self._tell_late(at.step, watch)
-        if at.step > self.saved and (last or (not busy and self._due(at.step))):
+        if at.step > self.saved and (last_or_best or (not busy and self._due(at.step))):
             background = self.config.background and not last
             self.asked = at.step
             progress = remember(at, self.run.optim.name)
-            self.saver.start(at.step, self.run.strategy.export_state, progress, background=background)
+            exempt = frozenset(step for step, _ in at.bests[-1:])
+            self.saver.start(at.step, self.run.strategy.export_state, progress, background=background, exempt=exempt)
             if not background:
-                self._report(self.saver.take(), watch, last=last)
+                self._report(self.saver.take(), watch, at, last=last)
 
     def _due(self, step: int) -> bool:
         """Return True for the first step of all, and once a multiple of every or keep_every was passed unsaved."""
@@ -81,7 +84,7 @@ class Keeper:
             details = {"of": of, "seconds": seconds, "newest": self.saved, "longest": self.saver.longest_s}
             watch.event("save_late", step, details)
 
-    def _report(self, outcome: Outcome | None, watch: Watch, *, last: bool) -> None:
+    def _report(self, outcome: Outcome | None, watch: Watch, at: Progress, *, last: bool) -> None:
         if outcome is None:
             return
         if outcome.settled is not None:
@@ -93,6 +96,8 @@ class Keeper:
             details = {"checkpoint": folder_name(outcome.step), "bytes": outcome.nbytes, "seconds": outcome.seconds}
             watch.event("save", outcome.step, {**details, "stall_s": outcome.stall_s, "deleted": outcome.deleted})
             return
+        if at.best_step == outcome.step:  # nothing is there to go back to; the one before it still is
+            at.bests.pop()
         then = "the run ends here" if last else "training goes on"
         watch.event("save_failed", outcome.step, {"error": outcome.error, "newest": self.saved, "then": then})
         if self.probing:
@@ -110,6 +115,7 @@ def remember(at: Progress, optimizer: str) -> dict[str, Any]:
         "best": at.best if math.isfinite(at.best) else None,
         "worse": at.worse,
         "owed": at.owed,
+        **({"bests": at.bests} if at.bests else {}),
         "evaluations": [
             {"step": step, "values": result.values, "answers": [vars(answer) for answer in result.answers[:SHOWN]]}
             for step, result in at.evaluations
@@ -126,6 +132,7 @@ def recall(step: int, total: int, state: Mapping[str, Any], train: Train) -> Pro
         best=math.inf if state["best"] is None else state["best"],
         worse=state["worse"],
         owed=state.get("owed", False),  # a checkpoint of an earlier version owes none
+        bests=[(step, value) for step, value in state.get("bests", ())],
         over=train.early_stop_metric is not None and state["worse"] >= train.early_stop_patience,
         evaluations=[
             (past["step"], Evaluation(past["values"], [Answer(**answer) for answer in past["answers"]]))

@@ -1,6 +1,7 @@
 """The training loop: evaluate, step, record, decide together, evaluate."""
 
 import math
+from collections.abc import Callable
 
 from dsft_launchers.verdict import WAY_OUT, DivergedError
 
@@ -42,6 +43,8 @@ def _steps(
     def asked() -> bool:
         return session.world.max(stop.reason is not None)[0] > 0
 
+    settle = patience.apart(keeper.settle, "save", lambda: keeper.work_s(patience.limits.state_s))
+    session.roles.settle = settle
     examiner = Examiner(session, data, watch, asked, patience)
     while True:
         with patience.limit(at.step):
@@ -60,18 +63,19 @@ def _steps(
             examiner.look(at)
             continue
         at.step += 1
-        _step(session, data, watch, keeper, at, patience=patience)
+        _step(session, data, watch, settle, at, patience=patience)
         every = session.run.train.eval_every
         at.owed = at.step == at.total or (every > 0 and at.step % every == 0)
 
 
-def _step(session: Session, data: Dataset, watch: Watch, keeper: Keeper, at: Progress, *, patience: Patience) -> None:
+def _step(
+    session: Session, data: Dataset, watch: Watch, settle: Callable[[], None], at: Progress, *, patience: Patience
+) -> None:
     """Make one optimizer step, and record it."""
     watch.begin_step()
     scale = rate(session.run.optim, at.step, at.total)
     with mark(Part.DATA):
         rows, batches = step_batches(session, data, at.step)
-    settle = patience.apart(keeper.settle, "save", lambda: keeper.work_s(patience.limits.state_s))
     with patience.limit(at.step, tokens=int(data.train.lengths[rows].sum()) * session.run.objective.passes):
         result = train_step(session, batches, at.step, scale, settle=settle)
     with patience.limit(at.step):

@@ -31,7 +31,8 @@ class Progress:
     """Where the loop is. total: steps in all; over: it ended before them (early stop).
 
     owed: the evaluation after this step is still to be made; a request to stop may come before or during it. state and
-    reason: how the loop ended.
+    reason: how the loop ended. bests: steps whose evaluation improved checkpoint.keep_best, and its value, lower is
+    better.
     """
 
     total: int
@@ -44,3 +45,9 @@ class Progress:
     state: str = DONE
     reason: str = ""
     evaluations: list[tuple[int, Evaluation]] = field(default_factory=list)
+    bests: list[tuple[int, float]] = field(default_factory=list)
+
+    @property
+    def best_step(self) -> int | None:
+        """The step with the best evaluation by checkpoint.keep_best, whose state is saved or about to be."""
+        return self.bests[-1][0] if self.bests else None

@@ -14,8 +14,11 @@ from torch import Tensor
 from dsft.checkpoint.digests import of_all, of_tensor
 from dsft.engine.assemble import Session
 from dsft.engine.precision import DTYPES
+from dsft.headed import add_head
 from dsft.models.build import build_meta, persistent_buffers
 from dsft.models.checkpoint_values import CheckpointValues
+from dsft.models.heads import head_tensors
+from dsft.models.joined import joined
 from dsft.models.randomness import as_published
 from dsft.models.weights import Weights
 from dsft.protocols import Method
@@ -38,7 +41,10 @@ def write_result(session: Session, folder: Path) -> str:
         learned = dict(_gathered(session, everything=False))
         written = {}
         if session.world.rank == 0:
+            names = head_tensors(session.model) if session.files.labels else frozenset()
+            head = {name: learned.pop(name) for name in sorted(names)}
             saved = session.run.method.save(session.model, learned, folder, session.files.name_or_path)
+            saved = add_head(folder, saved, head, session.files.labels) if head else saved
             written = {name: of_tensor(value) for name, value in saved.items()}
     if session.world.rank == 0:
         session.tokenizer.save_pretrained(folder)
@@ -56,7 +62,7 @@ def _gathered(session: Session, *, everything: bool) -> Iterator[tuple[str, Tens
 
 
 def _write_model(session: Session, folder: Path) -> dict[str, str]:
-    """A folder that AutoModelForCausalLM loads: names as the hub has them, parameters in the run's precision.
+    """A folder that transformers loads: names as the hub has them, parameters in the run's precision.
 
     Returns name -> digest of what is in its files. Raises RuntimeError if they are not the tensors of the model.
     """
@@ -77,8 +83,11 @@ def _write_model(session: Session, folder: Path) -> dict[str, str]:
         config = copy.deepcopy(session.model.config)  # the live model goes on with its own
         config.dtype, config.use_cache = dtype, True
         as_published(config, session.files.config)
+        if session.files.labels:
+            config.architectures = [type(session.model).__name__.removeprefix("FSDP")]
         config.save_pretrained(folder)
-        session.model.generation_config.save_pretrained(folder)
+        if not session.files.labels:
+            session.model.generation_config.save_pretrained(folder)
         _require_whole(session, folder, dtype)
     return digests
 
@@ -106,10 +115,12 @@ def _parts(session: Session, dtype: torch.dtype) -> Iterator[tuple[dict[str, Ten
 
     part: dict[str, Tensor] = {}
     beside: dict[str, Tensor] = {}
-    size = 0
+    size, parts_of_one, waiting = 0, joined(session.model), dict[str, Tensor]()
     for name, value in _gathered(session, everything=True):
         final, more = session.run.method.finished(session.model, session.anatomy, name, value, dtype)
-        _add(part, revert_weight_conversion(session.model, {name: final.to(dtype)}))
+        waiting[name] = final.to(dtype)
+        if waiting.keys() >= set(group := parts_of_one.get(name, (name,))):
+            _add(part, revert_weight_conversion(session.model, {each: waiting.pop(each) for each in group}))
         beside |= more
         size += value.numel() * dtype.itemsize
         if size >= SHARD_BYTES:

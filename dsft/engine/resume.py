@@ -4,7 +4,7 @@ from pathlib import Path
 
 from dsft.checkpoint.lease import Lease
 from dsft.checkpoint.manifest import Identity, folder_name
-from dsft.checkpoint.restore import Search, restore
+from dsft.checkpoint.restore import Search, go_back, restore
 from dsft.checkpoint.saver import Retention, Saver
 from dsft.checkpoint.store import Store
 from dsft.engine.assemble import Session
@@ -37,6 +37,18 @@ def resume(
     details = {"checkpoint": folder_name(found.step), "ranks_then": found.world_size, "ranks_now": session.world.size}
     watch.event("resume", at.step, details)
     return at
+
+
+def back_to_best(
+    session: Session, run_dir: Path, identity: Identity, lease: Lease | None, at: Progress, watch: Watch
+) -> None:
+    """Give session the values of the step with the best evaluation, if checkpoint.keep_best asks for it. Collective."""
+    best = at.best_step if session.run.checkpoint.keep_best is not None else None
+    if best is None or best == at.step:
+        return
+    search = Search(Store(run_dir), lease, identity, session.run.optim.name, session.world, watch.event)
+    go_back(session.run.strategy, search, best)
+    watch.event("back_to_best", best, {"last": at.step})
 
 
 def keeper_for(session: Session, run_dir: Path, identity: Identity, lease: Lease | None, *, saved: int) -> Keeper:

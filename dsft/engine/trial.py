@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from dsft.comm.world import World
 from dsft.engine.dropout import keyed
+from dsft.engine.head_trial import require_head
 from dsft.engine.recompute import recompute
 from dsft.engine.scored import Found, apart, off, one_by_one, scored
 from dsft.models import calling, scoring
@@ -52,12 +53,16 @@ class UnfitError(Exception):
 
 def examine(files: ModelFiles) -> Family:
     """The verdict on the class and configuration of files. Raises ValueError for a model that dsft cannot hold."""
+    labels, files = files.labels, replace(files, labels=())  # the body is what can mix examples, whatever its head
     with _apart_from_all():
         tried: BaseException
         try:
             for config in small_copies(files.config, lambda config: _on_meta(files, config)):
                 try:
-                    return _examine(files, config)
+                    family = _examine(files, config)
+                    if labels:
+                        require_head(replace(files, config=config, labels=labels))
+                    return family
                 except _UnusableError as error:
                     tried = error.__cause__ or error
         except NoCopyError as error:
@@ -206,10 +211,9 @@ def _write(model: Any, folder: Path) -> None:
     from safetensors.torch import save_file
     from transformers.core_model_loading import revert_weight_conversion
 
-    tensors: dict[str, Tensor] = {}
-    for name, tensor in [*model.named_parameters(), *persistent_buffers(model).items()]:
-        tensors |= revert_weight_conversion(model, {name: tensor.detach().clone()})
-    held = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    tensors = {**dict(model.named_parameters()), **persistent_buffers(model)}
+    whole = revert_weight_conversion(model, {name: tensor.detach().clone() for name, tensor in tensors.items()})
+    held = {name: tensor.contiguous() for name, tensor in whole.items()}
     save_file(held, folder / "model.safetensors", metadata={"format": "pt"})
     model.config.save_pretrained(folder)
 

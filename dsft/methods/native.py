@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from dsft import __version__
@@ -153,7 +154,25 @@ def load(base: nn.Module, anatomy: Anatomy, folder: Path | str) -> nn.Module:
     anatomy: of base, as dsft.models.anatomy.dissect gives it.
     """
     folder = Path(folder)
-    return read(folder).restore(base, anatomy, folder)
+    return with_head(read(folder).restore(base, anatomy, folder), folder)
+
+
+@torch.no_grad()
+def with_head(model: nn.Module, folder: Path) -> nn.Module:
+    """The model with the values that the adapter in folder has for its head for sequences, if it has one."""
+    from safetensors import safe_open
+
+    if head := _head(folder):
+        with safe_open(folder / TENSORS, "pt") as stored:
+            for name, param in model.get_submodule(head[:-1]).named_parameters(prefix=head[:-1]):
+                param.data = stored.get_tensor(name).to(param.device)
+    return model
+
+
+def _head(folder: Path) -> str:
+    """How the names of the tensors of the head begin that the adapter in folder has; empty if it has none."""
+    name = json.loads((folder / CONFIG).read_text()).get("head")
+    return f"{name}." if name else ""
 
 
 def _learning(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -162,8 +181,8 @@ def _learning(model: nn.Module) -> dict[str, nn.Parameter]:
 
 def _misfit(learning: Mapping[str, nn.Parameter], folder: Path) -> str | None:
     """What of folder's tensors is not what learns, in name or shape: how many, and the first of them; None if none."""
-    wanted = {name: tuple(param.shape) for name, param in learning.items()}
-    found = shapes(folder / TENSORS)
+    wanted, head = {name: tuple(param.shape) for name, param in learning.items()}, _head(folder)
+    found = {name: shape for name, shape in shapes(folder / TENSORS).items() if not (head and name.startswith(head))}
     off = sorted(name for name in {*wanted, *found} if wanted.get(name) != found.get(name))
     if not off:
         return None

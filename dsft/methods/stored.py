@@ -6,6 +6,8 @@ from pathlib import Path
 
 from torch import Tensor
 
+from dsft.headed import scores_sequences
+
 NATIVE, PEFT, TENSORS = "dsft_adapter.json", "adapter_config.json", "adapter_model.safetensors"
 """Files of an adapter: its description in dsft's own format, or in PEFT's, and what it learned."""
 
@@ -38,6 +40,11 @@ def place(path: str, config: str) -> Path:
             )
         raise ValueError(
             f"method.init_from must be a folder with {config}, got {path}; give RUN/adapter, or RUN that has it"
+        )
+    if scores_sequences(folder):
+        raise ValueError(
+            f"method.init_from must hold an adapter of answers, got one with a head for sequences in {folder}; take "
+            "the run that it was started from, or export it --to merged and give that folder as model.path"
         )
     if not (folder / TENSORS).is_file():
         raise ValueError(

@@ -5,13 +5,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dsft.models.heads import head_name, is_classifier
 from dsft.protocols import Anatomy
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 def dissect(model: Any) -> Anatomy:
-    """Read the anatomy of a transformers causal language model (on any device, meta included).
+    """Read the anatomy of a transformers causal language model, or of one with a head for sequences (meta included).
 
     Raises ValueError if it has no repeated blocks or no head, or if its blocks see what comes after a token.
     """
@@ -29,6 +30,8 @@ def dissect(model: Any) -> Anatomy:
             f"model must be causal, got {type(model).__name__}, an encoder, whose tokens see what follows them"
         )
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if is_classifier(model):
+        head = model.get_submodule(head_name(model))
     if head is None or embedding is None:
         raise ValueError(f"model must have a language-model head, got {type(model).__name__}")
     names = {id(m): name for name, m in model.named_modules()}

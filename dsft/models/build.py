@@ -3,12 +3,13 @@
 import copy
 import re
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from dsft.models import attention as ragged
+from dsft.models.heads import name_labels, require_class
 from dsft.models.numbers import check_numbers, check_sizes, without_warnings
 from dsft.models.randomness import still
 from dsft.models.recording import record_spans
@@ -26,7 +27,8 @@ class OwnAttentionError(UnheldError):
 
 
 def build_meta(files: "ModelFiles", dtype: torch.dtype, attention: str | None = ragged.NAME) -> "PreTrainedModel":
-    """The causal language model of files.config on meta, its parameters in dtype, without a key-value cache.
+    """The model of files.config on meta, its parameters in dtype, without a key-value cache: a causal language model,
+    or the same with a head for sequences, where files have labels.
 
     attention: dsft's ragged attention, or a name that transformers knows; None is the family's own, of torch's kernels
     where they compute it. Raises ValueError if transformers has no causal language model of this type;
@@ -35,6 +37,8 @@ def build_meta(files: "ModelFiles", dtype: torch.dtype, attention: str | None = 
     """
     if attention == ragged.NAME:
         ragged.register()
+    if files.labels:
+        require_class(files)
     try:
         model = _described(files, dtype, attention)
     except Exception as error:  # transformers' own, and whatever a model's own code raises
@@ -56,13 +60,16 @@ def build_meta(files: "ModelFiles", dtype: torch.dtype, attention: str | None = 
 
 
 def _described(files: "ModelFiles", dtype: torch.dtype, attention: str | None) -> "PreTrainedModel":
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
     config = copy.deepcopy(files.config)
     still(config)
     check_numbers(config)
+    loader: Any = AutoModelForSequenceClassification if files.labels else AutoModelForCausalLM
+    if files.labels:
+        name_labels(config, files.labels)
     with without_warnings(), torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+        model: PreTrainedModel = loader.from_config(
             config, dtype=dtype, attn_implementation=attention, trust_remote_code=files.trust_remote_code
         )
     check_sizes(model)

@@ -20,15 +20,20 @@ def fit(model: nn.Module, family: Family) -> None:
     several examples of a model that computes each alone; ValueError for a method whose keys come before an example's
     own (PREFIX), where dsft's attention does not compute the model.
     """
+    require_prefixes(model, family)
+    fitted = Fitted(model, family)
+    model.register_forward_pre_hook(fitted.begin, with_kwargs=True)
+    if not takes_rows(model):
+        model.register_forward_hook(fitted.end)
+
+
+def require_prefixes(model: nn.Module, family: Family) -> None:
+    """Refuse a method whose keys come before an example's own, where dsft's attention does not compute the model."""
     if not family.ragged and any(PREFIX in module._modules for module in model.modules()):
         raise ValueError(
             f"method must do without keys and values that come before an example for {type(model).__name__}, which "
             "computes attention itself; take method=prompt or method=lora"
         )
-    fitted = _Fitted(model, family)
-    model.register_forward_pre_hook(fitted.begin, with_kwargs=True)
-    if not takes_rows(model):
-        model.register_forward_hook(fitted.end)
 
 
 def takes_rows(model: nn.Module) -> bool:
@@ -36,8 +41,8 @@ def takes_rows(model: nn.Module) -> bool:
     return "logits_to_keep" in inspect.signature(type(model).forward).parameters
 
 
-class _Fitted:
-    """rows: what is wanted of the logits of the call that is going on."""
+class Fitted:
+    """Leaves out of a call what a class does not take. rows: what is wanted of the logits of this call."""
 
     def __init__(self, model: nn.Module, family: Family) -> None:
         taken = inspect.signature(type(model).forward).parameters

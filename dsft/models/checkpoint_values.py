@@ -19,14 +19,20 @@ SHOWN = 3
 class CheckpointValues:
     """The values of one folder for one model. model: on meta; kept, because some converters ask it for shapes.
 
+    new: names of tensors that the folder need not have, as the head of a run's own; it then may have another head.
     Raises ValueError if a tensor of the model is missing, has another shape, or is tied to one with other values.
     """
 
-    def __init__(self, model: "PreTrainedModel", weights: Weights) -> None:
-        self._model, self._weights = model, weights
+    def __init__(self, model: "PreTrainedModel", weights: Weights, new: frozenset[str] = frozenset()) -> None:
+        self._model, self._weights, self._new = model, weights, new
         self._tensors = base_tensors(model)
         self._recipes, surplus = plan(model, self._tensors, weights)
+        if new:  # a language model's head lies beside its body, which has a name
+            surplus = tuple(name for name in surplus if name.startswith(f"{model.base_model_prefix}."))
         self.unexpected = tuple(name for name in surplus if not tolerated(model, name))
+        for name in new & self._recipes.keys():
+            if self._recipes[name].shape != tuple(self._tensors[name].shape):
+                del self._recipes[name]
         self._share_tied()
         self._require_all()
 
@@ -76,15 +82,15 @@ class CheckpointValues:
 
     def _require_all(self) -> None:
         kind = type(self._model).__name__
-        missing = [name for name in self._tensors if name not in self._recipes]
+        missing = [name for name in self._tensors if name not in self._recipes and name not in self._new]
         if missing:
             more = f" and {len(missing) - SHOWN} more" if len(missing) > SHOWN else ""
             raise ValueError(
                 f"model.path must hold every weight of {kind}, got none for {', '.join(missing[:SHOWN])}{more}; "
                 "give the folder of this model, or model.init=random"
             )
-        for name, tensor in self._tensors.items():
-            shape = self._recipes[name].shape
+        for name in self._recipes.keys() & self._tensors.keys():
+            shape, tensor = self._recipes[name].shape, self._tensors[name]
             if shape != tuple(tensor.shape):
                 raise ValueError(
                     f"model.path: {name} has shape {shape} in the weights and {tuple(tensor.shape)} by config.json; "

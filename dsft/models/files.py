@@ -27,7 +27,10 @@ ADAPTER = "adapter_config.json"
 
 @dataclass(frozen=True, kw_only=True)
 class ModelFiles:
-    """One model, resolved. folder is None if only its shape is known; name_or_path is what an adapter names as base."""
+    """One model, resolved. folder is None if only its shape is known; name_or_path is what an adapter names as base.
+
+    labels: what a head gives of a sequence, by name; empty: it is a language model, with its own head.
+    """
 
     config: "PretrainedConfig"
     folder: Path | None
@@ -35,6 +38,7 @@ class ModelFiles:
     init: Literal["pretrained", "random"]
     revision: str | None
     trust_remote_code: bool
+    labels: tuple[str, ...] = ()
 
     def tokenizer(self) -> "PreTrainedTokenizerBase":
         """The model's tokenizer. Raises ValueError if the folder (or the hub) has none."""

@@ -1,6 +1,7 @@
 """What libraries say of themselves, kept out of the terminal while dsft reads or writes a model."""
 
 import logging
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -32,3 +33,11 @@ def no_progress_bars() -> Iterator[None]:
 
 def _is_error(record: logging.LogRecord) -> bool:
     return record.levelno >= logging.ERROR
+
+
+def quiet() -> None:
+    """Keep progress bars of libraries out of the user's terminal and logs, in this process and those that it starts."""
+    from transformers.utils import logging as bars
+
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    bars.disable_progress_bar()

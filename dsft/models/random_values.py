@@ -20,11 +20,12 @@ class RandomValues:
 
     unexpected: tuple[str, ...] = ()
 
-    def __init__(self, model: "PreTrainedModel", seed: int) -> None:
+    def __init__(self, model: "PreTrainedModel", seed: int, new: frozenset[str] = frozenset()) -> None:
+        """new: names of tensors that are no part of the base, and so have no value here."""
         config = model.config.get_text_config()
         self._seed = seed
         self._std = float(getattr(config, "initializer_range", 0.02))
-        self._tensors = base_tensors(model)
+        self._tensors = {name: tensor for name, tensor in base_tensors(model).items() if name not in new}
         first: dict[int, str] = {}  # tied names share the value of the first
         self._drawn_as = {name: first.setdefault(id(tensor), name) for name, tensor in self._tensors.items()}
 

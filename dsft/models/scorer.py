@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from dsft.comm.devices import sent
 from dsft.objective import Batch
 
 
@@ -27,6 +28,26 @@ class Scorer:
             scores.append(self._call(tokens, positions, (len(tokens),), supervised - first, targets))
             first += len(tokens)
         return torch.cat(scores)
+
+    def outputs(self, batch: Batch) -> Tensor:
+        """(S, labels) float32: what the model's head gives of each segment, at its last token."""
+        ends = sent(torch.tensor(batch.lengths).cumsum(0) - 1, batch.tokens.device)
+        if self.packs or len(batch.lengths) == 1:
+            return self._outputs(batch.tokens, batch.positions, batch.lengths, ends)
+        parts = [part.split(batch.lengths) for part in (batch.tokens, batch.positions)]
+        return torch.cat(
+            [self._outputs(tokens, at, (len(tokens),), at[-1:]) for tokens, at in zip(*parts, strict=True)]
+        )
+
+    def _outputs(self, tokens: Tensor, positions: Tensor, lengths: tuple[int, ...], ends: Tensor) -> Tensor:
+        logits: Tensor = self.module(
+            input_ids=tokens[None],
+            position_ids=positions[None],
+            segment_lengths=lengths,
+            logits_to_keep=ends,
+            use_cache=False,
+        ).logits  # (1, ends, labels)
+        return logits[0]
 
     def _call(
         self, tokens: Tensor, positions: Tensor, lengths: tuple[int, ...], supervised: Tensor, targets: Tensor

@@ -40,6 +40,8 @@ GROUPS = ("n_group", "num_expert_group")
 REACH = re.compile(r"^(max_(position_embeddings|seq_len|target_positions)|n_positions|n_ctx|model_max_length)$")
 TOKENS = re.compile(r"token_(id|index)$|^(mask|unk)_index$")
 DEPTH = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "num_decoder_layers", "num_blocks")
+STACKS = ("num_layers_per_stack",)
+"""Depths of a part of the model: made smaller as the whole is."""
 OF_LAYERS = re.compile(r"layers|idx|_ids$|indices|indexes")
 AFTER_FIRST = re.compile(r"(?<=\.)[1-9]\d*(?=\.|$)")
 """Numbers of the modules of a list, but for the first."""
@@ -157,7 +159,7 @@ def _resized(config: Any, narrow: int, few: int, layers: int, vocabulary: int) -
             holder[key] = _number(key, value, narrow, few, (experts, vocabulary))
             if key in DEPTH and value == depth // each:
                 holder[key] = max(1, layers // each)
-            elif key == "num_kv_shared_layers" and value:
+            elif key in (*STACKS, "num_kv_shared_layers") and value:
                 holder[key] = max(1, value * layers // depth)
         elif isinstance(value, list) and value:
             holder[key] = _numbers(key, value, (narrow, few, vocabulary), depth, layers)
@@ -245,7 +247,8 @@ def _index(key: Any) -> int | None:
 def fill(model: nn.Module, seed: int = 0) -> None:
     """Random values under which a block matters and a state lasts: what sets the decay of a state stays as it was made.
 
-    Linears of variance 1 / inputs, embeddings of variance 1, norms near 1, biases near 0, persistent buffers spread.
+    Linears of variance 1 / inputs, embeddings of variance 1, norms near 1, biases near 0, persistent buffers spread. A
+    buffer's zeros among other values stay: they may be a mask.
     """
     draw = torch.Generator().manual_seed(seed)
     for name, param in model.named_parameters():
@@ -261,4 +264,5 @@ def fill(model: nn.Module, seed: int = 0) -> None:
     persistent = set(model.state_dict())
     for name, buffer in model.named_buffers():
         if name in persistent and buffer.is_floating_point():
-            buffer.add_(0.3 * torch.randn(buffer.shape, generator=draw).to(buffer))
+            spread = 0.3 * torch.randn(buffer.shape, generator=draw).to(buffer)
+            buffer.add_(spread.where(buffer != 0, 0) if buffer.any() else spread)

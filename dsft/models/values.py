@@ -7,6 +7,7 @@ from torch import Tensor
 
 from dsft.models.build import build_meta
 from dsft.models.checkpoint_values import CheckpointValues
+from dsft.models.heads import head_tensors
 from dsft.models.random_values import RandomValues
 from dsft.models.weights import Weights
 
@@ -35,14 +36,16 @@ def open_values(files: "ModelFiles", dtype: torch.dtype, seed: int) -> Values:
     """The values of the base model that build_meta(files, dtype) describes; opening reads headers only.
 
     files.init = pretrained: from files.folder; raises ValueError if a tensor is missing or has another shape.
-    files.init = random: from (seed, name), the same for every number of ranks.
+    files.init = random: from (seed, name), the same for every number of ranks. A head for sequences that the folder has
+    not, or not for as many labels, has no value here.
     """
     twin = build_meta(files, dtype, attention="eager")  # never changed by a method, unlike the model to be filled
+    new = head_tensors(twin) if files.labels else frozenset()
     if files.init == "random":
-        return RandomValues(twin, seed)
+        return RandomValues(twin, seed, new)
     if files.folder is None:
         raise ValueError(
             f"model {files.name_or_path} must have weights to start from, got only its shape; "
             "set model.path to its folder, or model.init=random"
         )
-    return CheckpointValues(twin, Weights(files.folder))
+    return CheckpointValues(twin, Weights(files.folder), new)

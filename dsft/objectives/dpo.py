@@ -34,6 +34,8 @@ class DPO(Objective):
     beta: float
     loss: Loss
     label_smoothing: float
+    reference: str = START
+    reference_cache: bool = False
 
     def __post_init__(self) -> None:
         """Refuse values outside their range."""

@@ -36,6 +36,8 @@ class KTO(Objective):
     beta: float
     desirable_weight: float
     undesirable_weight: float
+    reference: str = START
+    reference_cache: bool = False
 
     def __post_init__(self) -> None:
         """Refuse values outside their range."""

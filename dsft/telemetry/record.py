@@ -33,6 +33,15 @@ class Saved:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Best:
+    """The best evaluation so far by checkpoint.keep_best, whose step the result will be of."""
+
+    step: int
+    metric: str
+    value: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class Status:
     """status.json. step: the last one done; attempts: starts so far; checkpoint: newest verified, or None."""
 
@@ -43,6 +52,7 @@ class Status:
     reason: str | None
     wandb_id: str | None
     saved: Saved | None = None
+    best: Best | None = None
 
     def __post_init__(self) -> None:
         """An unknown state is our mistake."""
@@ -61,9 +71,11 @@ def read_status(run_dir: Path) -> Status | None:
         return None
     try:
         values = json.loads(path.read_text(encoding="ascii"))
-        known = {field.name: values[field.name] for field in fields(Status) if field.name != "saved"}
-        saved = values.get("saved")  # a status of an earlier version has none
-        return Status(**known, saved=None if saved is None else Saved(**saved))
+        known = {field.name: values[field.name] for field in fields(Status) if field.name not in ("saved", "best")}
+        saved, best = values.get("saved"), values.get("best")  # a status of an earlier version has neither
+        return Status(
+            **known, saved=None if saved is None else Saved(**saved), best=None if best is None else Best(**best)
+        )
     except (ValueError, RecursionError, KeyError, TypeError, AssertionError) as error:
         raise RuntimeError(f"{path} is damaged ({error}); remove it and start the run again, it resumes") from error
 

@@ -4,11 +4,14 @@ DSFT_CONFIG_DIR, which --config-dir sets for a run, names a folder whose methods
 """
 
 import os
+from collections.abc import Iterable
 from copy import deepcopy
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 
 from dsft import folder
@@ -26,7 +29,14 @@ from dsft.objective import Batch
 FOLDERS = [Path(folder) for folder in (os.environ.get("DSFT_CONFIG_DIR"), OWN_CONF) if folder]
 """The first that has an option gives it."""
 METHODS = sorted({path.stem for folder in FOLDERS for path in (folder / "method").glob("*.yaml")})
+COVER = ("adalora", "freeze", "ia3", "lora", "p_tuning", "pfeiffer", "prefix", "qat", "qlora")
+"""One method of each kind of what learns."""
 ALONE = World(0, 1, 0, torch.device("cpu"))
+
+
+def covering(methods: Iterable[str]) -> list[Any]:
+    """Parameters of a test that takes those of COVER; with the others it is slow."""
+    return [name if name in COVER else pytest.param(name, marks=pytest.mark.slow) for name in methods]
 
 
 def text_of(method: str) -> str:
@@ -54,8 +64,9 @@ def _composed(folder: str | None, method: str, *words: str) -> Composed:
 def session_of(method: str, *words: str) -> tuple[Session, Dataset]:
     """Such a run, ready to be made."""
     run = composed_of(method, *words).run
-    files = run.model.resolve()
+    files = run.files()
     data = open_data(run.data, files.tokenizer(), max_length=512, seed=0, wants=run.objective.wants)
+    run = replace(run, objective=run.objective.knowing(data.train.columns))
     return assemble(run, files, ALONE), data
 
 

@@ -1,7 +1,10 @@
 """dsft/faults.json and its page agree, know the rows that there are, and hold no red cell."""
 
+import importlib
+from functools import reduce
 from pathlib import Path
 
+from benchmarks.campaign import PHASES
 from benchmarks.damages import damages
 from benchmarks.fault_layouts import LAYOUTS
 from benchmarks.faults import shown_damages, wanted_rows
@@ -25,6 +28,16 @@ def test_every_damage_has_been_tried_under_every_layout() -> None:
 
 def test_the_rows_of_starts_are_those_that_there_are() -> None:
     assert set(read()["starts"]) == {f"{row.name} x{ranks}" for row, ranks in wanted_rows("")}
+
+
+def test_each_plant_has_a_place() -> None:
+    """A function that was renamed would leave a plant that nothing happens at, which is found after an hour."""
+    rows = {plant for row, _ in wanted_rows("") for start in getattr(row, "starts", ()) for plant in start.plants}
+    places = {plant.place for plant in rows} | {place for phase in PHASES.values() for place in phase}
+    assert len(places) > 10
+    for place in places:
+        module, _, path = place.partition(":")
+        assert callable(reduce(getattr, path.split("."), importlib.import_module(module))), place
 
 
 def test_what_is_found_later_takes_its_place_among_what_was_found_before(tmp_path: Path) -> None:

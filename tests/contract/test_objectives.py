@@ -2,7 +2,6 @@
 
 import json
 import math
-from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,14 +11,14 @@ import torch
 import yaml
 from dsft_launchers.verdict import RefusedError
 
-from benchmarks.matrix_rows import KINDS, write_rows
+from benchmarks.matrix_rows import chosen, write_rows
 from dsft.compose import compose
 from dsft.data.batch import build_batch
 from dsft.engine.assemble import skeleton
 from dsft.engine.evaluate import evaluate
 from dsft.engine.loop import step_batches
 from dsft.engine.step import train_step
-from tests.contract.sessions import FOLDERS, METHODS, composed_of, left_by, session_of
+from tests.contract.sessions import FOLDERS, METHODS, composed_of, covering, left_by, session_of
 
 OBJECTIVES = sorted({path.stem for folder in FOLDERS for path in (folder / "objective").glob("*.yaml")})
 STARTS = {"sigmoid": math.log(2), "ipo": 25.0, "hinge": 1.0}
@@ -27,14 +26,6 @@ STARTS = {"sigmoid": math.log(2), "ipo": 25.0, "hinge": 1.0}
 NOISY = ("diff_pruning",)
 ROUNDED = ("p_tuning",)
 """Its LSTM has another kernel in a pass without a gradient."""
-
-
-COVER = ("adalora", "freeze", "ia3", "lora", "p_tuning", "pfeiffer", "prefix", "qat", "qlora")
-"""One method of each kind of what learns; the others are slow."""
-
-
-def _covering(methods: Iterable[str]) -> list[Any]:
-    return [name if name in COVER else pytest.param(name, marks=pytest.mark.slow) for name in methods]
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +37,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def _words(objective: str, place: Path) -> list[str]:
     wants = compose([f"objective={objective}"]).run.objective.wants
-    return [f"objective={objective}", "data=local", f"data.path={place / KINDS[wants]}.jsonl", "data.eval_fraction=0.3"]
+    return [f"objective={objective}", *chosen(wants, place), "data.eval_fraction=0.3"]
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
@@ -84,7 +75,7 @@ def test_an_evaluation_divides_as_a_step_does(objective: str, place: Path) -> No
     }
 
 
-@pytest.mark.parametrize("method", _covering(name for name in METHODS if name not in NOISY))
+@pytest.mark.parametrize("method", covering(name for name in METHODS if name not in NOISY))
 def test_a_reference_is_the_policy_at_the_start(method: str, place: Path) -> None:
     """The first loss is ln 2 to the last bit, the second is not; and the reference has stayed where it was."""
     session, data = session_of(method, *_words("dpo", place), "optim.lr=1e-2")
@@ -116,6 +107,18 @@ def test_a_reference_of_a_run_that_starts_from_another(method: str, place: Path,
     mine, base = (each.roles.score("start", batches)[0] for each in (session, plain))
     assert not torch.allclose(mine, base)
     assert train_step(session, batches, 1, 1.0).loss == pytest.approx(math.log(2), abs=1e-15)
+
+
+def test_a_save_has_copied_the_policy_before_the_reference_is_shown(place: Path) -> None:
+    """A save in the background copies while the next step computes: what it copies must be the policy's values."""
+    session, data = session_of("lora", *_words("dpo", place), "optim.lr=1e-2")
+    for step in (1, 2):
+        batches = step_batches(session, data, step)[1]
+        policy, seen = session.run.strategy.snapshot(), []
+        session.roles.settle = lambda kept=seen: kept.append(session.run.strategy.snapshot())  # type: ignore[misc]
+        train_step(session, batches, step, 1.0)
+        assert all(map(torch.equal, seen[0], policy))
+    assert not all(map(torch.equal, policy, session.roles.values["start"]))
 
 
 @pytest.mark.parametrize("fault", ["moved", "dropping"])

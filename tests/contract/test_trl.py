@@ -11,6 +11,7 @@ from benchmarks.preference_case import (
     ALPHA,
     BATCH,
     BETA,
+    CENTER,
     GAMMA,
     GOLDENS,
     LENGTH,
@@ -37,8 +38,9 @@ WORDS = {
     "orpo": ["objective=orpo"],
     "simpo": ["objective=simpo", f"objective.gamma={GAMMA}"],
     "kto": ["objective=kto", "objective.desirable_weight=1.3", "objective.undesirable_weight=0.8"],
+    "reward": ["objective=reward", f"objective.center={CENTER}"],
 }
-EQUAL = ("dpo", "hinge", "simpo", "kto")
+EQUAL = ("dpo", "hinge", "simpo", "kto", "reward")
 """The others are TRL's own in one point each: see docs/objectives.md."""
 
 
@@ -58,9 +60,10 @@ def _steps(objective: str, places: dict[str, Path], steps: int = STEPS) -> list[
         f"data.path={rows}", "data.shuffle=false", "train.precision=fp32", f"train.steps={STEPS}", "launcher=local",
         f"train.global_batch_size={BATCH}", f"train.max_length={LENGTH}", "train.max_grad_norm=1.0", "strategy=single",
         f"optim.lr={RATE}", "optim.schedule=constant", "optim.weight_decay=0", "optim.betas=[0.9,0.999]",
-        "optim.eps=1e-8", f"objective.beta={BETA}", "tracker=[]", *WORDS[objective],
+        "optim.eps=1e-8", "tracker=[]", *WORDS[objective],
+        *([] if objective == "reward" else [f"objective.beta={BETA}"]),
     ]).run  # fmt: skip
-    files = run.model.resolve()
+    files = run.files()
     data = open_for(run, files.tokenizer())
     session = assemble(run, files, ALONE)
     return [train_step(session, step_batches(session, data, step)[1], step, 1.0) for step in range(1, steps + 1)]

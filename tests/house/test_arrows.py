@@ -21,7 +21,7 @@ FLOORS = (
     ("config", "imports", "offline", "synonyms", "cache", "first", "installed", "owners", "searched", "locate"),
     ("comm",),
     ("course",),
-    ("protocols", "objective"),
+    ("protocols", "objective", "headed"),
     ("strategy",),
     LEAVES,
     ("engine",),

@@ -263,9 +263,9 @@ def test_a_lost_provenance_keeps_the_runs_own_name(run_dir: Path) -> None:
 
 def test_retention_keeps_the_newest_and_the_milestones(run_dir: Path) -> None:
     store = Store(run_dir)
-    assert store.retain(keep=1, keep_every=3, newest=6) == [1]
-    assert store.retain(keep=1, keep_every=0, newest=3) == []  # 3 was just written, 6 is the newest
-    assert store.retain(keep=1, keep_every=0, newest=6) == [3]
+    assert store.retain(keep=1, keep_every=3, exempt=[6]) == [1]
+    assert store.retain(keep=1, keep_every=0, exempt=[3]) == []  # 3 was just written, 6 is the newest
+    assert store.retain(keep=1, keep_every=0, exempt=[6]) == [3]
     assert [path.name for path in store.newest_first()] == [manifest.folder_name(6)]
 
 
@@ -274,7 +274,7 @@ def test_a_milestone_that_was_saved_late_is_kept(tmp_path: Path) -> None:
     store, newest = Store(tmp_path), 0
     for newest in (1, 5, 7, 13, 14, 24, 34, 38, 40):
         (store.folder / manifest.folder_name(newest)).mkdir(parents=True)
-        store.retain(keep=1, keep_every=4, newest=newest)
+        store.retain(keep=1, keep_every=4, exempt=[newest])
     assert [int(path.name[5:]) for path in store.newest_first()] == [40, 38, 34, 24, 13, 5]
 
 

@@ -194,7 +194,7 @@ def test_a_checkpoint_that_goes_takes_its_marks_along(run_dir: Path) -> None:
     store = Store(run_dir)
     crash_twice(run_dir, step=3)
     store.trials._acquitted("step-00000003").touch()
-    assert 3 in store.retain(keep=1, keep_every=0, newest=6)
+    assert 3 in store.retain(keep=1, keep_every=0, exempt=[6])
     assert list((run_dir / "checkpoints" / "crashes").iterdir()) == []
 
 

@@ -117,10 +117,11 @@ def test_a_label_outside_of_the_list_is_a_bad_row(source: Any, jsonl: Any) -> No
 PAIR = {"prompt": "Q1", "chosen": "A1", "rejected": "A2"}
 QA = {"question": "Q1", "answer": "A1"}
 REFUSED: list[tuple[str, Any, dict[str, Any], str]] = [
-    ("text", [PAIR], {}, "got preference pairs .* at .*:1; set objective=dpo, or to learn the chosen answers alone"),
+    ("text", [PAIR], {},
+     "got preference pairs .* at .*:1; set objective=dpo or objective=reward, or to learn the chosen answers alone"),
     ("text", [RATED], {}, "column label, got True: a label is not learned; set objective="),
     ("pair", [QA], {}, "preference pairs .*prompt, chosen and rejected, got examples of one answer .*objective=sft$"),
-    ("pair", [TEXT], {}, r"got texts with a label at .*; leave the label unread by data.ignore=\[label\]$"),
+    ("pair", [TEXT], {}, r"got texts with a label at .*; set objective=classification and data.labels$"),
     ("pair", [QA], {"format": "question_answer"}, "got examples of one answer .*; set objective=sft$"),
     ("rated", [QA], {}, "must be answers with a verdict .* or messages and label, got examples of one answer"),
     ("labelled", [RATED], {}, "must be texts with a label .*, got answers with a verdict .*; set objective=kto$"),

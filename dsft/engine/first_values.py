@@ -1,0 +1,123 @@
+"""The values that a run's tensors begin with: of the base, of an earlier adapter, of the method, of a reference."""
+
+from collections.abc import Mapping
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from dsft.comm.world import World
+from dsft.config import Run
+from dsft.engine.masks import stream
+from dsft.engine.precision import DTYPES
+from dsft.models.files import ModelFiles
+from dsft.models.heads import head_tensors
+from dsft.models.materialize import materialize
+from dsft.models.values import Values, open_values
+from dsft.protocols import PackedLinear
+
+if TYPE_CHECKING:
+    from dsft.engine.assemble import Skeleton
+
+
+class First:
+    """The values that a run's tensors begin with. home: where they are made."""
+
+    def __init__(self, run: Run, bones: "Skeleton", files: ModelFiles, home: World) -> None:
+        self.run, self.bones, self.home = run, bones, home
+        self.values = open_values(files, DTYPES[run.train.precision], run.train.seed)
+        self.head = head_tensors(bones.model) if files.labels else frozenset()
+
+    def initial(self, model: nn.Module, name: str, param: Tensor, stored: Mapping[str, Tensor]) -> Tensor:
+        """Of a tensor that is not the base's: what is stored, else what the method begins with; whole, on CPU."""
+        if name in stored:
+            return stored[name]
+        if name in self.head:  # no output is better than another before the first step
+            return torch.zeros(param.shape)
+        with seeded(self.run.train.seed, name):
+            read = partial(_trained_weight, self.bones, self.values, self.home.device)
+            return self.run.method.initial(model, name, param, read)
+
+    def write(self, model: nn.Module, stored: Mapping[str, Tensor]) -> None:
+        """Give all that learns in model the values that it begins with where these are stored. Collective.
+
+        The bones are of a model on meta that no strategy has divided, so that shapes can be read there.
+        """
+        there = self.bones.model
+        for name, param in model.named_parameters():
+            if not param.requires_grad:
+                continue
+            origin = self.bones.of_base.get(name, "")
+            if name not in stored and origin in self.values:
+                value = self.values.full(origin)
+            else:
+                value = self.initial(there, name, there.get_parameter(name), stored)
+            self.run.strategy.write([param], [value.float().to(self.home.device)])
+
+
+def fill(run: Run, begin: First, model: nn.Module, world: World, *, first: str | None) -> None:
+    """Give every tensor of model its value. first: the first packed linear, which is compared. Collective."""
+    bones, home = begin.bones, begin.home
+
+    def initial(name: str, param: Tensor) -> Tensor:
+        return begin.initial(model, name, param, bones.stored)
+
+    materialize(model, begin.values, home, origins=bones.origins, initial=initial, place=run.strategy.place)
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            module._buffers[name] = None if buffer is None else buffer.to(world.device)
+    if first is not None:
+        _check_bytes(run, bones, first, begin.values, home.device)
+
+
+class seeded:  # noqa: N801  # a context, used like a function
+    """Draw from torch's default CPU stream as if newly seeded by words; the stream goes on afterwards as before."""
+
+    def __init__(self, *words: object) -> None:
+        self.seed = stream(*words)
+
+    def __enter__(self) -> None:
+        self.state = torch.get_rng_state()
+        torch.manual_seed(self.seed)
+
+    def __exit__(self, *_: object) -> None:
+        torch.set_rng_state(self.state)
+
+
+def _trained_weight(bones: "Skeleton", values: Values, device: torch.device, name: str) -> Tensor:
+    """Weight (out, in), on CPU, of the linear called name as training sees it: packed and unpacked where it is packed.
+
+    device: where the model's own are packed. Another one sums in another order, and so packs other bytes.
+    """
+    module = bones.model.get_submodule(name)
+    origin = bones.origins[f"{name}.weight"]
+    if isinstance(module, PackedLinear):
+        weight = values.full(origin, device)
+        return module.decode(tuple(module.pack(weight).values()), weight.dtype).cpu()
+    return values.full(origin)
+
+
+def first_packed(model: nn.Module) -> str | None:
+    """Name of the first packed linear of model, None if there is none."""
+    return next((name for name, module in model.named_modules() if isinstance(module, PackedLinear)), None)
+
+
+def _check_bytes(run: Run, bones: "Skeleton", name: str, values: Values, device: torch.device) -> None:
+    """The start-up self-test: a packed weight as its forward pass gets it is the weight packed here, byte for byte.
+
+    A mixed-precision cast of packed bytes is silent otherwise (bitsandbytes#1945). device: where the model's own were
+    packed; on another one the mean of the scales may differ in its last bit. Collective.
+    """
+    module = bones.model.get_submodule(name)
+    assert isinstance(module, PackedLinear)
+    expected = module.pack(values.full(bones.origins[f"{name}.weight"], device))
+    got = run.strategy.used(bones.model, name, module.packed)
+    for part in module.packed:
+        mine, theirs = got[part], expected[part].cpu()
+        if mine.dtype != theirs.dtype or not torch.equal(mine, theirs):
+            raise RuntimeError(
+                f"{name}.{part}: the packed weight that training would see is not the one that was packed: "
+                f"{type(run.strategy).__name__} does not carry its bytes with torch {torch.__version__} here "
+                f"({theirs.dtype} became {mine.dtype}); do not train on it, take quantization=none or another strategy"
+            )
