@@ -28,7 +28,7 @@ help:
 	@echo 'make matrix   every method x quantization x strategy: equal to the single process, or refused'
 	@echo 'make families  every causal model class of transformers, small: equal to plain transformers and PEFT, or refused; goes on where it was'
 	@echo 'make trl-goldens  losses of TRL on pairs and verdicts, which the tests hold dsft to; ten minutes'
-	@echo 'make pages    docs/methods: a page per method, from its YAML, its class and counts'
+	@echo 'make pages    docs/methods and docs/objectives: a page each, from its YAML, its class and counts'
 	@echo 'make learns   what each method learns in 60 steps, at its own settings; an hour, goes on where it was'
 	@echo 'make faults   what breaks, on every layout: 50 damages of a run folder, and real starts with planted faults; an hour;'
 	@echo '              ARGS=--long: 200 faults at random moments, against runs that had none; about two hours, goes on where it was'
@@ -69,6 +69,7 @@ families: $(READY)
 
 pages: $(READY)
 	@.venv/bin/python -m benchmarks.method_pages
+	@.venv/bin/python -m benchmarks.objective_pages
 
 learns: $(READY)
 	@.venv/bin/python -m benchmarks.learns $(ARGS)

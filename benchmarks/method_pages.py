@@ -24,18 +24,22 @@ def methods() -> list[str]:
     return sorted(path.stem for path in (OWN_CONF / "method").glob("*.yaml"))
 
 
-def page(name: str) -> str:
-    """The page up to its counts."""
-    text = (OWN_CONF / "method" / f"{name}.yaml").read_text()
+def described(group: str, name: str, kind: type) -> list[str]:
+    """What the YAML of an option says of it, its keys, and what its class says."""
+    text = (OWN_CONF / group / f"{name}.yaml").read_text()
     top, body = re.match(r"((?:#[^\n]*\n)*)(.*)", text, re.S).groups()  # type: ignore[union-attr]  # it always matches
     prose = [line.removeprefix("#").strip() for line in top.splitlines() if "@package" not in line]
-    kind = type(_run(name, "smollm2_135m").method)
     file = Path(inspect.getfile(kind)).relative_to(ROOT)
-    yaml = f"conf/method/{name}.yaml"
-    return "\n".join([
-        f"# `method={name}`", "", *prose, "", f"[{yaml}](../../{yaml}):", "", "```yaml", body.strip(), "```", "",
-        f"[{kind.__name__}](../../{file}): {inspect.cleandoc(kind.__doc__ or '')}", "", COUNTS,
-    ])  # fmt: skip
+    yaml = f"conf/{group}/{name}.yaml"
+    return [
+        f"# `{group}={name}`", "", *prose, "", f"[{yaml}](../../{yaml}):", "", "```yaml", body.strip(), "```", "",
+        f"[{kind.__name__}](../../{file}): {inspect.cleandoc(kind.__doc__ or '')}", "",
+    ]  # fmt: skip
+
+
+def page(name: str) -> str:
+    """The page up to its counts."""
+    return "\n".join([*described("method", name, type(_run(name, "smollm2_135m").method)), COUNTS])
 
 
 def counts(name: str) -> list[str]:

@@ -1,7 +1,8 @@
-"""Every method has its page, and it says what YAML and class say."""
+"""Every method and objective has its page, and it says what YAML and class say."""
 
 import pytest
 
+from benchmarks import objective_pages
 from benchmarks.method_pages import COUNTS, PAGES, methods, page
 
 
@@ -16,3 +17,9 @@ def test_a_page_is_what_make_pages_writes(name: str) -> None:
     prose, _, rest = text.partition("[conf/method")
     assert "Choose it" in prose
     assert "```yaml\n```" not in rest
+
+
+def test_every_objective_has_the_page_that_make_pages_writes() -> None:
+    found = {path.stem: path.read_text() for path in objective_pages.PAGES.glob("*.md")}
+    assert found == {name: objective_pages.page(name) for name in objective_pages.objectives()}
+    assert all("Choose it" in text for text in found.values())
