@@ -15,10 +15,12 @@ from dsft.comm.world import World, leave
 from dsft.compose import compose
 from dsft.config import Run
 from dsft.data.open import open_data
-from dsft.engine.assemble import Session, assemble
+from dsft.engine.assemble import Session, _check_blocks, assemble
 from dsft.engine.loop import step_batches
 from dsft.engine.step import train_step
 from dsft.methods.pissa import principal
+from dsft.models.anatomy import dissect
+from dsft.models.build import build_meta
 from dsft.models.checkpoint_values import CheckpointValues
 from dsft.strategies import fsdp
 from dsft.strategies.single import Single
@@ -133,3 +135,19 @@ def test_a_cast_of_packed_bytes_stops_the_start(quantization: str, monkeypatch: 
     monkeypatch.setattr(fsdp, "MixedPrecisionPolicy", lambda **_: everywhere)
     with pytest.raises(RuntimeError, match=r"FSDP does not carry its bytes .*\(torch.uint8 became torch.bfloat16\)"):
         losses("method=lora", f"quantization={quantization}", "strategy=fsdp")
+
+
+@pytest.mark.parametrize("strategy", ["fsdp", "zero3", "ddp", "zero2"])
+def test_blocks_that_share_parameters_are_not_sharded_one_by_one(strategy: str) -> None:
+    """As Zamba's do: a block that is gathered would find its parameters freed by another."""
+    run = compose(["model=tiny", f"strategy={strategy}", "launcher.devices=2"], planning=True).run
+    model = build_meta(run.files(), torch.float32)
+    anatomy = dissect(model)
+    _check_blocks(run, model, anatomy)
+    first, second = (model.get_submodule(name) for name in anatomy.blocks[:2])
+    second.mlp = first.mlp
+    if not run.strategy.shards_blocks:
+        _check_blocks(run, model, anatomy)
+        return
+    with pytest.raises(ValueError, match=r"strategy must leave blocks whole for LlamaForCausalLM, as .* share param"):
+        _check_blocks(run, model, anatomy)
