@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from dsft.folder import base_then_and_now, provenance
-from dsft.objective import BASE, START
 from dsft.published import require
 from dsft.results import NATIVE, PEFT, TENSORS
 
@@ -51,6 +50,8 @@ def check(init_from: str | None, digests: Mapping[str, str], base: str) -> str |
 
 def check_reference(reference: str, digests: Mapping[str, str], base: str) -> str | None:
     """Refuse a reference of another base model, as check does an adapter; one that is no run is none of this."""
+    from dsft.objective import BASE, START  # which is made of tensors: composing takes no torch
+
     if reference in (START, BASE):
         return None
     try:

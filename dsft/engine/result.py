@@ -115,7 +115,9 @@ def _parts(session: Session, dtype: torch.dtype) -> Iterator[tuple[dict[str, Ten
 
     part: dict[str, Tensor] = {}
     beside: dict[str, Tensor] = {}
-    size, parts_of_one, waiting = 0, joined(session.model), dict[str, Tensor]()
+    size, waiting, parts_of_one = 0, dict[str, Tensor](), dict[str, tuple[str, ...]]()
+    if session.world.rank == 0:  # of a model that no strategy has divided
+        parts_of_one = joined(build_meta(session.files, dtype, attention="eager"))
     for name, value in _gathered(session, everything=True):
         final, more = session.run.method.finished(session.model, session.anatomy, name, value, dtype)
         waiting[name] = final.to(dtype)

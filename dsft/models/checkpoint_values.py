@@ -89,8 +89,8 @@ class CheckpointValues:
                 f"model.path must hold every weight of {kind}, got none for {', '.join(missing[:SHOWN])}{more}; "
                 "give the folder of this model, or model.init=random"
             )
-        for name in self._recipes.keys() & self._tensors.keys():
-            shape, tensor = self._recipes[name].shape, self._tensors[name]
+        for name, tensor in self._tensors.items():
+            shape = self._recipes[name].shape if name in self._recipes else tuple(tensor.shape)
             if shape != tuple(tensor.shape):
                 raise ValueError(
                     f"model.path: {name} has shape {shape} in the weights and {tuple(tensor.shape)} by config.json; "

@@ -10,7 +10,7 @@ def joined(model: nn.Module) -> dict[str, tuple[str, ...]]:
     """Name of a parameter -> the names of all that one tensor of the hub holds, for those that share one.
 
     Transformers cuts such a tensor when it loads a model (queries, keys and values of one matrix, say), and can only
-    put together what it is given at once. Found on meta, by asking for each parameter alone: no value is read.
+    put together what it is given at once. model: of whole shapes, on meta. Asked for each parameter alone.
     """
     from transformers.core_model_loading import revert_weight_conversion
 

@@ -17,8 +17,9 @@ from benchmarks.plain import LINEARS, encode, padded
 from dsft.comm.world import World
 from dsft.compose import compose
 from dsft.data.open import open_data
-from dsft.engine.assemble import Session, assemble, stream
+from dsft.engine.assemble import Session, assemble
 from dsft.engine.loop import step_batches
+from dsft.engine.masks import stream
 from dsft.engine.result import write_result
 from dsft.engine.step import train_step
 
