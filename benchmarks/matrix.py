@@ -46,13 +46,14 @@ DROPPING = {"lora+dropout": ["method=lora", "method.dropout=0.1"]}
 
 NEEDED = {f"{model} vera": ["method.rank=8"] for model in MODELS}
 NEEDED |= {"tiny_moe ia3": ["method.feedforward_modules=[]"], "tiny qat": ["optim.eps=1e-5"]}
+NEEDED |= {f"{model} full:reward": ["optim.eps=1e-5"] for model in MODELS}
 NEEDED |= {f"{model} adalora": ["method.alpha=1024", "method.interval=2"] for model in MODELS}
 NEEDED |= {
     f"{model} diff_pruning": ["method.density=0.3", "method.gate_start=1", "method.penalty=1e-3"] for model in MODELS
 }
 """Of some cells: shared projections, whole on every rank, that are small beside the model; experts without linears; no
-steps of AdamW along gradients that are but rounding, where a weight that crosses a level of the grid makes a jump; a
-start slow by design that 10 steps move; gates of which many are closed, and a penalty that the norm shows.
+steps of AdamW along gradients that are but rounding, where a weight that crosses a level of the grid makes a jump, or
+where the sides of a pair begin alike and their rewards' gradients cancel; a start slow by design that 10 steps move; gates of which many are closed, and a penalty that the norm shows.
 """
 
 RATES = {"adamw": 1e-3, "sgd": 0.05}
@@ -105,7 +106,8 @@ Alone = Mapping[str, Mapping[str, Any]]
 def needed(row: str) -> list[str]:
     """What of a row's settings is not the method's own."""
     model, method, _ = row.split()
-    return NEEDED.get(f"{model} {method.partition('+')[0].partition(':')[0]}", [])
+    plain = NEEDED.get(f"{model} {method.partition('+')[0].partition(':')[0]}", [])
+    return NEEDED.get(f"{model} {method}", plain)
 
 
 def words(column: Column, row: str, data: Path) -> tuple[str, ...]:
@@ -114,7 +116,8 @@ def words(column: Column, row: str, data: Path) -> tuple[str, ...]:
     sgd = column.optim == "sgd"
     objective = method.partition(":")[2]
     rows_of = chosen(OBJECTIVES[objective], data.parent) if objective else ["data=local", f"data.path={data}"]
-    uneven = [UNEVEN] if objective and variant == "full" else []
+    labelled = OBJECTIVES.get(objective) == "labelled"  # whose rows have no supervised tokens to differ in
+    uneven = [UNEVEN] if objective and (variant == "full" or labelled) else []
     return (
         f"model={model}", *(METHODS | DROPPING)[method], *needed(row), *VARIANTS[variant], *uneven,
         *rows_of, "data.shuffle=false", "train.precision=fp32", "train.steps=10",

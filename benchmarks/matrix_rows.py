@@ -35,7 +35,7 @@ def write_rows(path: Path, batches: int) -> None:
             made["pairs"].append({"prompt": asked, "chosen": told, "rejected": other})
             good = place in (0, 3, 5, 7)
             made["rated"].append({"prompt": asked, "completion": told if good else other, "label": good})
-            made["labelled"].append({"text": asked + told, "label": LABELS[(batch + place) % 3]})
+            made["labelled"].append({"text": asked + told, "label": LABELS[place // 3]})
     for name, rows in made.items():
         file = path if name == "rows" else path.with_name(f"{name}.jsonl")
         file.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
