@@ -53,7 +53,8 @@ NEEDED |= {
 }
 """Of some cells: shared projections, whole on every rank, that are small beside the model; experts without linears; no
 steps of AdamW along gradients that are but rounding, where a weight that crosses a level of the grid makes a jump, or
-where the sides of a pair begin alike and their rewards' gradients cancel; a start slow by design that 10 steps move; gates of which many are closed, and a penalty that the norm shows.
+where the sides of a pair begin alike and the gradients of their rewards cancel; a start slow by design that 10 steps
+move; gates of which many are closed, and a penalty that the norm shows.
 """
 
 RATES = {"adamw": 1e-3, "sgd": 0.05}
