@@ -117,8 +117,7 @@ def words(column: Column, row: str, data: Path) -> tuple[str, ...]:
     sgd = column.optim == "sgd"
     objective = method.partition(":")[2]
     rows_of = chosen(OBJECTIVES[objective], data.parent) if objective else ["data=local", f"data.path={data}"]
-    labelled = OBJECTIVES.get(objective) == "labelled"  # whose rows have no supervised tokens to differ in
-    uneven = [UNEVEN] if objective and (variant == "full" or labelled) else []
+    uneven = [UNEVEN] if objective and variant == "full" else []
     return (
         f"model={model}", *(METHODS | DROPPING)[method], *needed(row), *VARIANTS[variant], *uneven,
         *rows_of, "data.shuffle=false", "train.precision=fp32", "train.steps=10",
