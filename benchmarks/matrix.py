@@ -53,7 +53,8 @@ NEEDED |= {
 }
 """Of some cells: shared projections, whole on every rank, that are small beside the model; experts without linears; no
 steps of AdamW along gradients that are but rounding, where a weight that crosses a level of the grid makes a jump, or
-where the sides of a pair begin alike and their rewards' gradients cancel; a start slow by design that 10 steps move; gates of which many are closed, and a penalty that the norm shows.
+where the sides of a pair begin alike and the gradients of their rewards cancel; a start slow by design that 10 steps
+move; gates of which many are closed, and a penalty that the norm shows.
 """
 
 RATES = {"adamw": 1e-3, "sgd": 0.05}
@@ -116,8 +117,7 @@ def words(column: Column, row: str, data: Path) -> tuple[str, ...]:
     sgd = column.optim == "sgd"
     objective = method.partition(":")[2]
     rows_of = chosen(OBJECTIVES[objective], data.parent) if objective else ["data=local", f"data.path={data}"]
-    labelled = OBJECTIVES.get(objective) == "labelled"  # whose rows have no supervised tokens to differ in
-    uneven = [UNEVEN] if objective and (variant == "full" or labelled) else []
+    uneven = [UNEVEN] if objective and variant == "full" else []
     return (
         f"model={model}", *(METHODS | DROPPING)[method], *needed(row), *VARIANTS[variant], *uneven,
         *rows_of, "data.shuffle=false", "train.precision=fp32", "train.steps=10",

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.cells import MOVES
+from benchmarks.matrix_rows import OBJECTIVES
 from benchmarks.matrix_text import BOUND
 
 if TYPE_CHECKING:
@@ -53,7 +54,11 @@ def faults(row: str, cell: Mapping[str, Any], single: Mapping[str, Any], column:
         yield f"proves nothing: the loss moves by {moved:.1%}"
     if single["examples"][1] > 1 or (row.endswith(" none") and column.size > 1 and cell["examples"][0] < 2):
         yield "proves nothing: the single process packed, or a rank did not"
-    if column.size > 1 and cell["label_ratio"] < (1.5 if ":" in row else 2):  # of 5 pairs two ranks have 3 and 2
+    # Of labelled rows in batches of eight each rank has as many: there the cell shows that packing changes nothing.
+    even = row.endswith(" none") and OBJECTIVES.get(row.split()[1].partition(":")[2]) == "labelled"
+    if (
+        column.size > 1 and not even and cell["label_ratio"] < (1.5 if ":" in row else 2)
+    ):  # of 5 pairs two ranks have 3 and 2
         yield f"proves nothing: label counts differ by {cell['label_ratio']:.1f} x"
 
 

@@ -5,7 +5,6 @@ from benchmarks.matrix_text import DATA, read
 
 
 def test_every_method_has_been_measured() -> None:
-    # Objectives have a corner of the matrix in test_equality.py; their whole rows are not measured yet.
     missing = [name for name in rows() if name not in read(DATA)["rows"]]
     methods = ",".join(sorted({name.split()[1].partition("+")[0] for name in missing}))
     assert not missing, f"run make matrix ARGS='--methods {methods}'"
