@@ -37,7 +37,7 @@ class HuggingFace:
     on_bad_row: OnBadRow = "stop"
     dedup: bool = True
     ignore: list[str] = field(default_factory=list)
-    labels: list[str] | None = None
+    labels: list[str | int] | None = None
 
     def __post_init__(self) -> None:
         """Refuse values out of range."""
@@ -131,7 +131,7 @@ class HuggingFace:
             train_on=self.train_on,
             ignore=tuple(self.ignore),
             on_bad_row=self.on_bad_row,
-            labels=None if self.labels is None else tuple(self.labels),
+            labels=None if self.labels is None else tuple(map(str, self.labels)),
         )
 
 

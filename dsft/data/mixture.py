@@ -53,7 +53,7 @@ class Mixture:
             )
 
     @property
-    def labels(self) -> list[str] | None:
+    def labels(self) -> list[str | int] | None:
         """The names of the labels, which are the same in all sources."""
         return next((getattr(source, "labels", None) for source in self.sources.values()), None)
 

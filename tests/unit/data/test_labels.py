@@ -202,3 +202,9 @@ def test_the_audit_shows_a_pair_in_two_colours(opened: Any) -> None:
         heads = [line for line in text.plain.split("\n") if not line.startswith("| ")]
         assert [head.split(",")[0] for head in heads] == ["chosen", "rejected"]
     assert "the rejected one in red" in audit.heading
+
+
+def test_labels_that_are_numbers_are_listed_as_numbers(opened: Any) -> None:
+    rows = [{"text": f"text {label}", "label": label} for label in (3, 7, 7)]
+    data = opened("labelled", rows, labels=[7, 3], dedup=False)
+    assert data.train.columns["label"].tolist() == [1.0, 0.0, 0.0]
