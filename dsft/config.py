@@ -266,7 +266,7 @@ class Run:
     def labels(self) -> tuple[str, ...]:
         """What the model's head gives of a sequence, by name; empty: it is a language model."""
         names = self.objective.head
-        return tuple(map(str, getattr(self.data, "labels", None) or ())) if names is None else tuple(names)
+        return tuple(getattr(self.data, "labels", None) or ()) if names is None else tuple(names)
 
     def files(self, *, planning: bool = False) -> "ModelFiles":
         """The base model with this run's labels; see its resolve (dsft/models/source.py)."""

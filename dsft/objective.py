@@ -137,7 +137,8 @@ class Objective(ABC):
     at_start: measures that are 0 before the first update. head: names of what a head of its own gives of a sequence, in
     place of the language model's; None: those of data.labels; empty: there is no such head. reference: whose values the
     role START has: start, base (what the method starts from without an adapter), or the folder of a run or its result;
-    reference_cache: their scores are computed once for all rows, and these values are not kept.
+    reference_cache: their scores are computed once for all rows, and these values are not kept. margins: it uses the
+    column margin of pairs.
     """
 
     wants: ClassVar[Wants] = "text"
@@ -149,6 +150,8 @@ class Objective(ABC):
     passes: ClassVar[int] = 1
     at_start: ClassVar[tuple[str, ...]] = ()
     head: ClassVar[tuple[str, ...] | None] = ()
+
+    margins: ClassVar[bool] = False
 
     reference = START
     reference_cache = False

@@ -71,7 +71,7 @@ def preflight(composed: Composed) -> dict[str, Any] | None:
         "digests": digests,
         "audit": data.audit,
         "tokens": data.train.folder.parent,
-        "notes": [*data.notes, *_unevaluated(run, data), *started],
+        "notes": [*data.notes, *_unevaluated(run, data), *_unused(run, data), *started],
     }
 
 
@@ -106,6 +106,12 @@ def _unevaluated(run: Run, data: "Dataset") -> Iterator[str]:
     """What is said where evaluations are asked for and there is nothing to evaluate on."""
     if run.train.eval_every and data.eval is None:
         yield f"train.eval_every={run.train.eval_every} evaluates nothing: no rows are held out"
+
+
+def _unused(run: Run, data: "Dataset") -> Iterator[str]:
+    """What is said of a column that is read and not used."""
+    if "margin" in data.train.columns and not run.objective.margins:
+        yield "the column margin changes nothing for this objective; objective=reward asks for it"
 
 
 def _origin(composed: Composed, digests: Mapping[str, str], files: "ModelFiles") -> list[str]:

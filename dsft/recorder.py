@@ -26,7 +26,7 @@ from dsft.telemetry.trackers import Trackers
 SAID = {
     "nonfinite": "nothing was updated: loss {loss}, gradient norm {grad_norm}; {skipped} such steps so far",
     "early_stop": "stops early: {metric} has not improved on {best:.4f}",
-    "best": "the best so far: {metric} {value:.4f}",
+    "best": "the best so far: {metric} {value:.4f}{beside}",
     "back_to_best": "the result is the model of this step, the best; the last was step {last}",
     "resume": "resumed from {checkpoint}",
     "optimizer_anew": "the optimizer begins anew: the checkpoint holds the state of {was}, this run takes {now}",
@@ -83,6 +83,7 @@ class Recorder:
             reason=None,
             wandb_id=wandb_id,
             saved=before.saved if before else None,
+            best=before.best if before and before.best and before.best.metric == run.checkpoint.keep_best else None,
         )
         self.record.status(self.status)
         self.record.event("start", 0, {**hello, "steps": total, "attempt": self.attempt})

@@ -126,7 +126,9 @@ def _claim(composed: Composed) -> lease.Lease:
 
 
 def _done(run_dir: Path) -> int:
-    print(in_a_line(f"{run_dir} is done already; its result is in {run_dir / 'adapter'}"))
+    best = folder.state(run_dir).get("best")
+    whose = f", of step {best['step']}, the best by {best['metric']}" if best else ""
+    print(in_a_line(f"{run_dir} is done already; its result is in {run_dir / 'adapter'}{whose}"))
     return 0
 
 

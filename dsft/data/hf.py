@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from dsft.data import disk, formats
+from dsft.data.numbers import names_of
 from dsft.data.records import Record, table_values
 from dsft.data.source import BadRow, OnBadRow, Sample, check_shared, score_exact
 from dsft.offline import STAGE, AbsentError, unplugged
@@ -37,10 +38,11 @@ class HuggingFace:
     on_bad_row: OnBadRow = "stop"
     dedup: bool = True
     ignore: list[str] = field(default_factory=list)
-    labels: list[str | int] | None = None
+    labels: list[str | bool | int] | None = None
 
     def __post_init__(self) -> None:
-        """Refuse values out of range."""
+        """Refuse values out of range; labels that are numbers or truths are words from here on."""
+        object.__setattr__(self, "labels", names_of(self.labels))
         check_shared(self.eval_fraction, self.max_eval, own="data.eval_split" if self.eval_split else None)
         if self.eval_split == self.split:
             raise ValueError(

@@ -148,6 +148,8 @@ def _read_labelled(values: Mapping[str, Any], place: str, ignore: frozenset[str]
             raise RowError(
                 f"{place} must have text in the field text, or a list in messages, got {kind(value)}; correct the row"
             )
+        if not value.strip():
+            raise RowError(f"{place} must have a text in the field text, got an empty one; correct the row")
         return Read(Turns((), ()), (value, ""))
     turns = read_turns(value, place, column=column, ignore=ignore)
     return Read(turns._replace(learned=(False,) * len(turns.messages)), None)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from dsft.data import formats
 from dsft.data.files import check_file, digest_file, read_records
+from dsft.data.numbers import names_of
 from dsft.data.source import BadRow, OnBadRow, Sample, check_shared, refuse_bad, score_exact
 
 if TYPE_CHECKING:
@@ -32,10 +33,11 @@ class Local:
     on_bad_row: OnBadRow = "stop"
     dedup: bool = True
     ignore: list[str] = field(default_factory=list)
-    labels: list[str | int] | None = None
+    labels: list[str | bool | int] | None = None
 
     def __post_init__(self) -> None:
-        """Refuse values out of range."""
+        """Refuse values out of range; labels that are numbers or truths are words from here on."""
+        object.__setattr__(self, "labels", names_of(self.labels))
         check_shared(self.eval_fraction, self.max_eval, own="data.eval_path" if self.eval_path else None)
         if self.eval_path == self.path:
             raise ValueError(

@@ -44,12 +44,14 @@ def verdict(value: Any, place: str) -> float:
 def class_of(value: Any, labels: Sequence[str] | None, place: str) -> float:
     """The number of a row's class: its place in labels if they have its name, else itself. Raises RowError.
 
-    Labels that are numbers themselves are names alone: the number 1 is not the second of [1, 2, 3].
+    Labels that are numbers themselves are names alone: the number 1 is not the second of [1, 2, 3]. So are true and
+    false where labels are listed.
     """
     text = str(value).strip() if isinstance(value, bool | int | float | str) else ""
+    text = text.lower() if isinstance(value, bool) else text
     if labels is not None and text in labels:
         return float(labels.index(text))
-    number = _whole(value)
+    number = None if labels is not None and isinstance(value, bool) else _whole(value)
     numbered = labels is not None and any(_whole(name) is not None for name in labels)
     if number is None or number < 0 or (labels is not None and (numbered or number >= len(labels))):
         known = "a whole number of 0 or more" if labels is None else f"one of data.labels ({_few(labels)})"
@@ -57,6 +59,13 @@ def class_of(value: Any, labels: Sequence[str] | None, place: str) -> float:
             f"{place} must have {known} in the field label, got {shown(value)}; correct the row or data.labels"
         )
     return float(number)
+
+
+def names_of(labels: Sequence[str | bool | int] | None) -> list[str] | None:
+    """Labels as they are listed, as words: true and false are YAML's."""
+    if labels is None:
+        return None
+    return [str(label).lower() if isinstance(label, bool) else str(label) for label in labels]
 
 
 def is_name(value: Any) -> bool:

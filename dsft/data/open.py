@@ -169,8 +169,7 @@ def _build(folder: Path, source: Source, encoder: Encoder, *, wants: "Wants", ma
                 break
             held.add(sample, encoded)
     train.check("the training data")
-    labels = getattr(source, "labels", None)
-    told = facts(wants, train.kept, train.columns, labels and [str(label) for label in labels])
+    told = facts(wants, train.kept, train.columns, getattr(source, "labels", None))
     train.write(folder / "train")
     if own is not None or source.eval_fraction > 0:
         held.check("the held-out data")

@@ -81,7 +81,10 @@ class Examiner:
         value = self._lower_is_better("checkpoint.keep_best", name, values)
         if not at.bests or value < at.bests[-1][1]:
             at.bests.append((at.step, value))
-            self.watch.event("best", at.step, {"metric": name, "value": values[name]})
+            start = dict(at.evaluations)[0].values.get(name) if at.evaluations[0][0] == 0 else None
+            worse = start is not None and self._lower_is_better("", name, {name: start}) <= value
+            beside = f", which is no better than {start:.4f} before the first step" if worse else ""
+            self.watch.event("best", at.step, {"metric": name, "value": values[name], "beside": beside})
 
     def _lower_is_better(self, key: str, name: str, values: Mapping[str, float]) -> float:
         """The value of a metric, negative where higher is better. key: that asks for it."""

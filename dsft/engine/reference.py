@@ -54,7 +54,8 @@ def reference_of(run: Run, files: ModelFiles, model: nn.Module) -> Mapping[str, 
         said = str(error)
         for key in ("method.init_from", "model.path"):
             said = said.replace(key, "objective.reference")
-        raise ValueError(said if "objective.reference" in said else f"objective.reference={where}: {said}") from None
+        said = said if "objective.reference" in said else f"objective.reference={where}: {said}"
+        raise ValueError(f"{said}, or take objective.reference=start or base") from None
 
 
 def _whole(run: Run, files: ModelFiles, model: nn.Module, where: str) -> Whole:

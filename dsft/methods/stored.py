@@ -44,7 +44,7 @@ def place(path: str, config: str) -> Path:
     if scores_sequences(folder):
         raise ValueError(
             f"method.init_from must hold an adapter of answers, got one with a head for sequences in {folder}; take "
-            "the run that it was started from, or export it --to merged and give that folder as model.path"
+            "the run that it was started from"
         )
     if not (folder / TENSORS).is_file():
         raise ValueError(

@@ -23,6 +23,7 @@ class Reward(Objective):
     wants = "pair"
     measures = MEASURES
     head = ("reward",)
+    margins = True
 
     center: float
 

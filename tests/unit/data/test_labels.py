@@ -204,7 +204,20 @@ def test_the_audit_shows_a_pair_in_two_colours(opened: Any) -> None:
     assert "the rejected one in red" in audit.heading
 
 
-def test_labels_that_are_numbers_are_listed_as_numbers(opened: Any) -> None:
-    rows = [{"text": f"text {label}", "label": label} for label in (3, 7, 7)]
-    data = opened("labelled", rows, labels=[7, 3], dedup=False)
+@pytest.mark.parametrize(
+    ("labels", "given"),
+    [([7, 3], (3, 7, 7)), (["true", "false"], (False, True, True)), ([True, False], (False, True, True))],
+)
+def test_labels_that_are_numbers_or_truths_are_names(labels: list[Any], given: Any, opened: Any) -> None:
+    rows = [{"text": f"text {number}", "label": label} for number, label in enumerate(given)]
+    data = opened("labelled", rows, labels=labels, dedup=False)
     assert data.train.columns["label"].tolist() == [1.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize(("change", "said"), [({"label": True}, "one of data.labels"), ({"text": " "}, "an empty one")])
+def test_a_truth_that_is_no_label_and_an_empty_text_are_bad_rows(
+    change: dict[str, Any], said: str, source: Any, jsonl: Any
+) -> None:
+    rows = [{**TEXT, "label": "no"}, {**TEXT, "label": "no", **change}]
+    _, found = source("local", path=jsonl(rows), labels=["no", "yes"]).rows("labelled")
+    assert said in found.reason

@@ -1,6 +1,6 @@
 """What hashing a base costs beside reading it: shards of random bytes, with and without the kernel's cache.
 
-python -m benchmarks.base_digest FOLDER [--gb 16]   needs root, to drop the kernel's cache, and as much disk in FOLDER
+python -m benchmarks.digest_cost FOLDER [--gb 16]   needs root, to drop the kernel's cache, and as much disk in FOLDER
 
 Writes benchmarks/results/base-digest.md. FOLDER is made and removed.
 """
@@ -88,7 +88,7 @@ def main() -> None:
     page = [
         "# The digest of a base beside reading it once",
         "",
-        f"`python -m benchmarks.base_digest FOLDER --gb {args.gb}`, {here()}. Seconds; {SHARDS} files, in turns.",
+        f"`python -m benchmarks.digest_cost FOLDER --gb {args.gb}`, {here()}. Seconds; {SHARDS} files, in turns.",
         "",
         "| read once, from the disk | digest, from the disk | digest, from memory |",
         "|---:|---:|---:|",
