@@ -25,10 +25,13 @@ def make(folder: Path, gb: int) -> None:
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps({"model_type": "llama"}))
     block, size = os.urandom(BLOCK), gb * 10**9 // SHARDS
+    files = {f"w{shard}": f"model-{shard + 1:05d}-of-{SHARDS:05d}.safetensors" for shard in range(SHARDS)}
+    index = {"metadata": {"total_size": SHARDS * size}, "weight_map": files}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     for shard in range(SHARDS):
         head = json.dumps({f"w{shard}": {"dtype": "U8", "shape": [size], "data_offsets": [0, size]}}).encode()
         head += b" " * (-len(head) % 8)
-        with (folder / f"model-{shard + 1:05d}-of-{SHARDS:05d}.safetensors").open("wb") as file:
+        with (folder / files[f"w{shard}"]).open("wb") as file:
             file.write(struct.pack("<Q", len(head)) + head)
             for start in range(0, size, BLOCK):
                 file.write(block[: min(BLOCK, size - start)])
