@@ -121,7 +121,10 @@ def _logits(model: Any, probe: dict[str, "Tensor"], *, bf16: bool) -> "Tensor":
 
 @contextmanager
 def _of_all_tokens(model: Any) -> "Iterator[list[Tensor]]":
-    """What a head for sequences gives of each token (1, T, labels), inside; its class hands out that of one token."""
+    """Yield a list that holds the head's outputs for every token (1, T, labels) after each call of the model inside.
+
+    The class of the model itself returns the outputs of one token. The list stays empty for a language model.
+    """
     from dsft.models.heads import head_name, is_classifier
 
     given: list[Tensor] = []

@@ -264,7 +264,7 @@ class Run:
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """What the model's head gives of a sequence, by name; empty: it is a language model."""
+        """Names of the outputs of the model's sequence head. The tuple is empty for a language model."""
         names = self.objective.head
         return tuple(getattr(self.data, "labels", None) or ()) if names is None else tuple(names)
 

@@ -30,7 +30,10 @@ class First:
         self.head = head_tensors(bones.model) if files.labels else frozenset()
 
     def initial(self, model: nn.Module, name: str, param: Tensor, stored: Mapping[str, Tensor]) -> Tensor:
-        """Of a tensor that is not the base's: what is stored, else what the method begins with; whole, on CPU."""
+        """Return the initial value of a tensor that the base does not have: the stored one, else the method's own.
+
+        The value is whole and on CPU.
+        """
         if name in stored:
             return stored[name]
         if name in self.head:  # no output is better than another before the first step

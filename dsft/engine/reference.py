@@ -1,4 +1,4 @@
-"""Whose values an objective's reference has, where it is not the policy as it was at the start: the base's, a run's."""
+"""The reference of an objective may be the base, or the result of another run: this module finds its values."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -22,20 +22,20 @@ class Whole(Mapping[str, Tensor]):
     names: tuple[str, ...]
 
     def __getitem__(self, name: str) -> Tensor:
-        """One tensor."""
+        """Read one tensor."""
         return self.there.full(name).float()
 
     def __iter__(self) -> Iterator[str]:
-        """The names."""
+        """Iterate over the names of the tensors."""
         return iter(self.names)
 
     def __len__(self) -> int:
-        """How many there are."""
+        """Return the number of tensors."""
         return len(self.names)
 
 
 def reference_of(run: Run, files: ModelFiles, model: nn.Module) -> Mapping[str, Tensor] | None:
-    """What of model the reference has otherwise than the base, by name; None if it is the policy at the start.
+    """Return the tensors, by name, in which the reference differs from the base; None if it is the policy at the start.
 
     model: with its method in it, on meta. Raises ValueError, one line, for a reference that this run cannot have.
     """

@@ -27,9 +27,10 @@ ADAPTER = "adapter_config.json"
 
 @dataclass(frozen=True, kw_only=True)
 class ModelFiles:
-    """One model, resolved. folder is None if only its shape is known; name_or_path is what an adapter names as base.
+    """The model that model.path names, once it was found.
 
-    labels: what a head gives of a sequence, by name; empty: it is a language model, with its own head.
+    folder is None if only the shape is known. An adapter names name_or_path as its base. labels are the names of the
+    outputs of a sequence head; they are empty for a language model.
     """
 
     config: "PretrainedConfig"

@@ -20,7 +20,7 @@ MEASURES: Mapping[str, Direction] = {"accuracy": "max", "f1_macro": "max", "f1_m
 
 @dataclass(frozen=True, kw_only=True)
 class Classification(Objective):
-    """One term; its unit is a row, times the weight of its class and its own. Loss in nats.
+    """The loss has one term, in nats. Its unit is a row, weighted by its class and by its own weight.
 
     class_weights: one per label in the order of data.labels; null: 1 each; balanced: rows / (labels x rows of a label)
     over the training data, as scikit-learn's.

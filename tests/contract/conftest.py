@@ -1,4 +1,4 @@
-"""What tests that call a verb in their own process need around it."""
+"""What tests of contracts share: a machine that is alone for a verb, and rows of each kind."""
 
 import shutil
 import signal
@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from benchmarks.matrix_rows import write_rows
 
 
 @pytest.fixture
@@ -27,3 +29,11 @@ def typed_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Non
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with rows of each kind that objectives take, see benchmarks/matrix_rows.py."""
+    folder = tmp_path_factory.mktemp("rows")
+    write_rows(folder / "rows.jsonl", 2)
+    return folder

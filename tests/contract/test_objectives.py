@@ -11,7 +11,7 @@ import torch
 import yaml
 from dsft_launchers.verdict import RefusedError
 
-from benchmarks.matrix_rows import chosen, write_rows
+from benchmarks.matrix_rows import chosen
 from dsft.compose import compose
 from dsft.data.batch import build_batch
 from dsft.engine.assemble import skeleton
@@ -26,13 +26,6 @@ STARTS = {"sigmoid": math.log(2), "ipo": 25.0, "hinge": 1.0}
 NOISY = ("diff_pruning",)
 ROUNDED = ("p_tuning",)
 """Its LSTM has another kernel in a pass without a gradient."""
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("objectives")
-    write_rows(folder / "rows.jsonl", 2)
-    return folder
 
 
 def _words(objective: str, place: Path) -> list[str]:

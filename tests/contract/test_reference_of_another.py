@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.matrix_rows import chosen, write_rows
+from benchmarks.matrix_rows import chosen
 from dsft.engine.assemble import Session
 from dsft.engine.evaluate import evaluate
 from dsft.engine.loop import step_batches
@@ -16,13 +16,6 @@ from dsft.engine.step import train_step
 from tests.contract.sessions import covering, left_by, session_of
 
 ADAPTERS = covering(["lora", "pfeiffer", "ia3", "qlora", "bitfit", "dora"])
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("references")
-    write_rows(folder / "rows.jsonl", 2)
-    return folder
 
 
 def _dpo(place: Path, *words: str) -> list[str]:

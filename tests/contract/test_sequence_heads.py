@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.matrix_rows import LABELS, chosen, write_rows
+from benchmarks.matrix_rows import LABELS, chosen
 from dsft.compared import _logits as logits_of
 from dsft.compose import compose
 from dsft.data.batch import build_batch
@@ -25,13 +25,6 @@ from tests.contract.sessions import METHODS, covering, left_by, session_of
 
 ROUNDING = 1e-5
 TOKENS = torch.arange(40)[None] + 60
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("heads")
-    write_rows(folder / "rows.jsonl", 2)
-    return folder
 
 
 def _words(objective: str, place: Path) -> list[str]:
