@@ -13,13 +13,14 @@ import pytest
 import torch
 from dsft_launchers.verdict import DivergedError
 
+from benchmarks.matrix_rows import chosen, write_rows
 from dsft.checkpoint.manifest import Identity
 from dsft.comm.world import World
 from dsft.compose import compose
 from dsft.data.open import Dataset, open_data
 from dsft.engine.assemble import Session, assemble
 from dsft.engine.evaluate import Evaluation
-from dsft.engine.keep import recall, remember
+from dsft.engine.keep import Keeper, recall, remember
 from dsft.engine.loop import fit
 from dsft.engine.progress import Progress
 from dsft.engine.resume import keeper_for
@@ -223,3 +224,21 @@ def test_random_streams_depend_on_seed_and_step_alone() -> None:
         _fit(session, data, 3, seen, StopFlag())
         losses.append([values["loss"] for values in seen.steps])
     assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize(("objective", "kind", "calls"), [("sft", "text", 1), ("dpo", "pair", 2)])
+def test_a_save_has_copied_before_each_change_of_values(
+    objective: str, kind: str, calls: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once a step before parameters move, and once before a reference is shown in their place."""
+    write_rows(tmp_path / "rows.jsonl", 2)
+    seen = []
+    monkeypatch.setattr(Keeper, "settle", lambda keeper: seen.append(keeper))
+    run = compose([
+        "model=tiny", f"objective={objective}", *chosen(kind, tmp_path), "train.precision=fp32", "train.steps=3",
+        "train.global_batch_size=4", "launcher=local", "method=lora", "checkpoint=none", "optim.lr=1e-3",
+    ]).run  # fmt: skip
+    files = run.files()
+    data = open_data(run.data, files.tokenizer(), max_length=512, seed=0, wants=run.objective.wants)
+    _fit(assemble(run, files, World(0, 1, 0, torch.device("cpu"))), data, 3, Seen(), StopFlag())
+    assert len(seen) == 3 * calls
