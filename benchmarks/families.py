@@ -10,29 +10,30 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import family_double as double
-from benchmarks.families_text import BOUNDS, CODE, DOUBLE, METHODS, ONE, RANKS, merge
+from benchmarks.families_text import BOUNDS, CODE, DOUBLE, DOUBLES, METHODS, ONE, RANKS, merge
 from benchmarks.family_cells import FamilySpec, write_rows
 from benchmarks.family_models import kind, names
 from benchmarks.family_verdicts import row_of
 from benchmarks.groups import Crew, Journal, run
 from benchmarks.matrix_text import origin
+from benchmarks.verdicts import differences
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "runs" / "families"
 """Where a run keeps its journal, its models and its rows."""
 
 PROGRAM = "benchmarks.family_cells"
-HUNG_S = {DOUBLE: 1200.0, ONE: 600.0, **dict.fromkeys(RANKS, 120.0)}
+HUNG_S = {DOUBLE: 1200.0, ONE: 600.0, **dict.fromkeys(RANKS, 120.0), **dict.fromkeys(DOUBLES.values(), 600.0)}
 """Column -> seconds after which a cell hangs."""
 
 
 def specs(
     chosen: Sequence[str], column: str, methods: Sequence[str] = METHODS, folder: Path = FOLDER
 ) -> dict[str, FamilySpec]:
-    """Name of a cell, COLUMN|NAME METHOD -> what is run. column: single, float64, or a strategy with a number
-    of ranks."""
+    """Name of a cell, COLUMN|NAME METHOD -> what is run. column: single, a strategy with a number of ranks, or the same
+    in float64."""
     strategy = ONE if column == DOUBLE else column.split()[0]
-    place = folder / DOUBLE if column == DOUBLE else folder
+    place = folder / DOUBLE if column in (DOUBLE, *DOUBLES.values()) else folder
     return {
         f"{column}|{name} {method}": FamilySpec(name, method, strategy, str(place))
         for method in methods
@@ -43,19 +44,36 @@ def specs(
 def measure(chosen: Sequence[str], methods: Sequence[str], journal: Journal, jobs: int, *, ranks: bool) -> None:
     """Run what the journal lacks of these rows: in single processes, jobs at a time, then on two ranks.
 
-    What is not equal to plain transformers in fp32 is measured again in float64.
+    What is not equal in fp32, to plain transformers or on two ranks to one, is measured again in float64.
     """
     single = run(Crew(jobs, alone=True, program=PROGRAM, hung=HUNG_S[ONE]), specs(chosen, ONE, methods), journal)
     apart = [
-        name for name, cell in single.items() if isinstance(off := cell.get("plain"), float) and off > BOUNDS["plain"]
-    ]
-    wide = {name.replace(ONE, DOUBLE, 1) for name in apart}
-    todo = {name: spec for name, spec in specs(chosen, DOUBLE, methods).items() if name in wide}
-    run(Crew(jobs, alone=True, program=double.PROGRAM, hung=HUNG_S[DOUBLE]), todo, journal)
+        _row(name) for name, cell in single.items()
+        if isinstance(off := cell.get("plain"), float) and off > BOUNDS["plain"]
+    ]  # fmt: skip
+    _again(DOUBLE, jobs, apart, specs(chosen, DOUBLE, methods), journal)
     for column in RANKS if ranks else ():
         todo = specs(chosen, column, methods)
-        runs = {name: spec for name, spec in todo.items() if "losses" in single[f"{ONE}|{name.partition('|')[2]}"]}
-        run(Crew(2, program=PROGRAM, hung=HUNG_S[column]), runs, journal)
+        runs = {name: spec for name, spec in todo.items() if "losses" in single[f"{ONE}|{_row(name)}"]}
+        found = run(Crew(2, program=PROGRAM, hung=HUNG_S[column]), runs, journal)
+        apart = [
+            _row(name) for name, cell in found.items()
+            if "losses" in cell and not max(differences(cell, single[f"{ONE}|{_row(name)}"])) <= BOUNDS[column]
+        ]  # fmt: skip
+        for wide in (DOUBLE, DOUBLES[column]):
+            _again(wide, jobs, apart, specs(chosen, wide, methods), journal)
+
+
+def _again(column: str, jobs: int, rows: Sequence[str], every: Mapping[str, FamilySpec], journal: Journal) -> None:
+    """Measure these rows, each NAME METHOD, in float64."""
+    alone = column == DOUBLE
+    crew = Crew(jobs if alone else 2, alone=alone, program=double.PROGRAM, hung=HUNG_S[column])
+    run(crew, {name: spec for name, spec in every.items() if _row(name) in rows}, journal)
+
+
+def _row(cell: str) -> str:
+    """NAME METHOD of COLUMN|NAME METHOD."""
+    return cell.partition("|")[2]
 
 
 def told(chosen: Sequence[str], cells: Mapping[str, Any], code: str) -> dict[str, Any]:
@@ -69,7 +87,7 @@ def told(chosen: Sequence[str], cells: Mapping[str, Any], code: str) -> dict[str
 
 
 def _columns(name: str, method: str, cells: Mapping[str, Any]) -> dict[str, Any]:
-    found = ((column, cells.get(f"{column}|{name} {method}")) for column in (ONE, DOUBLE, *RANKS))
+    found = ((column, cells.get(f"{column}|{name} {method}")) for column in (ONE, DOUBLE, *RANKS, *DOUBLES.values()))
     return {column: _named(cell, name) for column, cell in found if cell is not None}
 
 

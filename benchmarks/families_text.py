@@ -8,11 +8,13 @@ from typing import Any
 from benchmarks.matrix_text import ROOT, among, as_json
 
 ONE, DOUBLE, RANKS = "single", "float64", ("fsdp x2", "zero3 x2")
+DOUBLES = {column: f"{column} {DOUBLE}" for column in RANKS}
+"""Column of two ranks -> the same in float64."""
 METHODS = ("lora", "full")
 BOUNDS = {"plain": 1e-5, "packed": 1e-5, "again": 1e-6, "export": 1e-4, **dict.fromkeys(RANKS, 1e-5)}
 """Column -> the largest relative difference that is right."""
 ROUNDING = 1e-9
-"""Of plain, measured again in float64: it is right where its difference in fp32 is beyond its bound by rounding."""
+"""Of what is measured again in float64: it is right where its difference in fp32 is beyond its bound by rounding."""
 
 DATA, PAGE = ROOT / "dsft" / "families.json", ROOT / "docs" / "families.md"
 CODE = (
@@ -28,10 +30,10 @@ Every causal language model class of transformers, as a small random model of it
 of block that it has, trained for 3 optimizer steps in fp32. Windows, chunks and original rope lengths are 8 to 16
 tokens, rows up to 75. The numbers are largest relative differences of loss and gradient norm over these steps:
 
-- plain: to transformers, and PEFT for LoRA, in a process without dsft that computes each example alone; where rounding
-  grows beyond the bound, as in some recurrences, the same in float64 stands beside it;
+- plain: to transformers, and PEFT for LoRA, in a process without dsft that computes each example alone;
 - packed: as dsft computes them to one by one (`train.micro_batch_tokens=1`), as a model that is alone always is;
-- fsdp x2, zero3 x2: two ranks to one process;
+- fsdp x2, zero3 x2: two ranks to one process; in these columns and in plain, where rounding grows beyond the bound, as
+  in some recurrences, the same in float64 stands beside it;
 - again: `train.gradient_checkpointing=full` to none;
 - export: of the logits of the longest row, relative to the largest, that the exported adapter or whole model gives in a
   process without dsft, to those of the model that was trained.
@@ -147,6 +149,13 @@ def _reasons(data: Mapping[str, Any]) -> Iterator[str]:
     alone = {name: row["reason"] for name, row in data["rows"].items() if row["verdict"] in ("alone", "own attention")}
     yield from ["", "## Why examples are alone", ""] if alone else []
     yield from (f"- {name}: {reason}" for name, reason in alone.items())
+    apart = {
+        f"{name}, {method}, {column}": cells[column]["why"]
+        for name, row in data["rows"].items() for method, cells in row["methods"].items()
+        for column in RANKS if "why" in cells.get(column, {})
+    }  # fmt: skip
+    yield from ["", "## Which strategies are refused", ""] if apart else []
+    yield from (f"- {name}: {why}" for name, why in apart.items())
     for word, title in (("refused", "What is refused, and why"), ("unmade", "What could not be made")):
         found: dict[tuple[str, str], list[str]] = {}
         for name, row in data["rows"].items():

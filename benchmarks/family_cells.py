@@ -8,6 +8,7 @@ import faulthandler
 import gc
 import json
 import os
+import re
 import shutil
 import sys
 import time
@@ -43,6 +44,9 @@ RATE, EPS = 1e-2, 1e-4
 """Of AdamW for adapters, of plain SGD for the whole model. With AdamW's usual eps, gradients that are but rounding
 would be steps: those of a router that chooses one expert, whose weight is 1, say.
 """
+
+REFUSED = re.compile(r"strategy must .*, got ")
+"""How dsft refuses a strategy, on every rank before anything is sharded."""
 
 PROMPTS = (5, 40, 12, 30, 8, 50, 3, 25, 20, 35, 15, 45)
 """Letters of each row's prompt; half as many are supervised. The model's windows and chunks are 8 to 16 tokens."""
@@ -202,9 +206,14 @@ def _same(cell: dict[str, Any], other: dict[str, Any]) -> float:
 
 
 def both(spec: FamilySpec, world: World) -> dict[str, Any]:
-    """Losses and norms on two ranks. Collective."""
+    """Losses and norms on two ranks, or why the strategy is refused for this model. Collective."""
     composed = compose(words(spec))
-    return trained(composed, world, family_on_ranks(composed.run.model.resolve(), world))
+    try:
+        return trained(composed, world, family_on_ranks(composed.run.model.resolve(), world))
+    except ValueError as error:
+        if not REFUSED.match(str(error)):
+            raise
+        return {"refused": str(error)}
 
 
 def _run(job: Job, rank: int, world: World, beside: Plain) -> None:

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from benchmarks.families_text import BOUNDS, DOUBLE, ONE, RANKS, ROUNDING
+from benchmarks.families_text import BOUNDS, DOUBLE, DOUBLES, ONE, RANKS, ROUNDING
 from benchmarks.family_shapes import Kind
 from benchmarks.verdicts import differences
 
@@ -45,20 +45,19 @@ def _method(kind: Kind, cells: Mapping[str, Any]) -> dict[str, Any]:
 def _verdicts(kind: Kind, single: Mapping[str, Any], cells: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     for column, bound in BOUNDS.items():
         if column in RANKS:
-            yield column, _on_ranks(cells.get(column), single, bound)
+            yield column, _on_ranks(cells.get(column), single, bound, _double(cells, column))
         elif column not in single:
             yield column, {"none": "random" if kind.drops and column == "plain" else "not computed again"}
         elif isinstance(single[column], dict):
             yield column, {"red": single[column]["failed"]}
-        elif column == "plain" and DOUBLE in cells:
-            yield column, _rounded(single[column], cells[DOUBLE])
+        elif column == "plain" and DOUBLE in cells and not single[column] <= bound:
+            yield column, _rounded(single[column], cells[DOUBLE].get("plain"))
         else:
             yield column, _held(single[column], bound)
 
 
-def _rounded(off: float, cell: Mapping[str, Any]) -> dict[str, Any]:
+def _rounded(off: float, double: Any) -> dict[str, Any]:
     """off, beyond its bound in fp32, with what it is in float64; red where that is no rounding either."""
-    double = cell.get("plain")
     if not isinstance(double, float):
         return {"red": f"differs by {off:.1e}, and gives nothing in float64"}
     said = _held(double, ROUNDING)
@@ -67,12 +66,23 @@ def _rounded(off: float, cell: Mapping[str, Any]) -> dict[str, Any]:
     return {"off": float(f"{off:.1e}"), "double": said["off"]}
 
 
-def _on_ranks(cell: Mapping[str, Any] | None, single: Mapping[str, Any], bound: float) -> dict[str, Any]:
+def _double(cells: Mapping[str, Any], column: str) -> float | None:
+    """How far two ranks are from one process in float64, if both were run."""
+    one, two = cells.get(DOUBLE, {}), cells.get(DOUBLES[column], {})
+    return max(differences(two, one)) if "losses" in one and "losses" in two else None
+
+
+def _on_ranks(
+    cell: Mapping[str, Any] | None, single: Mapping[str, Any], bound: float, double: float | None
+) -> dict[str, Any]:
     if cell is None:
         return {"none": "not run"}
+    if "refused" in cell:
+        return {"none": "refused", "why": cell["refused"]}
     if "crashed" in cell:
         return {"red": cell["crashed"]}
-    return _held(max(differences(cell, single)), bound)
+    off = max(differences(cell, single))
+    return _held(off, bound) if off <= bound or double is None else _rounded(off, double)
 
 
 def _held(off: float, bound: float) -> dict[str, Any]:

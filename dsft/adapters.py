@@ -33,6 +33,7 @@ from dsft.methods import native
 from dsft.methods.stored import shapes
 from dsft.models.anatomy import dissect
 from dsft.models.build import build_meta
+from dsft.models.generation import generate
 from dsft.models.lineage import Lineage
 from dsft.models.materialize import materialize
 from dsft.models.progress import no_progress_bars
@@ -156,7 +157,6 @@ class Adapters:
             self.switch(before)
         return answers
 
-    @torch.no_grad()
     def answer(
         self,
         messages: Sequence[Mapping[str, str]],
@@ -172,19 +172,14 @@ class Adapters:
         """
         tokens, left = self._fitting(messages)
         room = max_new_tokens if left is None else min(max_new_tokens, left)
-        ids = torch.tensor([tokens], device=self.device)
-        drawn: dict[str, Any] = {"do_sample": temperature > 0}
-        if temperature > 0:
-            drawn |= {"temperature": temperature, "top_k": 0}  # of all tokens
         autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
         with autocast, warnings.catch_warnings():
             # of PEFT 0.21 on prompts: the model then counts by its cache, which has the virtual tokens too
             warnings.filterwarnings("ignore", "Position ids are not supported for parameter efficient tuning")
-            out = self._models[self.current].generate(
-                input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=room, streamer=streamer, **drawn
-            )
-        text: str = self.tokenizer.decode(out[0, len(tokens) :], skip_special_tokens=True)
-        return text.strip()
+            return generate(
+                self._models[self.current], self.tokenizer, [torch.tensor(tokens)], max_new_tokens=room,
+                device=self.device, temperature=temperature, streamer=streamer,
+            )[0]  # fmt: skip
 
     def check(self, messages: Sequence[Mapping[str, str]]) -> None:
         """Raise ValueError, one line, if the current one cannot answer messages: more tokens than it knows, or none."""

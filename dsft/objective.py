@@ -110,8 +110,14 @@ class Batch:
 class Scorer(Protocol):
     """Calls the model on a batch."""
 
-    def score(self, batch: Batch) -> Tensor:
-        """(P,) float32: -log p in nats of each supervised target, given its own segment before it."""
+    def score(self, batch: Batch, *, temperature: float = 1.0) -> Tensor:
+        """(P,) float32: -log p in nats of each supervised target, given its own segment before it.
+
+        temperature: what all logits are divided by.
+        """
+
+    def score_with_entropy(self, batch: Batch, *, temperature: float = 1.0) -> Tensor:
+        """(2, P) float32: the scores, and below them the entropy in nats of each distribution, without a gradient."""
 
     def outputs(self, batch: Batch) -> Tensor:
         """(S, labels) float32: what the model's head gives of each segment, at its last token."""

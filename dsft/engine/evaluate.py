@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -15,6 +14,7 @@ from dsft.engine.assemble import Session, autocast
 from dsft.engine.tally import Measured, Tally, counted
 from dsft.models.attention import CACHED
 from dsft.models.attention import NAME as RAGGED
+from dsft.models.generation import generate
 from dsft.objective import Batch
 
 ANSWERS_AT_ONCE = 64
@@ -133,28 +133,15 @@ def _cached(session: Session) -> Iterator[None]:
 
 def _generate(session: Session, data: Dataset, rows: list[int]) -> list[str]:
     assert data.eval is not None
-    tokenizer: Any = session.tokenizer
-    prompts = [torch.tensor(data.eval.prompt(row).tolist()) for row in rows]
-    width = max(len(prompt) for prompt in prompts)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    tokens = torch.full((len(rows), width), pad)
-    mask = torch.zeros_like(tokens)
-    for index, prompt in enumerate(prompts):
-        tokens[index, width - len(prompt) :] = prompt
-        mask[index, width - len(prompt) :] = 1
-    device = session.world.device
-    out = session.model.generate(
-        input_ids=tokens.to(device),
-        attention_mask=mask.to(device),
+    return generate(
+        session.model,
+        session.tokenizer,
+        [torch.tensor(data.eval.prompt(row).tolist()) for row in rows],
         max_new_tokens=int(data.eval.supervised.max()) + 2,
-        do_sample=False,
-        use_cache=True,
-        pad_token_id=pad,
+        device=session.world.device,
         eos_token_id=_ends(session),
         synced_gpus=session.world.size > 1,
     )
-    texts: list[str] = tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)
-    return [text.strip() for text in texts]
 
 
 def _ends(session: Session) -> list[int]:

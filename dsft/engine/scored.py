@@ -27,6 +27,15 @@ def one_by_one(model: Any, examples: Sequence[Tensor]) -> Found:
     return _with_gradient(model, scores)
 
 
+@torch.no_grad()
+def evaluated(model: Any, example: Tensor) -> Tensor:
+    """Logits (T, V) of one example by the class itself in evaluation, where some take another path than in training."""
+    model.eval()
+    logits: Tensor = model(input_ids=example[None], use_cache=False).logits[0]
+    model.train()
+    return logits
+
+
 def scored(model: Any, examples: Sequence[Tensor], *, packed: bool) -> Found:
     """Scores and gradient as dsft calls the model: in one row, or a row each."""
     model.zero_grad()

@@ -23,7 +23,7 @@ from dsft.comm.world import World
 from dsft.engine.dropout import keyed
 from dsft.engine.head_trial import require_head
 from dsft.engine.recompute import recompute
-from dsft.engine.scored import Found, apart, off, one_by_one, scored
+from dsft.engine.scored import Found, apart, evaluated, off, one_by_one, scored
 from dsft.models import calling, scoring
 from dsft.models.anatomy import dissect
 from dsft.models.build import OwnAttentionError, build_meta, persistent_buffers
@@ -88,6 +88,7 @@ def _examine(files: ModelFiles, config: Any) -> Family:
             fill(reference)
             examples = [torch.randint(3, config.get_text_config().vocab_size - 2, (length,)) for length in LENGTHS]
             truth = one_by_one(reference, examples)
+            evaluated(reference, examples[-1])
             _write(reference, Path(folder))
         except Exception as error:  # whatever the class raises over this configuration
             raise _UnusableError from error

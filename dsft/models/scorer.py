@@ -1,5 +1,7 @@
 """The one place that calls a model on a batch."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -13,21 +15,30 @@ class Scorer:
     def __init__(self, module: nn.Module, *, packs: bool) -> None:
         self.module, self.packs = module, packs
 
-    def score(self, batch: Batch) -> Tensor:
+    def score(self, batch: Batch, *, temperature: float = 1.0) -> Tensor:
         """(P,) float32: -log p in nats of each supervised target, given its own segment before it.
 
-        A batch without a supervised token gives an empty tensor that still has a gradient path.
+        temperature: what all logits are divided by. A batch without a supervised token gives an empty tensor that still
+        has a gradient path.
         """
+        return self._scores(batch, temperature=temperature)[0]
+
+    def score_with_entropy(self, batch: Batch, *, temperature: float = 1.0) -> Tensor:
+        """(2, P) float32: the scores, and below them the entropy in nats of each distribution, without a gradient."""
+        return self._scores(batch, temperature=temperature, entropy=True)
+
+    def _scores(self, batch: Batch, **how: Any) -> Tensor:
+        """(1 or 2, P), as score and score_with_entropy give them."""
         if self.packs or len(batch.lengths) == 1:
-            return self._call(batch.tokens, batch.positions, batch.lengths, batch.supervised, batch.targets)
+            return self._call(batch.tokens, batch.positions, batch.lengths, batch.supervised, batch.targets, how)
         first, scores = 0, []
         parts = (part.split(batch.lengths) for part in (batch.tokens, batch.positions, batch.targets))
         places = batch.supervised.split(batch.answers)
         for *segment, supervised in zip(*parts, places, strict=True):
             tokens, positions, targets = segment
-            scores.append(self._call(tokens, positions, (len(tokens),), supervised - first, targets))
+            scores.append(self._call(tokens, positions, (len(tokens),), supervised - first, targets, how))
             first += len(tokens)
-        return torch.cat(scores)
+        return torch.cat(scores, 1)
 
     def outputs(self, batch: Batch) -> Tensor:
         """(S, labels) float32: what the model's head gives of each segment, at its last token."""
@@ -50,7 +61,13 @@ class Scorer:
         return logits[0]
 
     def _call(
-        self, tokens: Tensor, positions: Tensor, lengths: tuple[int, ...], supervised: Tensor, targets: Tensor
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        lengths: tuple[int, ...],
+        supervised: Tensor,
+        targets: Tensor,
+        how: dict[str, Any],
     ) -> Tensor:
         scores: Tensor = self.module(
             input_ids=tokens[None],
@@ -59,5 +76,6 @@ class Scorer:
             logits_to_keep=supervised,
             targets=targets[supervised],
             use_cache=False,
-        ).logits  # (1, supervised)
-        return scores[0]
+            **how,
+        ).logits  # (1 or 2, supervised)
+        return scores

@@ -80,7 +80,8 @@ def small_copies(config: Any, build: Any, *, vocabulary: int = VOCABULARY) -> It
 def _scales(config: Any) -> Iterator[tuple[int, int]]:
     """What widths of heads and numbers of heads are divided by, the smallest copy first."""
     narrow, few = _factors(config.to_dict())
-    yield from dict.fromkeys([(narrow, few), (max(1, narrow // 2), few), (narrow, 1), (1, 1)])
+    half, quarter = max(1, narrow // 2), max(1, narrow // 4)
+    yield from dict.fromkeys([(narrow, few), (half, few), (quarter, few), (narrow, 1), (1, 1)])
 
 
 def _copy_of(config: Any, build: Any, sizes: tuple[int, int, int, int], kinds: set[Any]) -> Any | None:

@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +11,20 @@ import pytest
 import torch
 import yaml
 from dsft_launchers.verdict import RefusedError
+from torch import Tensor
 
 from benchmarks.matrix_rows import chosen
 from dsft.compose import compose
 from dsft.data.batch import build_batch
-from dsft.engine.assemble import skeleton
+from dsft.data.open import Dataset
+from dsft.engine import step as steps
+from dsft.engine.assemble import Session, skeleton
 from dsft.engine.evaluate import evaluate
+from dsft.engine.forward import forward
 from dsft.engine.loop import step_batches
 from dsft.engine.step import train_step
+from dsft.models.scorer import Scorer
+from dsft.objective import Batch
 from tests.contract.sessions import FOLDERS, METHODS, composed_of, covering, left_by, session_of
 
 OBJECTIVES = sorted({path.stem for folder in FOLDERS for path in (folder / "objective").glob("*.yaml")})
@@ -33,24 +40,38 @@ def _words(objective: str, place: Path) -> list[str]:
     return [f"objective={objective}", *chosen(wants, place), "data.eval_fraction=0.3"]
 
 
+def _second(session: Session, data: Dataset, *, silent: bool = False, patch: Any = None) -> dict[str, float]:
+    """What the second step of two gives. patch: plants a mean over micro-batches of each one's own mean."""
+    for step in (1, 2):
+        batches = step_batches(session, data, step)[1]
+        if silent:
+            beside = batches[0].beside
+            beside = beside if beside is None else replace(beside, counts=False)
+            batches.insert(1, replace(batches[0], counts=False, beside=beside))
+        if patch:
+            units = [session.run.objective.count(batch) for batch in batches]
+            patch.setattr(steps, "forward", partial(_mean_of_means, torch.stack(units).sum(0) / len(units)))
+        result = train_step(session, batches, step, 1.0)
+    return {**result.named, "grad_norm": result.grad_norm}
+
+
+def _mean_of_means(units: Tensor, session: Session, step: int, index: int, batch: Batch) -> tuple[Tensor, Any]:
+    terms, metrics = forward(session, step, index, batch)
+    return terms * units / session.run.objective.count(batch).clamp(min=1), metrics
+
+
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_micro_batches_and_silence_change_nothing(objective: str, place: Path) -> None:
-    """Packed, one by one, and with a silent micro-batch: the same loss, measures and gradient norm."""
-    found = []
-    for budget, silent in ((1, False), (4000, False), (1, True)):
-        session, data = session_of(
-            "lora", *_words(objective, place), f"train.micro_batch_tokens={budget}", "train.global_batch_size=5"
-        )
-        for step in (1, 2):
-            batches = step_batches(session, data, step)[1]
-            if silent:
-                beside = batches[0].beside
-                beside = beside if beside is None else replace(beside, counts=False)
-                batches.insert(1, replace(batches[0], counts=False, beside=beside))
-            result = train_step(session, batches, step, 1.0)
-        found.append({**result.named, "grad_norm": result.grad_norm})
-    for other in found[1:]:
-        assert other == pytest.approx(found[0], rel=1e-5, abs=1e-7)
+def test_micro_batches_and_silence_change_nothing(objective: str, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One by one, packed, and in groups of several sizes with a silent one: equal losses, measures and norms."""
+    words = [*_words(objective, place), "train.global_batch_size=5"]
+    session, data = session_of("lora", *words, "train.micro_batch_tokens=1")
+    groups = 2 * max(session.lengths(data.train, range(len(data.train))))
+    found = _second(session, data)
+    for budget, silent in ((4000, False), (groups, True)):
+        other = _second(*session_of("lora", *words, f"train.micro_batch_tokens={budget}"), silent=silent)
+        assert other == pytest.approx(found, rel=1e-5, abs=1e-7)
+    planted = _second(*session_of("lora", *words, f"train.micro_batch_tokens={groups}"), patch=monkeypatch)
+    assert planted["loss"] != pytest.approx(found["loss"], rel=1e-5)
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
@@ -66,6 +87,17 @@ def test_an_evaluation_divides_as_a_step_does(objective: str, place: Path) -> No
     assert {"loss"} | session.run.objective.measures.keys() == found.keys() - {
         f"loss/{x}" for x in session.run.objective.terms
     }
+
+
+def test_scores_and_entropies_are_the_same_one_by_one(place: Path) -> None:
+    session, data = session_of("lora", *_words("dpo", place))
+    batch = step_batches(session, data, 1)[1][0]
+    packed, alone = session.scorer, Scorer(session.module, packs=False)
+    found = packed.score_with_entropy(batch, temperature=0.7)
+    torch.testing.assert_close(alone.score_with_entropy(batch, temperature=0.7), found)
+    torch.testing.assert_close(packed.score(batch, temperature=0.7), found[0])
+    assert not torch.allclose(packed.score(batch), found[0])
+    assert bool((found[1] > 0).all())
 
 
 @pytest.mark.parametrize("method", covering(name for name in METHODS if name not in NOISY))

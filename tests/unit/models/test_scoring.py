@@ -78,6 +78,28 @@ def test_scores_are_the_cross_entropy_of_whole_logits(
         assert (one[key] - other[key]).norm() <= bound * one[key].norm(), key
 
 
+@pytest.mark.parametrize("learns", [False, True], ids=["frozen head", "head learns"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_temperature_divides_the_logits_and_entropies_stand_below(
+    name: str, learns: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scoring, "AT_ONCE", 3 * 97)
+    plain, ours = made(name)
+    for model in (plain, ours):
+        model.get_output_embeddings().weight.requires_grad_(learns)
+    tokens, places, targets = batch()
+    asked = {"input_ids": tokens, "logits_to_keep": places, "use_cache": False}
+    spread = torch.distributions.Categorical(logits=plain(**asked).logits[0] / 0.7)
+    got = ours(**asked, targets=targets, temperature=0.7, entropy=True).logits
+    torch.testing.assert_close(got, torch.stack([-spread.log_prob(targets), spread.entropy()]))
+    weights = torch.rand(len(places))
+    one = gradients(plain, -(spread.log_prob(targets) * weights).sum())
+    other = gradients(ours, (got[0] * weights).sum())
+    assert one.keys() == other.keys()
+    for key in one:
+        assert (one[key] - other[key]).norm() <= 1e-5 * one[key].norm(), key
+
+
 def test_without_targets_it_gives_logits(monkeypatch: pytest.MonkeyPatch) -> None:
     plain, ours = made("plain")
     tokens, places, targets = batch()
@@ -101,6 +123,6 @@ def test_logits_never_exist_all_at_once(monkeypatch: pytest.MonkeyPatch) -> None
     hidden = torch.randn(64, 16, requires_grad=True)
     weight, targets = torch.randn(50_000, 16), torch.randint(50_000, (64,))
     with torch.profiler.profile(profile_memory=True, acc_events=True) as profile:
-        scoring._Score.apply(hidden, weight, None, targets).sum().backward()
+        scoring._Score.apply(hidden, weight, None, targets, 1.0, True).sum().backward()
     largest = max(event.cpu_memory_usage for event in profile.events())
     assert largest < 64 * 50_000 * 4 / 8
