@@ -28,6 +28,7 @@ from dsft.models.family import PACKS, Family
 from dsft.models.files import ModelFiles
 from dsft.models.heads import head_tensors
 from dsft.models.lineage import Lineage
+from dsft.models.routing import routes
 from dsft.models.scorer import Scorer
 from dsft.protocols import Anatomy
 
@@ -117,11 +118,8 @@ def skeleton(run: Run, files: ModelFiles, family: Family = PACKS) -> Skeleton:
             param.data = param.data.float()
     silenced = tuple(silence(model)) if run.objective.compares else ()
     draws = keyed(model, anatomy, run.train.seed, run.method.positions)
-    if draws.functional and run.train.compile is True:
-        raise ValueError(
-            f"train.compile must be false or auto where a model may drop without a module ({draws.functional} of its "
-            "configuration), got true; set train.compile=false"
-        )
+    if run.train.compile is True:
+        _check_compiled(run, model, anatomy, draws)
     return Skeleton(model, anatomy, of_base, stored, reference, family, draws, silenced)
 
 
@@ -140,6 +138,21 @@ def _check_family(run: Run, model: nn.Module, family: Family) -> None:
         )
     if not family.ragged and run.train.compile is True:
         raise ValueError(f"train.compile must be false for {name}, which computes attention in its own way, got true")
+
+
+def _check_compiled(run: Run, model: nn.Module, anatomy: Anatomy, draws: Draws) -> None:
+    """Refuse train.compile=true where a compiled block would draw or choose in its own way."""
+    if draws.functional:
+        raise ValueError(
+            f"train.compile must be false or auto where a model may drop without a module ({draws.functional} of its "
+            "configuration), got true; set train.compile=false"
+        )
+    if routes(anatomy) and run.train.gradient_checkpointing != "none":
+        raise ValueError(
+            "train.compile must be false or auto where blocks with experts are computed again "
+            f"(train.gradient_checkpointing={run.train.gradient_checkpointing} on {type(model).__name__}), got true: a "
+            "program would choose experts anew; set train.compile=false, or train.gradient_checkpointing=none"
+        )
 
 
 def _check_head(model: nn.Module, anatomy: Anatomy, head: nn.Module) -> None:

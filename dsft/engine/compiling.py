@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from dsft.cache.root import make, own_root
 from dsft.config import Train
 from dsft.models.attention import NAME, ragged_attention
+from dsft.models.routing import routes
 from dsft.protocols import Anatomy, PackedLinear
 
 LONG = 1000
@@ -83,7 +84,8 @@ def compiler_for(train: Train, total: int, model: nn.Module, anatomy: Anatomy) -
     eager = [m for m in model.modules() if isinstance(m, PackedLinear) or hasattr(m, "never_compiled")]
     if wanted == "auto":
         able = all(hasattr(model.get_submodule(name), "gradient_checkpointing") for name in anatomy.blocks)
-        wanted = total >= LONG and able and not eager
+        once = train.gradient_checkpointing == "none" or not routes(anatomy)  # else a program chooses experts anew
+        wanted = total >= LONG and able and once and not eager
     if not wanted:
         return None
     for module in eager:

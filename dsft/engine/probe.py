@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from torch import Tensor
 from dsft.data.tokens import TokenSet
 from dsft.engine.assemble import Session, autocast
 from dsft.models.reach import reach
+from dsft.models.routing import CHOICE, Choices, routes
 
 LEAST = 64
 """Tokens of the row, where the model knows so many positions."""
@@ -66,10 +68,11 @@ def lengths_in(config: Mapping[str, Any]) -> Iterator[int]:
 
 
 def write_probe(session: Session, row: Row, path: Path, digest: str) -> None:
-    """Leave the live model's logits for row in path, for a fresh process to compare. Collective."""
+    """Leave the live model's logits for row, and its choices of experts, in path for a fresh process. Collective."""
     session.model.eval()
     device, length = session.world.device, len(row.tokens)
-    with torch.no_grad(), autocast(session):
+    choices = Choices()
+    with torch.no_grad(), autocast(session), choices if routes(session.anatomy) else nullcontext():
         logits = session.module(
             input_ids=row.tokens[None].to(device),
             position_ids=torch.arange(length, device=device)[None],
@@ -78,5 +81,6 @@ def write_probe(session: Session, row: Row, path: Path, digest: str) -> None:
             use_cache=False,
         ).logits.float()
     if session.world.rank == 0:
-        probe = {"tokens": row.tokens[None], "kept": row.kept, "logits": logits.cpu()}
+        chosen = {f"{CHOICE}{index:06}": choice.cpu() for index, choice in enumerate(choices.kept)}
+        probe = {"tokens": row.tokens[None], "kept": row.kept, "logits": logits.cpu(), **chosen}
         save_file({name: value.contiguous() for name, value in probe.items()}, path, metadata={"digest": digest})

@@ -8,6 +8,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from dsft.engine.dropout import Draws
+from dsft.models.routing import decided_once, routes
 from dsft.protocols import Anatomy
 
 Recompute = Literal["none", "selective", "full"]
@@ -24,7 +25,7 @@ def recompute(
     draws: Draws,
     run: Run | None = None,
 ) -> None:
-    """Mark the blocks: full = all, selective = every second one. Draws and torch's streams are restored.
+    """Mark the blocks: full = all, selective = every second one. Draws, choices and torch's streams are restored.
 
     Uses transformers' own gradient checkpointing layers, which hand over a block's forward instead of calling it, in
     training alone; run, where given, is what calls it. Reentrant checkpointing gives gradients only where a block's
@@ -33,8 +34,11 @@ def recompute(
     if what == "none" and run is None:
         return
 
+    routed = routes(anatomy)
+
     def again(forward: Run, *args: Any) -> Any:
-        return checkpoint(draws.held(forward), *args, use_reentrant=reentrant, preserve_rng_state=True)
+        same = draws.held(decided_once(forward) if routed else forward)
+        return checkpoint(same, *args, use_reentrant=reentrant, preserve_rng_state=True)
 
     for index, name in enumerate(anatomy.blocks):
         block = model.get_submodule(name)

@@ -82,11 +82,19 @@ def test_auto_compiles_long_runs_of_what_can_be_compiled() -> None:
         ((), compiling.LONG, True),
         ((), compiling.LONG - 1, False),
         (("method=qlora",), compiling.LONG, False),
+        (("model=tiny_moe",), compiling.LONG, True),
+        (("model=tiny_moe", "train.gradient_checkpointing=full"), compiling.LONG, False),
     ):
         run = compose(["model=tiny", "launcher=local", "tracker=[]", *words]).run
         bones = skeleton(run, run.model.resolve())
         assert (compiling.compiler_for(run.train, total, bones.model, bones.anatomy) is not None) == expected
     torch._dynamo.reset()
+
+
+def test_a_program_does_not_choose_experts_twice() -> None:
+    run = compose(["model=tiny_moe", "tracker=[]", "train.compile=true", "train.gradient_checkpointing=selective"]).run
+    with pytest.raises(ValueError, match=r"selective on Mixtral.*: a program would choose experts anew"):
+        skeleton(run, run.model.resolve())
 
 
 def test_without_a_compiler_auto_is_false_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
