@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from dsft_launchers.place import MEETING
 from dsft_launchers.verdict import WAY_OUT, DivergedError
 
-from dsft.compared import compare, digest_of
+from dsft.compared import ROUNDED, compare, digest_of
 from dsft.config import Run
 from dsft.learned import FLAG, learned
 from dsft.published import FOUND, PROBE, note
@@ -218,8 +218,8 @@ def _planned(run_dir: Path) -> tuple[int, int]:
 
 def _operations(session: "Session", parameters: int, tokens: int) -> float:
     """Multiplications and additions of what the fresh process computes."""
-    passes = 2 if session.anatomy.experts else 1  # a second one with the live model's choices, if it is needed
-    return 2.0 * parameters * tokens * passes
+    again = ROUNDED if session.run.train.precision == "bf16" else 0  # where the first pass leaves the bound
+    return 2.0 * parameters * tokens * (1 + again)
 
 
 def foreseen(session: "Session", run_dir: Path, watch: "Watch") -> str | None:

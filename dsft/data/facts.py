@@ -1,10 +1,12 @@
 """The audit states these facts of a set of rows before a run learns from them."""
 
+import hashlib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from dsft.data.encoded import Encoded
+from dsft.data.skipped import NAME
 
 if TYPE_CHECKING:
     from dsft.objective import Wants
@@ -23,12 +25,31 @@ def facts(
         lines.append(f"the chosen answer is the longer one in {100 * longer / len(kept):.0f} % of the pairs")
     if wants in ("rated", "labelled"):
         names = ["false", "true"] if wants == "rated" else labels
-        lines.append(_labels([int(each["label"]) for each in columns], names, numbered=wants == "labelled"))
+        found = [int(each["label"]) for each in columns]
+        lines.append(_labels(found, names, numbered=wants == "labelled"))
+        lines += _warnings(kept, found, names if wants == "labelled" else None)
     weights = [each.get("weight", 1.0) for each in columns]
     if any(weight != 1 for weight in weights):
         mean = sum(weights) / len(weights)
         lines.append(f"weights of rows: from {min(weights):g} to {max(weights):g}, {mean:.3g} on average")
     return lines
+
+
+def _warnings(kept: Sequence[Encoded], found: Sequence[int], names: Sequence[str] | None) -> Iterator[str]:
+    """What is odd about the labels: one that no row has, and rows that differ in nothing else."""
+    absent = [name for number, name in enumerate(names or ()) if number not in set(found)]
+    if absent:
+        yield (
+            f"warning: no row that is kept has the label {', '.join(absent[:_MOST])}, which data.labels lists: nothing "
+            f"teaches it; the rows that are left out, and why, stand in {NAME}"
+        )
+    first: dict[bytes, int] = {}
+    others = sum(
+        first.setdefault(hashlib.blake2b(row.tokens.tobytes(), digest_size=16).digest(), label) != label
+        for row, label in zip(kept, found, strict=True)
+    )
+    if others:
+        yield f"warning: {others} rows have the text of an earlier row and another label"
 
 
 def _labels(found: Sequence[int], names: Sequence[str] | None, *, numbered: bool) -> str:

@@ -15,7 +15,7 @@ from torch import Tensor
 from dsft.data.tokens import TokenSet
 from dsft.engine.assemble import Session, autocast
 from dsft.models.reach import reach
-from dsft.models.routing import CHOICE, Choices, routes
+from dsft.models.routing import Recorded, routes
 
 LEAST = 64
 """Tokens of the row, where the model knows so many positions."""
@@ -71,7 +71,7 @@ def write_probe(session: Session, row: Row, path: Path, digest: str) -> None:
     """Leave the live model's logits for row, and its choices of experts, in path for a fresh process. Collective."""
     session.model.eval()
     device, length = session.world.device, len(row.tokens)
-    choices = Choices()
+    choices = Recorded()
     with torch.no_grad(), autocast(session), choices if routes(session.anatomy) else nullcontext():
         logits = session.module(
             input_ids=row.tokens[None].to(device),
@@ -81,6 +81,5 @@ def write_probe(session: Session, row: Row, path: Path, digest: str) -> None:
             use_cache=False,
         ).logits.float()
     if session.world.rank == 0:
-        chosen = {f"{CHOICE}{index:06}": choice.cpu() for index, choice in enumerate(choices.kept)}
-        probe = {"tokens": row.tokens[None], "kept": row.kept, "logits": logits.cpu(), **chosen}
+        probe = {"tokens": row.tokens[None], "kept": row.kept, "logits": logits.cpu(), **choices.as_tensors()}
         save_file({name: value.contiguous() for name, value in probe.items()}, path, metadata={"digest": digest})

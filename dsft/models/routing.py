@@ -1,10 +1,11 @@
 """Which experts a token goes to, decided once: a pass that is computed again takes the choices of the first.
 
-A router chooses by torch.topk. Where two scores are equal but for rounding, a second pass may choose otherwise (another
-kernel, another order of sums), and its gradient would be of another model than the loss, without an error.
+A router chooses by torch.topk, or by the largest. Where two scores are equal but for rounding, a second pass may choose
+otherwise (another kernel, another order of sums), and its gradient would be of another model than the loss, without an
+error.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,9 +14,12 @@ from torch.overrides import TorchFunctionMode
 
 from dsft.protocols import Anatomy
 
-CHOOSE = (torch.topk, Tensor.topk)
-CHOICE = "choice."
-"""Beginning of the names of choices in the probe of a result, in the order in which the model made them."""
+TOPK, MAX, ARGMAX = (torch.topk, Tensor.topk), (torch.max, Tensor.max), (torch.argmax, Tensor.argmax)
+"""Functions that choose; the last two by the place of the largest."""
+KEPT, SCORES = "choice.", "score."
+"""Beginnings of the names of choices and their scores in a file, in the order in which the model made them."""
+ROWS = 48
+"""Rows of scores, the last ones of each call, that are compared between two processes."""
 
 
 def routes(anatomy: Anatomy) -> bool:
@@ -29,15 +33,18 @@ def _below(name: str, block: str) -> bool:
 
 
 class Choices(TorchFunctionMode):
-    """Keeps the indices of each call of topk inside of it, in order; inside of it again, they are taken in their place.
+    """Keeps the indices that each call of TOPK, MAX and ARGMAX inside of it gives, in order; later passes take those.
 
-    kept: from an earlier pass, each (..., k) int64, on the device of the scores. The values are gathered by the indices
-    in either case, so that autograd saves the same tensors in both.
+    kept: each (..., k) int64, on the device of the scores. The values are gathered by the indices in either case, so
+    that autograd saves the same tensors in both.
     """
 
-    def __init__(self, kept: Sequence[Tensor] | None = None) -> None:
+    functions: tuple[Any, ...] = (*TOPK, *MAX, *ARGMAX)
+
+    def __init__(self) -> None:
         super().__init__()
-        self.kept, self.replays, self.at = list(kept or ()), kept is not None, 0
+        self.kept: list[Tensor] = []
+        self.replays, self.at = False, 0
 
     def __enter__(self) -> Any:
         """Begin a pass."""
@@ -50,14 +57,27 @@ class Choices(TorchFunctionMode):
         super().__exit__(*error)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Call func, but for topk, which chooses once."""
+        """Call func, but for what chooses, which does so once."""
         kwargs = kwargs or {}
-        if func not in CHOOSE:
+        if func not in self.functions:
             return func(*args, **kwargs)
-        scores, dim = args[0] if args else kwargs["input"], kwargs.get("dim", args[2] if len(args) > 2 else -1)
-        with torch.no_grad():
-            indices = self.taken(scores, dim, lambda: func(*args, **kwargs).indices)
-        return torch.return_types.topk((scores.gather(dim, indices), indices))
+        if func in TOPK:
+            scores, dim = args[0] if args else kwargs["input"], kwargs.get("dim", args[2] if len(args) > 2 else -1)
+            indices = self._taken(scores, dim, lambda: func(*args, **kwargs).indices)
+            return torch.return_types.topk((scores.gather(dim, indices), indices))
+        if func in (*MAX, *ARGMAX) and isinstance(dim := kwargs.get("dim", args[1] if len(args) > 1 else None), int):
+            scores, keepdim = args[0] if args else kwargs["input"], kwargs.get("keepdim", len(args) > 2 and args[2])
+            indices = self._taken(scores, dim, lambda: scores.argmax(dim, keepdim=True))
+            values = scores.gather(dim, indices)
+            if not keepdim:
+                values, indices = values.squeeze(dim), indices.squeeze(dim)
+            return torch.return_types.max((values, indices)) if func in MAX else indices
+        return func(*args, **kwargs)
+
+    @torch.no_grad()
+    def _taken(self, scores: Tensor, dim: int, own: Callable[[], Tensor]) -> Tensor:
+        with torch._C.DisableTorchFunction():
+            return self.taken(scores, dim, own)
 
     def taken(self, scores: Tensor, dim: int, own: Callable[[], Tensor]) -> Tensor:
         """The indices of the next call; own gives those that it chooses itself."""
@@ -67,32 +87,58 @@ class Choices(TorchFunctionMode):
         return self.kept[self.at - 1]
 
 
-class Compared(Choices):
-    """Takes the choices of another process, and tells how far they are from those that this one would make.
+class Recorded(Choices):
+    """Keeps the scores of the last ROWS of each topk beside its choices. scores: each (..., ROWS, E) float32."""
 
-    Where a soft prompt stands before the tokens, its rows choose for themselves. short: the most by which a score that
-    was chosen there is below the least that is chosen here, relative to the largest score. Raises ValueError where this
+    functions = TOPK
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scores: list[Tensor] = []
+
+    def taken(self, scores: Tensor, dim: int, own: Callable[[], Tensor]) -> Tensor:
+        """As in any first pass."""
+        self.scores.append(scores[..., -ROWS:, :].float())
+        return super().taken(scores, dim, own)
+
+    def as_tensors(self) -> dict[str, Tensor]:
+        """Choices and scores by names for a file, on CPU."""
+        both = {KEPT: self.kept, SCORES: self.scores}
+        return {f"{name}{at:06}": each.cpu() for name, found in both.items() for at, each in enumerate(found)}
+
+
+class Compared(Choices):
+    """Takes another process's choices by topk, and tells how far its scores were from those of this one.
+
+    tensors: of Recorded, or none; they are taken out of it. Where a soft prompt stands before the tokens, its rows
+    choose for themselves. off: the largest difference, relative to the largest score. Raises ValueError where this
     process makes other calls.
     """
 
-    def __init__(self, kept: Sequence[Tensor]) -> None:
-        super().__init__(kept)
-        self.short = 0.0
+    functions = TOPK
+
+    def __init__(self, tensors: dict[str, Tensor]) -> None:
+        super().__init__()
+        self.kept, self.scores = (
+            [tensors.pop(name) for name in sorted(tensors) if name.startswith(start)] for start in (KEPT, SCORES)
+        )
+        self.replays, self.off = True, 0.0
 
     def taken(self, scores: Tensor, dim: int, own: Callable[[], Tensor]) -> Tensor:
         """The kept indices, behind those of a soft prompt."""
         mine = own()
         if self.at == len(self.kept):
             raise ValueError(f"it chooses more than {len(self.kept)} times")
+        theirs = self.scores[self.at].to(scores.device)
         kept = super().taken(scores, dim, own).to(mine.device)
         rows = kept.shape[-2]
-        if kept.shape != mine[..., -rows:, :].shape:
+        seen = scores[..., -theirs.shape[-2] :, :]
+        if kept.shape != mine[..., -rows:, :].shape or theirs.shape != seen.shape:
             raise ValueError(f"choice {self.at} is of shape {tuple(mine.shape)}, and was {tuple(kept.shape)}")
-        kept = torch.cat([mine[..., :-rows, :], kept], -2)
-        least, theirs = scores.gather(dim, mine).amin(dim, keepdim=True), scores.gather(dim, kept)
-        largest = scores.where(scores.isfinite(), 0).abs().max()
-        self.short = max(self.short, float(((least - theirs) / largest).max()))
-        return kept
+        known = theirs.isfinite()  # what a router leaves out has no score
+        off = (seen - theirs)[known].abs().max() / theirs[known].abs().max()
+        self.off = max(self.off, float(off))
+        return torch.cat([mine[..., :-rows, :], kept], -2)
 
 
 def decided_once(forward: Callable[..., Any]) -> Callable[..., Any]:

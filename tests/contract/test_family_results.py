@@ -87,7 +87,7 @@ def test_a_whole_result_holds_the_buffers_of_its_base(
     _zero_the_bias(place, unnoticed=True)
     found = compare(session.run, place)
     assert found["same"] is False
-    assert found["different"].startswith("other choices of experts: by ")
+    assert found["different"].startswith("other scores of experts: scores_off 0.")
 
 
 def test_a_merged_export_keeps_the_type_of_a_buffer(folders: dict[str, Path], tmp_path: Path) -> None:

@@ -1,11 +1,13 @@
 """What is said of logits that are not those of the live model, and of choices of experts that are not its own."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from torch import Tensor
 
-from dsft.compared import BOUNDS, judged
-from dsft.models.routing import Compared
+from dsft.compared import BEYOND, BOUNDS, judged
+from dsft.models.routing import Compared, Recorded
 
 LIVE = torch.linspace(-1, 1, 64 * 5).view(1, 64, 5)  # largest logit 1
 
@@ -16,33 +18,64 @@ def _moved(*places: int, by: float = 0.5) -> Tensor:
     return logits
 
 
+def _never() -> Iterator[Tensor]:
+    raise AssertionError("nothing is computed again where the bound holds")
+    yield
+
+
 def test_within_the_bound_it_is_the_model() -> None:
-    found = judged(LIVE, _moved(3, by=0.04), BOUNDS["bf16"])
+    found = judged(LIVE, _moved(3, by=0.04), BOUNDS["bf16"], _never())
     assert (found["same"], found["different"]) == (True, None)
     assert found["logits_off"] == pytest.approx(0.04)
 
 
 def test_one_position_is_too_many() -> None:
-    found = judged(LIVE, _moved(3), BOUNDS["bf16"])
+    found = judged(LIVE, _moved(3), BOUNDS["bf16"], iter(()))
     assert found["same"] is False
     assert found["different"] == "other logits: logits_off 0.5, bound 0.05"
 
 
-def test_choices_are_taken_behind_a_soft_prompt_and_told_apart() -> None:
-    """Two of ten rows stand before the tokens; of the eight behind them, one has chosen another expert."""
-    scores = torch.arange(4.0).expand(10, 4)
-    kept = torch.tensor([3, 2]).expand(8, 2).clone()
-    kept[5] = torch.tensor([1, 3])
-    routed = Compared([kept])
+@pytest.mark.parametrize(
+    ("read", "again", "beyond"),
+    [
+        ((3, 9, 11), (3, 9, 11), 0),
+        ((3, 9, 11), (3,), 2),
+        ((3, 9, 11), (4, 5), 3),
+        (range(12), range(32, 64), 12),
+    ],
+)
+def test_a_position_may_be_off_where_rounding_moves_it(read, again, beyond: int) -> None:
+    moved = _moved(*read)
+    others = moved.clone()
+    others[0, list(again)] -= 0.4
+    found = judged(LIVE, moved, BOUNDS["bf16"], iter([moved, others]))
+    assert found["beyond"] == beyond
+    assert found["same"] is (beyond <= len(LIVE[0]) // BEYOND)
+    assert (found["different"] is None) is found["same"]
+
+
+def _recorded(scores: Tensor, count: int = 2) -> dict[str, Tensor]:
+    recorded = Recorded()
+    with recorded:
+        torch.topk(scores, count)
+    return recorded.as_tensors()
+
+
+def test_choices_are_taken_behind_a_soft_prompt() -> None:
+    """Two of ten rows stand before the tokens; of the eight behind them, one has chosen another expert by rounding."""
+    scores = torch.arange(4.0).repeat(10, 1)
+    live = scores[2:].clone()
+    live[5, 1:3] = torch.tensor([2.01, 2.0])
+    routed = Compared(_recorded(live))
     with routed:
         found = scores.topk(2)
-    assert found.indices.tolist() == [[3, 2]] * 7 + [[1, 3]] + [[3, 2]] * 2
+    assert found.indices.tolist() == [[3, 2]] * 7 + [[3, 1]] + [[3, 2]] * 2
     assert found.values.tolist() == found.indices.float().tolist()
-    assert routed.short == pytest.approx((2 - 1) / 3)
+    assert routed.off == pytest.approx(1.01 / 3)
 
 
-def test_a_process_that_chooses_otherwise_often_is_told() -> None:
-    with Compared([torch.zeros(8, 2, dtype=torch.long)]), pytest.raises(ValueError, match="choice 1 is of shape"):
+def test_a_process_that_chooses_otherwise_is_told() -> None:
+    with Compared(_recorded(torch.rand(8, 4))), pytest.raises(ValueError, match="choice 1 is of shape"):
         torch.topk(torch.rand(8, 4), 3)
-    with Compared([]), pytest.raises(ValueError, match="it chooses more than 0 times"):
+    with Compared({}), pytest.raises(ValueError, match="it chooses more than 0 times"):
         torch.rand(8, 4).topk(2, dim=-1)
