@@ -41,7 +41,7 @@ def compare(run: Learned | Run, result: Path) -> dict[str, Any]:
     import torch
     from safetensors import safe_open
 
-    from dsft.models.routing import Compared
+    from dsft.models.routing import Compared, OtherChoicesError
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with safe_open(result / PROBE, "pt") as probe:
@@ -61,7 +61,7 @@ def compare(run: Learned | Run, result: Path) -> dict[str, Any]:
     try:
         with routed:
             logits = _logits(model, expected, bf16=bf16)
-    except ValueError as error:  # of Compared
+    except OtherChoicesError as error:
         return {**found, "different": f"other choices of experts: {error}", "same": False}
     found["diverged"] = _diverged(expected["logits"]) or _diverged(logits)
     if found["diverged"]:
@@ -135,7 +135,7 @@ def _logits(model: Any, probe: dict[str, "Tensor"], *, bf16: bool) -> "Tensor":
     kept = (probe["kept"] - tokens.shape[1]).to(device)
     known = {"logits_to_keep": kept} if takes_rows(_base(model)) else {}
     with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=bf16), _of_all_tokens(model) as given:
-        logits: torch.Tensor = model(input_ids=tokens.to(device), **known).logits
+        logits: torch.Tensor = model(input_ids=tokens.to(device), use_cache=False, **known).logits
     logits = given[-1] if given else logits
     return (logits if known else logits[:, kept]).float().cpu()
 

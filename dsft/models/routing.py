@@ -32,6 +32,10 @@ def _below(name: str, block: str) -> bool:
     return name.startswith(f"{block}.")
 
 
+class OtherChoicesError(Exception):
+    """A process makes other calls to choose than the one whose choices it was given."""
+
+
 class Choices(TorchFunctionMode):
     """Keeps the indices that each call of TOPK, MAX and ARGMAX inside of it gives, in order; later passes take those.
 
@@ -111,8 +115,8 @@ class Compared(Choices):
     """Takes another process's choices by topk, and tells how far its scores were from those of this one.
 
     tensors: of Recorded, or none; they are taken out of it. Where a soft prompt stands before the tokens, its rows
-    choose for themselves. off: the largest difference, relative to the largest score. Raises ValueError where this
-    process makes other calls.
+    choose for themselves. off: the largest difference, relative to the largest score. Raises
+    OtherChoicesError where this process makes other calls.
     """
 
     functions = TOPK
@@ -128,13 +132,13 @@ class Compared(Choices):
         """The kept indices, behind those of a soft prompt."""
         mine = own()
         if self.at == len(self.kept):
-            raise ValueError(f"it chooses more than {len(self.kept)} times")
+            raise OtherChoicesError(f"it chooses more than {len(self.kept)} times")
         theirs = self.scores[self.at].to(scores.device)
         kept = super().taken(scores, dim, own).to(mine.device)
         rows = kept.shape[-2]
         seen = scores[..., -theirs.shape[-2] :, :]
         if kept.shape != mine[..., -rows:, :].shape or theirs.shape != seen.shape:
-            raise ValueError(f"choice {self.at} is of shape {tuple(mine.shape)}, and was {tuple(kept.shape)}")
+            raise OtherChoicesError(f"choice {self.at} is of shape {tuple(mine.shape)}, and was {tuple(kept.shape)}")
         known = theirs.isfinite()  # what a router leaves out has no score
         off = (seen - theirs)[known].abs().max() / theirs[known].abs().max()
         self.off = max(self.off, float(off))

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from dsft.compared import BEYOND, BOUNDS, judged
-from dsft.models.routing import Compared, Recorded
+from dsft.models.routing import Compared, OtherChoicesError, Recorded
 
 LIVE = torch.linspace(-1, 1, 64 * 5).view(1, 64, 5)  # largest logit 1
 
@@ -75,7 +75,7 @@ def test_choices_are_taken_behind_a_soft_prompt() -> None:
 
 
 def test_a_process_that_chooses_otherwise_is_told() -> None:
-    with Compared(_recorded(torch.rand(8, 4))), pytest.raises(ValueError, match="choice 1 is of shape"):
+    with Compared(_recorded(torch.rand(8, 4))), pytest.raises(OtherChoicesError, match="choice 1 is of shape"):
         torch.topk(torch.rand(8, 4), 3)
-    with Compared({}), pytest.raises(ValueError, match="it chooses more than 0 times"):
+    with Compared({}), pytest.raises(OtherChoicesError, match="it chooses more than 0 times"):
         torch.rand(8, 4).topk(2, dim=-1)
