@@ -65,6 +65,10 @@ class Strategy(ABC):
     def shares(self, size: int) -> Shares:
         """What one of size ranks keeps. Asked before anything is started, by the plan."""
 
+    def excess(self, shape: Sequence[int], size: int) -> float:
+        """How many times its share the fullest of size ranks holds of a tensor of this shape; 1: they are even."""
+        return 1.0
+
     def gathered(self, blocks: Sequence[int], rest: int) -> int:
         """Bytes that are whole at a time in a step, beside the shares; blocks, rest: of each block and of all else."""
         return 0

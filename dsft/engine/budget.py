@@ -1,5 +1,6 @@
 """Memory per rank, estimated before anything is loaded."""
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -82,11 +83,16 @@ def _estimate(run: Run, bones: Skeleton, saved: Saved | None, ranks: int, *, acc
     values = sum(4 * param.numel() for param in learning)
     largest = max((4 * param.numel() for param in learning), default=0)
     shares = run.strategy.shares(ranks)
+
+    def fullest(sizes: Iterable[tuple[Tensor, int]]) -> float:
+        return float(sum(size * run.strategy.excess(tensor.shape, ranks) for tensor, size in sizes))
+
+    ours = fullest((param, 4 * param.numel()) for param in learning)
     kept = {
-        "weights": shares.weights * sum(tensor.nbytes for tensor in frozen),
-        "values": shares.values * values,
-        "gradients": shares.gradients * values,
-        "moments": shares.moments * sum(state_bytes(run.optim, param.shape) for param in learning),
+        "weights": shares.weights * fullest((tensor, tensor.nbytes) for tensor in frozen),
+        "values": shares.values * ours,
+        "gradients": shares.gradients * ours,
+        "moments": shares.moments * fullest((param, state_bytes(run.optim, param.shape)) for param in learning),
     }
     on_host = accelerator and "values" in shares.on_host
     references = (

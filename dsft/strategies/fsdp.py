@@ -4,17 +4,22 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import Shard
 
 from dsft.comm.world import World, group_of_one
 from dsft.protocols import Anatomy
 from dsft.strategies.update import OnTensors
 from dsft.strategy import Shares
+
+EVEN = 1.1
+"""Times an even share that the fullest rank may hold of a stack of matrices before another dimension is shared out."""
 
 
 @dataclass(kw_only=True)
@@ -53,6 +58,11 @@ class FSDP(OnTensors):
         names = ("weights", "values", "gradients", "moments")
         return Shares(part, part, part, part, part, on_host=names if self.offload == "parameters" else ())
 
+    def excess(self, shape: Sequence[int], size: int) -> float:
+        """Where the dimension that is shared out does not divide, the last shards are smaller, or empty."""
+        shards = self._shards(size)
+        return _excess(shape[_dimension(shape, shards)], shards) if shape else float(shards)
+
     def gathered(self, blocks: Sequence[int], rest: int) -> int:
         """What is no block, the block in use and the one that is fetched ahead; without resharding, all."""
         return rest + sum(sorted(blocks)[-2:] if self._reshards else blocks)
@@ -84,6 +94,7 @@ class FSDP(OnTensors):
             CPUOffloadPolicy(pin_memory=world.device.type == "cuda") if self.offload != "none" else OffloadPolicy()
         )
         mesh = self.mesh(world)
+        place = partial(_placement, mesh.size(mesh.ndim - 1))
         blocks = [model.get_submodule(name) for name in anatomy.blocks]
         inside = {param for block in blocks for param in block.parameters()}
         rest = [param for param in model.parameters() if param not in inside]
@@ -91,7 +102,12 @@ class FSDP(OnTensors):
             for block in blocks:
                 policy = _policy(block.parameters(), precision)
                 fully_shard(
-                    block, mesh=mesh, reshard_after_forward=self._reshards, mp_policy=policy, offload_policy=offload
+                    block,
+                    mesh=mesh,
+                    reshard_after_forward=self._reshards,
+                    mp_policy=policy,
+                    offload_policy=offload,
+                    shard_placement_fn=place,
                 )
             # The rest ends the forward pass and begins backward: what is freed between is gathered again at once.
             policy = _policy(rest, precision)
@@ -120,6 +136,27 @@ class FSDP(OnTensors):
         self.root.set_is_last_backward(last)
         self.root.set_reshard_after_backward(last or not self.keep_unsharded)
         (loss * self.ranks).backward()  # type: ignore[no-untyped-call]
+
+
+def _dimension(shape: Sequence[int], shards: int) -> int:
+    """The dimension that is shared out: the first, unless a stack of matrices is uneven there and even in another.
+
+    FSDP2 takes another than the first only where it divides. Eight experts on 16 ranks would be one for each of eight
+    ranks, and nothing for the others.
+    """
+    if len(shape) < 3 or _excess(shape[0], shards) <= EVEN:
+        return 0
+    return next((dim for dim in range(1, len(shape)) if shape[dim] % shards == 0), 0)
+
+
+def _excess(rows: int, shards: int) -> float:
+    return -(-rows // shards) * shards / rows
+
+
+def _placement(shards: int, param: nn.Parameter) -> Shard | None:
+    """What fully_shard asks of each parameter; None: its first dimension."""
+    dim = _dimension(param.shape, shards)
+    return Shard(dim) if dim else None
 
 
 def _policy(params: Iterable[nn.Parameter], precision: str) -> MixedPrecisionPolicy:

@@ -234,6 +234,7 @@ class OnTensors(Strategy):
 
     def write(self, params: Sequence[nn.Parameter], new: Sequence[Tensor]) -> None:
         """Each rank's part of them."""
+        self.rest()
         for param, value in zip(params, new, strict=True):
             mine, part = part_of(value, param)
             mine.copy_(part)
@@ -252,6 +253,7 @@ class OnTensors(Strategy):
 
     def import_state(self, state: dict[str, Tensor]) -> None:
         """Go on from it."""
+        self.rest()  # what is still gathered after a forward pass would be used again as it was
         self.update.restore(not_kept(state))
         self.take_keepsakes(state)
 

@@ -1,7 +1,7 @@
 """Whole tensors from shards and shards from whole tensors; of many tensors at once, in one collective."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -9,15 +9,21 @@ from torch import Tensor
 
 
 def whole(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """DTensors, each sharded by rows, gathered together (collective); other tensors as they are."""
+    """DTensors, each sharded in one dimension, gathered together (collective); other tensors as they are."""
     if not tensors or not hasattr(tensors[0], "full_tensor"):
         return list(tensors)
     first: Any = tensors[0]
     group = first.device_mesh.get_group(first.device_mesh.ndim - 1)  # the last axis shards, one before it replicates
     size = dist.get_world_size(group)
-    lengths = [-(-tensor.shape[0] // size) * tensor.shape[1:].numel() for tensor in tensors]
-    pieces = [local(tensor).flatten() for tensor in tensors]
-    return gather(pieces, lengths, [tensor.shape for tensor in tensors], group)
+    dims = [tensor.placements[-1].dim for tensor in cast("Sequence[Any]", tensors)]
+    shapes = [
+        torch.Size((tensor.shape[dim], *tensor.shape[:dim], *tensor.shape[dim + 1 :]))
+        for tensor, dim in zip(tensors, dims, strict=True)
+    ]
+    lengths = [-(-shape[0] // size) * shape[1:].numel() for shape in shapes]
+    pieces = [local(tensor).movedim(dim, 0).flatten() for tensor, dim in zip(tensors, dims, strict=True)]
+    found = gather(pieces, lengths, shapes, group)
+    return [each.movedim(0, dim).contiguous() for each, dim in zip(found, dims, strict=True)]
 
 
 def gather(

@@ -1,6 +1,7 @@
 """LoRA+ on two gloo processes: two groups of parameters, whose saved state goes on in the same bits when it is read.
 
-In the same processes: a whole result, of a base with buffers that no rank has a part of alone.
+In the same processes: a whole result, of a base with buffers that no rank has a part of alone, and a base with three
+experts, of which two ranks share out another dimension.
 """
 
 import gc
@@ -29,6 +30,7 @@ MODULE = "tests.distributed.test_two_rates"
 """This one, as it is started on each rank."""
 STRATEGIES = ("ddp", "zero2", "zero3")
 SHARDED = ("fsdp", "zero3")
+WHOLE = ("ddp", "fsdp", "zero2", "zero3")
 BIAS = "model.layers.1.mlp.gate.e_score_correction_bias"
 Steps = list[tuple[float, float]]
 
@@ -38,6 +40,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where the ranks find the base of the whole results, and leave all that they make."""
     place = tmp_path_factory.mktemp("ran")
     write_family(place / "base", "deepseek_v3")
+    write_family(place / "three", "deepseek_v3", n_routed_experts=3, n_group=1)
     return place
 
 
@@ -73,6 +76,16 @@ def test_both_rates_are_the_same_under_every_strategy(strategy: str, ran: dict[s
         assert mine == pytest.approx(theirs, rel=1e-5)  # the house's bound: fp32, AdamW
 
 
+@pytest.mark.parametrize("strategy", WHOLE)
+def test_a_whole_model_goes_on_as_unbroken_although_ranks_do_not_divide_its_experts(
+    strategy: str, ran: dict[str, tuple[Steps, Steps]]
+) -> None:
+    unbroken, restored = ran[f"three {strategy}"]
+    assert unbroken == restored
+    for mine, theirs in zip(unbroken, ran["three ddp"][0], strict=True):
+        assert mine == pytest.approx(theirs, rel=1e-5)
+
+
 def _session(strategy: str, world: World, *words: str) -> Session:
     run = compose([
         *(words or ("model=tiny", "method=lora_plus", "train.precision=fp32")),
@@ -89,15 +102,17 @@ def _steps(session: Session, *numbers: int) -> Steps:
     return [(result.loss, result.grad_norm) for result in results]
 
 
-def _unbroken_and_restored(strategy: str, world: World) -> tuple[Steps, Steps]:
-    session = _session(strategy, world)
+def _unbroken_and_restored(strategy: str, world: World, *words: str) -> tuple[Steps, Steps]:
+    session = _session(strategy, world, *words)
+    stacks = [param for name, param in session.model.named_parameters() if "experts." in name and param.ndim == 3]
+    assert strategy != "fsdp" or {param.placements[-1].dim for param in stacks} == {1}  # type: ignore[attr-defined]
     _steps(session, 1, 2)
     state: dict[str, Tensor] = {}
     for part in world.gather(save({key: _whole(value) for key, value in session.run.strategy.export_state().items()})):
         state |= load(part)
     unbroken = _steps(session, 3, 4)
     session.run.strategy.close()
-    session = _session(strategy, world)
+    session = _session(strategy, world, *words)
     template = session.run.strategy.state_template({key: (v.shape, v.dtype) for key, v in state.items()})
     for key, value in template.items():
         _fill(value, state[key])
@@ -127,6 +142,10 @@ def main() -> None:
         found[strategy] = _unbroken_and_restored(strategy, world)
         gc.collect()
     folder = Path(sys.argv[1]).parent
+    for strategy in WHOLE:
+        words = ("model=custom", f"model.path={folder / 'three'}", "method=full", "train.precision=fp32")
+        found[f"three {strategy}"] = _unbroken_and_restored(strategy, world, *words)
+        gc.collect()
     for strategy in SHARDED:
         words = ("model=custom", f"model.path={folder / 'base'}", "method=full", "train.precision=bf16")
         session = _session(strategy, world, *words)

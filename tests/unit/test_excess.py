@@ -1,0 +1,53 @@
+"""What the fullest rank holds of a stack of experts, as the plan counts it, is what FSDP2 gives it."""
+
+import subprocess
+import sys
+
+import pytest
+
+from dsft.strategies.fsdp import FSDP
+
+STACKS = {
+    "mixtral": [(8, 28672, 4096), (8, 4096, 14336)],
+    "qwen3": [(128, 1536, 2048), (128, 2048, 768)],
+}
+"""The stacks of Mixtral-8x7B and Qwen3-30B-A3B: gate and up, down."""
+SHARED = """
+import sys, torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from dsft.strategies.fsdp import _placement
+from functools import partial
+ranks, *shape = map(int, sys.argv[1:])
+torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
+module = torch.nn.Module()
+with torch.device("meta"):
+    module.stack = torch.nn.Parameter(torch.empty(shape))
+fully_shard(module, mesh=init_device_mesh("cpu", (ranks,)), shard_placement_fn=partial(_placement, ranks))
+print(module.stack.to_local().numel() * ranks / module.stack.numel())
+"""
+
+
+def _fsdp() -> FSDP:
+    return FSDP(reshard=True, keep_unsharded=False, offload="none", shard_size=None)
+
+
+@pytest.mark.parametrize("ranks", [3, 16, 48, 64])
+@pytest.mark.parametrize("model", STACKS)
+def test_experts_are_shared_out_evenly_where_a_dimension_divides(model: str, ranks: int) -> None:
+    found = [_fsdp().excess(shape, ranks) for shape in STACKS[model]]
+    uneven = {("mixtral", 3): [1.125, 1.125], ("mixtral", 48): [6.0, 6.0]}  # neither dimension divides
+    assert found == uneven.get((model, ranks), pytest.approx([1.0, 1.0], abs=0.01))
+
+
+@pytest.mark.parametrize(("shape", "ranks"), [((8, 28672, 4096), 64), ((8, 4096, 14336), 48), ((128, 2048, 768), 48)])
+def test_fsdp2_shares_them_out_so(shape: tuple[int, ...], ranks: int) -> None:
+    command = [sys.executable, "-c", SHARED, *map(str, (ranks, *shape))]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert float(done.stdout) == _fsdp().excess(shape, ranks)
+
+
+def test_rows_and_numbers_are_shared_out_by_rows() -> None:
+    assert _fsdp().excess((100, 3), 64) == 1.28
+    assert _fsdp().excess((), 4) == 4.0
