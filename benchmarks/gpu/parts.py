@@ -66,7 +66,7 @@ def _head(scene: Scene, facts: Facts) -> None:
 def _scored(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> Any:
     def call() -> None:
         hidden.grad = None
-        scoring._Score.apply(hidden, weight, None, targets, 1.0, False).sum().backward()
+        scoring._Score.apply(hidden, weight, None, targets, (1.0, False)).sum().backward()
 
     return call
 

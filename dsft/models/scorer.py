@@ -30,13 +30,15 @@ class Scorer:
     def _scores(self, batch: Batch, **how: Any) -> Tensor:
         """(1 or 2, P), as score and score_with_entropy give them."""
         if self.packs or len(batch.lengths) == 1:
-            return self._call(batch.tokens, batch.positions, batch.lengths, batch.supervised, batch.targets, how)
+            places = batch.supervised
+            asked = {"logits_to_keep": places, "targets": batch.targets[places], **how}
+            return self._call(batch.tokens, batch.positions, batch.lengths, asked)
         first, scores = 0, []
         parts = (part.split(batch.lengths) for part in (batch.tokens, batch.positions, batch.targets))
-        places = batch.supervised.split(batch.answers)
-        for *segment, supervised in zip(*parts, places, strict=True):
-            tokens, positions, targets = segment
-            scores.append(self._call(tokens, positions, (len(tokens),), supervised - first, targets, how))
+        for tokens, positions, targets, supervised in zip(*parts, batch.supervised.split(batch.answers), strict=True):
+            places = supervised - first
+            asked = {"logits_to_keep": places, "targets": targets[places], **how}
+            scores.append(self._call(tokens, positions, (len(tokens),), asked))
             first += len(tokens)
         return torch.cat(scores, 1)
 
@@ -44,38 +46,25 @@ class Scorer:
         """(S, labels) float32: what the model's head gives of each segment, at its last token."""
         ends = sent(torch.tensor(batch.lengths).cumsum(0) - 1, batch.tokens.device)
         if self.packs or len(batch.lengths) == 1:
-            return self._outputs(batch.tokens, batch.positions, batch.lengths, ends)
+            return self._call(batch.tokens, batch.positions, batch.lengths, {"logits_to_keep": ends})
         parts = [part.split(batch.lengths) for part in (batch.tokens, batch.positions)]
         return torch.cat(
-            [self._outputs(tokens, at, (len(tokens),), at[-1:]) for tokens, at in zip(*parts, strict=True)]
+            [
+                self._call(tokens, at, (len(tokens),), {"logits_to_keep": at[-1:]})
+                for tokens, at in zip(*parts, strict=True)
+            ]
         )
 
-    def _outputs(self, tokens: Tensor, positions: Tensor, lengths: tuple[int, ...], ends: Tensor) -> Tensor:
+    def _call(self, tokens: Tensor, positions: Tensor, lengths: tuple[int, ...], asked: dict[str, Any]) -> Tensor:
+        """What the model gives for one row, without the dimension of rows: scores (1 or 2, P), or outputs (S, labels).
+
+        asked: what the model is given beside the row.
+        """
         logits: Tensor = self.module(
             input_ids=tokens[None],
             position_ids=positions[None],
             segment_lengths=lengths,
-            logits_to_keep=ends,
             use_cache=False,
-        ).logits  # (1, ends, labels)
-        return logits[0]
-
-    def _call(
-        self,
-        tokens: Tensor,
-        positions: Tensor,
-        lengths: tuple[int, ...],
-        supervised: Tensor,
-        targets: Tensor,
-        how: dict[str, Any],
-    ) -> Tensor:
-        scores: Tensor = self.module(
-            input_ids=tokens[None],
-            position_ids=positions[None],
-            segment_lengths=lengths,
-            logits_to_keep=supervised,
-            targets=targets[supervised],
-            use_cache=False,
-            **how,
-        ).logits  # (1 or 2, supervised)
-        return scores
+            **asked,
+        ).logits
+        return logits if "targets" in asked else logits[0]

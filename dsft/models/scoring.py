@@ -84,7 +84,7 @@ class _Scorer:
             dtype = torch.get_autocast_dtype(hidden.device.type)
         weight, bias = self.module.weight, self.module.bias
         how = (self.temperature, self.entropy)
-        return _Score.apply(hidden[0].to(dtype), weight, bias, self.targets, *how)  # type: ignore[no-any-return]
+        return _Score.apply(hidden[0].to(dtype), weight, bias, self.targets, how)  # type: ignore[no-any-return]
 
     def end(self, model: nn.Module, args: Any, output: Any) -> Any:
         """Scores from whole logits where the head could not give them."""
@@ -101,7 +101,7 @@ class _Scorer:
 class _Score(torch.autograd.Function):
     """-log softmax((h W^T + b) / t)[target] per row: h (S, H), W (V, H), targets (S,), t > 0 -> (1, S) float32.
 
-    entropy: that of each row's softmax is a second row of what is given, and has no gradient. A frozen head's gradient
+    how: t, and entropy: that of each row's softmax is a second row of what is given, and has no gradient. A frozen head's gradient
     to h is made in forward, while the logits are there; one that learns has its logits made again in backward.
     """
 
@@ -112,9 +112,9 @@ class _Score(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         targets: Tensor,
-        temperature: float,
-        entropy: bool,
+        how: tuple[float, bool],
     ) -> Tensor:
+        temperature, entropy = how
         ctx.learns, ctx.temperature = ctx.needs_input_grad[1] or ctx.needs_input_grad[2], temperature
         scores = torch.empty(1 + entropy, len(targets), dtype=torch.float32, device=hidden.device)
         grads = torch.empty_like(hidden) if ctx.needs_input_grad[0] and not ctx.learns else None
@@ -135,7 +135,7 @@ class _Score(torch.autograd.Function):
         grad = grad[0] / ctx.temperature
         if not ctx.learns:
             (grads,) = ctx.saved_tensors
-            return (grads * grad[:, None]).to(grads.dtype), None, None, None, None, None
+            return (grads * grad[:, None]).to(grads.dtype), None, None, None, None
         hidden, weight, bias, targets = ctx.saved_tensors
         grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight, dtype=torch.float32)
         grad_bias = None if bias is None else torch.zeros_like(bias, dtype=torch.float32)
@@ -148,7 +148,7 @@ class _Score(torch.autograd.Function):
                 torch.mm(slope, cast, out=grad_hidden[rows])
                 grad_weight += slope.T @ hidden[rows]
         bias_too = None if grad_bias is None else grad_bias.to(bias.dtype)
-        return grad_hidden, grad_weight.to(weight.dtype), bias_too, None, None, None
+        return grad_hidden, grad_weight.to(weight.dtype), bias_too, None, None
 
 
 def _blocks(hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float) -> Any:

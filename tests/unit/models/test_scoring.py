@@ -123,6 +123,6 @@ def test_logits_never_exist_all_at_once(monkeypatch: pytest.MonkeyPatch) -> None
     hidden = torch.randn(64, 16, requires_grad=True)
     weight, targets = torch.randn(50_000, 16), torch.randint(50_000, (64,))
     with torch.profiler.profile(profile_memory=True, acc_events=True) as profile:
-        scoring._Score.apply(hidden, weight, None, targets, 1.0, True).sum().backward()
+        scoring._Score.apply(hidden, weight, None, targets, (1.0, True)).sum().backward()
     largest = max(event.cpu_memory_usage for event in profile.events())
     assert largest < 64 * 50_000 * 4 / 8
