@@ -101,8 +101,9 @@ class _Scorer:
 class _Score(torch.autograd.Function):
     """-log softmax((h W^T + b) / t)[target] per row: h (S, H), W (V, H), targets (S,), t > 0 -> (1, S) float32.
 
-    how: t, and entropy: that of each row's softmax is a second row of what is given, and has no gradient. A frozen head's gradient
-    to h is made in forward, while the logits are there; one that learns has its logits made again in backward.
+    how: t, and whether the entropy of each row's softmax is a second row of the output, which has no gradient. A frozen
+    head's gradient to h is made in forward, while the logits are there; one that learns has its logits made again in
+    backward.
     """
 
     @staticmethod
