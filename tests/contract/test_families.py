@@ -1,5 +1,6 @@
 """dsft/families.json and the code agree on families of each verdict; its page is its data."""
 
+import re
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ SAMPLE = [
 """Rows of each verdict, each under the method that costs less or shows more."""
 
 
+ONCE, TWICE = {"losses": [1.0], "norms": [1.0]}, {"losses": [1.0], "norms": [1.5]}
 OPEN = (
     # Two ranks differ from one by what looks like rounding, as one process does from transformers in fp32 and not in
     # float64; in float64 two ranks were not measured.
@@ -112,6 +114,40 @@ def test_what_differs_in_fp32_is_right_where_float64_says_rounding(
     single = {"family": family, "plain": 3e-4, "packed": 0.0, "again": 0.0, "export": 0.0}
     cells = {ONE: single, **({} if double is None else {DOUBLE: double})}
     assert row_of(kind("llama"), {"lora": cells})["methods"]["lora"]["plain"] == told
+
+
+@pytest.mark.parametrize(
+    ("cells", "told"),
+    [
+        ({"fsdp x2": TWICE}, {"red": "differs by 5.0e-01"}),
+        ({"fsdp x2": TWICE, DOUBLE: ONCE, "fsdp x2 float64": ONCE}, {"off": 0.5, "double": 0.0}),
+        (
+            {"fsdp x2": TWICE, DOUBLE: ONCE, "fsdp x2 float64": TWICE},
+            {"red": "differs by 5.0e-01, and .*"},
+        ),
+        ({"fsdp x2": ONCE, DOUBLE: ONCE, "fsdp x2 float64": TWICE}, {"off": 0.0}),
+        ({"fsdp x2": {"refused": "strategy must not"}}, {"none": "refused", "why": "strategy must not"}),
+        ({"fsdp x2": {"crashed": "no memory"}}, {"red": "no memory"}),
+        ({}, {"none": "not run"}),
+    ],
+)
+def test_what_two_ranks_gave_is_held_to_one_process(cells: dict[str, Any], told: dict[str, Any]) -> None:
+    family = {"packs": True, "attention": "sdpa", "reason": ""}
+    single = {"family": family, "plain": 0.0, "packed": 0.0, "again": 0.0, "export": 0.0, **ONCE}
+    found = row_of(kind("llama"), {"lora": {ONE: single, **cells}})["methods"]["lora"]["fsdp x2"]
+    assert found.keys() == told.keys()
+    for key, value in told.items():
+        assert found[key] == value if not isinstance(value, str) else re.fullmatch(value, found[key])
+
+
+def test_every_type_whose_names_peft_rewrites_is_measured() -> None:
+    """PEFT's table is read, so that a type that it gains asks for a row here."""
+    from peft.utils import transformers_weight_conversion as rewriting
+
+    kinds, rewritten = rewriting._MODEL_TO_CONVERSION_PATTERN, rewriting._MOE_TARGET_MODULE_MAPPING
+    causal = {name for name in {*kinds, *rewritten} if kinds.get(name, name) in rewritten} & set(names())
+    assert len(causal) >= 24
+    assert [name for name in causal if "lora" not in TABLE["rows"][name]["methods"]] == []
 
 
 def test_eighty_families_are_right_under_lora() -> None:
