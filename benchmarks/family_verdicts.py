@@ -58,6 +58,8 @@ def _verdicts(kind: Kind, single: Mapping[str, Any], cells: Mapping[str, Any]) -
 
 def _rounded(off: float, double: Any) -> dict[str, Any]:
     """off, beyond its bound in fp32, with what it is in float64; red where that is no rounding either."""
+    if off == float("inf"):  # no number, on ranks or alone
+        return {"red": "differs by inf"}
     if not isinstance(double, float):
         return {"red": f"differs by {off:.1e}, and gives nothing in float64"}
     said = _held(double, ROUNDING)

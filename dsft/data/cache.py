@@ -19,7 +19,7 @@ from dsft.cache.root import open_folder
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-VERSION = 5
+VERSION = 6
 """Raise it when the same input must give other tokens, masks or files than the code before."""
 INPUTS = 2
 """The version in the digest of what goes in. Run folders keep that digest: raised, none of them would go on."""

@@ -37,7 +37,8 @@ def facts(
 
 def _warnings(kept: Sequence[Encoded], found: Sequence[int], names: Sequence[str] | None) -> Iterator[str]:
     """What is odd about the labels: one that no row has, and rows that differ in nothing else."""
-    absent = [name for number, name in enumerate(names or ()) if number not in set(found)]
+    there = set(found)
+    absent = [name for number, name in enumerate(names or ()) if number not in there]
     if absent:
         yield (
             f"warning: no row that is kept has the label {', '.join(absent[:_MOST])}, which data.labels lists: nothing "

@@ -79,8 +79,8 @@ def estimate(run: Run, bones: Skeleton, ranks: int, *, accelerator: bool) -> Bud
 def _estimate(run: Run, bones: Skeleton, saved: Saved | None, ranks: int, *, accelerator: bool) -> Budget:
     model = bones.model
     learning = [param for param in model.parameters() if param.requires_grad]
-    frozen = [tensor for tensor in (*model.parameters(), *model.buffers()) if not tensor.requires_grad]
-    values = sum(4 * param.numel() for param in learning)
+    frozen = [param for param in model.parameters() if not param.requires_grad]
+    buffers = sum(buffer.nbytes for buffer in model.buffers())
     largest = max((4 * param.numel() for param in learning), default=0)
     shares = run.strategy.shares(ranks)
 
@@ -89,14 +89,14 @@ def _estimate(run: Run, bones: Skeleton, saved: Saved | None, ranks: int, *, acc
 
     ours = fullest((param, 4 * param.numel()) for param in learning)
     kept = {
-        "weights": shares.weights * fullest((tensor, tensor.nbytes) for tensor in frozen),
+        "weights": shares.weights * (fullest((param, param.nbytes) for param in frozen) + buffers),
         "values": shares.values * ours,
         "gradients": shares.gradients * ours,
         "moments": shares.moments * fullest((param, state_bytes(run.optim, param.shape)) for param in learning),
     }
     on_host = accelerator and "values" in shares.on_host
     references = (
-        0 if on_host or run.objective.reference_cache else round(len(run.objective.roles) * shares.shown * values)
+        0 if on_host or run.objective.reference_cache else round(len(run.objective.roles) * shares.shown * ours)
     )
     course = run.method.course(bones.model, run.train.steps or EVER, torch.device("meta"))
     kept["moments"] += sum(tensor.nbytes for tensor in course.state.values()) if course else 0

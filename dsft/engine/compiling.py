@@ -77,8 +77,9 @@ def _attention(
 def compiler_for(train: Train, total: int, model: nn.Module, anatomy: Anatomy) -> Compiler | None:
     """None to leave the blocks as they are.
 
-    Of auto, steps and model alone decide, so that a resumed run decides alike. A packed linear is never compiled, nor a
-    module that says so (never_compiled); what is between them is, in small pieces, if it is asked for.
+    Of auto, steps, model and train.gradient_checkpointing alone decide, so that a resumed run decides alike. A packed
+    linear is never compiled, nor a module that says so (never_compiled); what is between them is, in small pieces, if
+    it is asked for.
     """
     wanted = train.compile
     eager = [m for m in model.modules() if isinstance(m, PackedLinear) or hasattr(m, "never_compiled")]

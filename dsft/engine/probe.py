@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from torch import Tensor
 from dsft.data.tokens import TokenSet
 from dsft.engine.assemble import Session, autocast
 from dsft.models.reach import reach
-from dsft.models.routing import Recorded, routes
+from dsft.models.routing import Recorded
 
 LEAST = 64
 """Tokens of the row, where the model knows so many positions."""
@@ -72,7 +71,7 @@ def write_probe(session: Session, row: Row, path: Path, digest: str) -> None:
     session.model.eval()
     device, length = session.world.device, len(row.tokens)
     choices = Recorded()
-    with torch.no_grad(), autocast(session), choices if routes(session.anatomy) else nullcontext():
+    with torch.no_grad(), autocast(session), choices:
         logits = session.module(
             input_ids=row.tokens[None].to(device),
             position_ids=torch.arange(length, device=device)[None],

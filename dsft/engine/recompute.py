@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from dsft.engine.dropout import Draws
-from dsft.models.routing import decided_once, routes
+from dsft.models.routing import decided_once
 from dsft.protocols import Anatomy
 
 Recompute = Literal["none", "selective", "full"]
@@ -34,10 +34,9 @@ def recompute(
     if what == "none" and run is None:
         return
 
-    routed = routes(anatomy)
-
     def again(forward: Run, *args: Any) -> Any:
-        same = draws.held(decided_once(forward) if routed else forward)
+        # one program of both passes chooses nothing: assemble refuses to compile what does
+        same = draws.held(decided_once(forward) if run is None else forward)
         return checkpoint(same, *args, use_reentrant=reentrant, preserve_rng_state=True)
 
     for index, name in enumerate(anatomy.blocks):

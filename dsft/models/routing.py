@@ -23,13 +23,8 @@ ROWS = 48
 
 
 def routes(anatomy: Anatomy) -> bool:
-    """True if a token may choose its way: the model has fused experts, or blocks with modules of a list."""
-    inside = (name.removeprefix(block) for block in anatomy.blocks for name in anatomy.linears if _below(name, block))
-    return bool(anatomy.experts) or any(part.isdigit() for name in inside for part in name.split("."))
-
-
-def _below(name: str, block: str) -> bool:
-    return name.startswith(f"{block}.")
+    """True if tokens choose their way through a block: it has fused experts, or linears of experts or routers."""
+    return bool(anatomy.experts) or any("expert" in name or "router" in name for name in anatomy.linears)
 
 
 class OtherChoicesError(Exception):
@@ -39,8 +34,8 @@ class OtherChoicesError(Exception):
 class Choices(TorchFunctionMode):
     """Keeps the indices that each call of TOPK, MAX and ARGMAX inside of it gives, in order; later passes take those.
 
-    kept: each (..., k) int64, on the device of the scores. The values are gathered by the indices in either case, so
-    that autograd saves the same tensors in both.
+    kept: each (..., k), int16 where they fit, on the device of the scores. The values are gathered by the indices in
+    either case, so that autograd saves the same tensors in both.
     """
 
     functions: tuple[Any, ...] = (*TOPK, *MAX, *ARGMAX)
@@ -63,15 +58,15 @@ class Choices(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Call func, but for what chooses, which does so once."""
         kwargs = kwargs or {}
-        if func not in self.functions:
+        if func not in self.functions or "out" in kwargs:
             return func(*args, **kwargs)
         if func in TOPK:
             scores, dim = args[0] if args else kwargs["input"], kwargs.get("dim", args[2] if len(args) > 2 else -1)
             indices = self._taken(scores, dim, lambda: func(*args, **kwargs).indices)
             return torch.return_types.topk((scores.gather(dim, indices), indices))
-        if func in (*MAX, *ARGMAX) and isinstance(dim := kwargs.get("dim", args[1] if len(args) > 1 else None), int):
+        if isinstance(dim := kwargs.get("dim", args[1] if len(args) > 1 else None), int):
             scores, keepdim = args[0] if args else kwargs["input"], kwargs.get("keepdim", len(args) > 2 and args[2])
-            indices = self._taken(scores, dim, lambda: scores.argmax(dim, keepdim=True))
+            indices = self._taken(scores, dim, lambda: scores.max(dim, keepdim=True).indices)
             values = scores.gather(dim, indices)
             if not keepdim:
                 values, indices = values.squeeze(dim), indices.squeeze(dim)
@@ -86,13 +81,17 @@ class Choices(TorchFunctionMode):
     def taken(self, scores: Tensor, dim: int, own: Callable[[], Tensor]) -> Tensor:
         """The indices of the next call; own gives those that it chooses itself."""
         if not self.replays:
-            self.kept.append(own())
+            fits = scores.shape[dim] <= torch.iinfo(torch.int16).max
+            self.kept.append(own().to(torch.int16 if fits else torch.int32))
         self.at += 1
-        return self.kept[self.at - 1]
+        return self.kept[self.at - 1].long()
 
 
 class Recorded(Choices):
-    """Keeps the scores of the last ROWS of each topk beside its choices. scores: each (..., ROWS, E) float32."""
+    """Keeps the scores of the last ROWS of each topk beside its choices. scores: each (..., ROWS, E) float32.
+
+    What is chosen along another dimension than the last, or in a vector, is not kept, here and in Compared.
+    """
 
     functions = TOPK
 
@@ -102,7 +101,9 @@ class Recorded(Choices):
 
     def taken(self, scores: Tensor, dim: int, own: Callable[[], Tensor]) -> Tensor:
         """As in any first pass."""
-        self.scores.append(scores[..., -ROWS:, :].float())
+        if not _in_rows(scores, dim):
+            return own()
+        self.scores.append(scores[..., -ROWS:, :].float().clone())
         return super().taken(scores, dim, own)
 
     def as_tensors(self) -> dict[str, Tensor]:
@@ -114,9 +115,9 @@ class Recorded(Choices):
 class Compared(Choices):
     """Takes another process's choices by topk, and tells how far its scores were from those of this one.
 
-    tensors: of Recorded, or none; they are taken out of it. Where a soft prompt stands before the tokens, its rows
-    choose for themselves. off: the largest difference, relative to the largest score. Raises
-    OtherChoicesError where this process makes other calls.
+    tensors: of Recorded, or none; they are taken out of it. off: the largest difference in the first pass, moved: that
+    of any later pass from the first, both relative to the largest score. Raises OtherChoicesError where this process
+    makes other calls.
     """
 
     functions = TOPK
@@ -126,23 +127,44 @@ class Compared(Choices):
         self.kept, self.scores = (
             [tensors.pop(name) for name in sorted(tensors) if name.startswith(start)] for start in (KEPT, SCORES)
         )
-        self.replays, self.off = True, 0.0
+        self.replays, self.off, self.moved = True, 0.0, 0.0
+        self.first: list[Tensor] = []
+
+    def __exit__(self, *error: Any) -> None:
+        """Require as many calls as there were."""
+        super().__exit__(*error)
+        if error[0] is None and self.at < len(self.kept):
+            raise OtherChoicesError(f"it chooses {self.at} times, and chose {len(self.kept)} times")
 
     def taken(self, scores: Tensor, dim: int, own: Callable[[], Tensor]) -> Tensor:
-        """The kept indices, behind those of a soft prompt."""
-        mine = own()
-        if self.at == len(self.kept):
-            raise OtherChoicesError(f"it chooses more than {len(self.kept)} times")
-        theirs = self.scores[self.at].to(scores.device)
-        kept = super().taken(scores, dim, own).to(mine.device)
-        rows = kept.shape[-2]
-        seen = scores[..., -theirs.shape[-2] :, :]
-        if kept.shape != mine[..., -rows:, :].shape or theirs.shape != seen.shape:
-            raise OtherChoicesError(f"choice {self.at} is of shape {tuple(mine.shape)}, and was {tuple(kept.shape)}")
-        known = theirs.isfinite()  # what a router leaves out has no score
-        off = (seen - theirs)[known].abs().max() / theirs[known].abs().max()
-        self.off = max(self.off, float(off))
-        return torch.cat([mine[..., :-rows, :], kept], -2)
+        """The kept indices."""
+        if not _in_rows(scores, dim):
+            return own()
+        mine, seen, at = own(), scores[..., -ROWS:, :].float(), self.at
+        if at == len(self.kept):
+            raise OtherChoicesError(f"it chooses more than {at} times")
+        kept, theirs = super().taken(scores, dim, own).to(mine.device), self.scores[at].to(mine.device)
+        if (kept.shape, theirs.shape) != (mine.shape, seen.shape):
+            raise OtherChoicesError(f"choice {at + 1} is of shape {tuple(mine.shape)}, and was {tuple(kept.shape)}")
+        if at == len(self.first):
+            self.first.append(seen.clone())
+            self.off = max(self.off, _apart(seen, theirs))
+        else:
+            self.moved = max(self.moved, _apart(seen, self.first[at]))
+        return kept
+
+
+def _in_rows(scores: Tensor, dim: int) -> bool:
+    return scores.ndim > 1 and dim % scores.ndim == scores.ndim - 1
+
+
+def _apart(mine: Tensor, theirs: Tensor) -> float:
+    """Largest difference relative to the largest of theirs; infinite where mine is no number."""
+    known = theirs.isfinite()  # what a router leaves out has no score
+    if not bool(known.any()):
+        return 0.0
+    off = float((mine - theirs)[known].abs().max() / theirs[known].abs().max().clamp(min=1e-30))
+    return off if off == off else float("inf")
 
 
 def decided_once(forward: Callable[..., Any]) -> Callable[..., Any]:

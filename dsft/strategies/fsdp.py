@@ -111,7 +111,14 @@ class FSDP(OnTensors):
                 )
             # The rest ends the forward pass and begins backward: what is freed between is gathered again at once.
             policy = _policy(rest, precision)
-            fully_shard(model, mesh=mesh, reshard_after_forward=False, mp_policy=policy, offload_policy=offload)
+            fully_shard(
+                model,
+                mesh=mesh,
+                reshard_after_forward=False,
+                mp_policy=policy,
+                offload_policy=offload,
+                shard_placement_fn=place,
+            )
         self.root, self.ranks = cast(FSDPModule, model), world.size
         return model
 
@@ -150,7 +157,7 @@ def _dimension(shape: Sequence[int], shards: int) -> int:
 
 
 def _excess(rows: int, shards: int) -> float:
-    return -(-rows // shards) * shards / rows
+    return -(-rows // shards) * shards / rows if rows else 1.0
 
 
 def _placement(shards: int, param: nn.Parameter) -> Shard | None:

@@ -27,6 +27,7 @@ SAMPLE = [
 
 
 ONCE, TWICE = {"losses": [1.0], "norms": [1.0]}, {"losses": [1.0], "norms": [1.5]}
+LOST = {"losses": [float("nan")], "norms": [1.0]}
 OPEN = (
     # Two ranks differ from one by what looks like rounding, as one process does from transformers in fp32 and not in
     # float64; in float64 two ranks were not measured.
@@ -126,6 +127,7 @@ def test_what_differs_in_fp32_is_right_where_float64_says_rounding(
             {"red": "differs by 5.0e-01, and .*"},
         ),
         ({"fsdp x2": ONCE, DOUBLE: ONCE, "fsdp x2 float64": TWICE}, {"off": 0.0}),
+        ({"fsdp x2": LOST, DOUBLE: ONCE, "fsdp x2 float64": ONCE}, {"red": "differs by inf"}),
         ({"fsdp x2": {"refused": "strategy must not"}}, {"none": "refused", "why": "strategy must not"}),
         ({"fsdp x2": {"crashed": "no memory"}}, {"red": "no memory"}),
         ({}, {"none": "not run"}),

@@ -61,21 +61,48 @@ def _recorded(scores: Tensor, count: int = 2) -> dict[str, Tensor]:
     return recorded.as_tensors()
 
 
-def test_choices_are_taken_behind_a_soft_prompt() -> None:
-    """Two of ten rows stand before the tokens; of the eight behind them, one has chosen another expert by rounding."""
-    scores = torch.arange(4.0).repeat(10, 1)
-    live = scores[2:].clone()
+def test_choices_are_taken_and_scores_compared() -> None:
+    """One of eight rows chose another expert by rounding; a pass that is rounded otherwise says how much it does."""
+    scores = torch.arange(4.0).repeat(8, 1)
+    live = scores.clone()
     live[5, 1:3] = torch.tensor([2.01, 2.0])
     routed = Compared(_recorded(live))
     with routed:
         found = scores.topk(2)
-    assert found.indices.tolist() == [[3, 2]] * 7 + [[3, 1]] + [[3, 2]] * 2
+    assert found.indices.tolist() == [[3, 2]] * 5 + [[3, 1]] + [[3, 2]] * 2
     assert found.values.tolist() == found.indices.float().tolist()
-    assert routed.off == pytest.approx(1.01 / 3)
+    assert (routed.off, routed.moved) == (pytest.approx(1.01 / 3), 0.0)
+    with routed:
+        (scores + 0.3).topk(2)
+    assert (routed.off, routed.moved) == (pytest.approx(1.01 / 3), pytest.approx(0.1))
+
+
+def test_scores_that_are_no_numbers_are_seen_and_those_left_out_are_not() -> None:
+    none = torch.full((8, 4), float("inf"))
+    with Compared(_recorded(none)) as routed:
+        none.topk(2)
+    assert routed.off == 0
+    with Compared(_recorded(torch.rand(8, 4))) as routed:
+        torch.full((8, 4), float("nan")).topk(2)
+    assert routed.off == float("inf")
+
+
+def test_a_choice_in_a_vector_or_along_rows_is_each_process_s_own() -> None:
+    recorded = Recorded()
+    with recorded:
+        torch.rand(5).topk(2, dim=0)
+        torch.rand(4, 5).topk(2, dim=0)
+    assert recorded.as_tensors() == {}
+    scores = torch.rand(4, 5)
+    with Compared({}):
+        assert torch.equal(scores.topk(2, dim=0).values, scores.sort(0, descending=True).values[:2])
 
 
 def test_a_process_that_chooses_otherwise_is_told() -> None:
-    with Compared(_recorded(torch.rand(8, 4))), pytest.raises(OtherChoicesError, match="choice 1 is of shape"):
+    with pytest.raises(OtherChoicesError, match="choice 1 is of shape"), Compared(_recorded(torch.rand(8, 4))):
         torch.topk(torch.rand(8, 4), 3)
-    with Compared({}), pytest.raises(OtherChoicesError, match="it chooses more than 0 times"):
+    with pytest.raises(OtherChoicesError, match="it chooses more than 0 times"), Compared({}):
         torch.rand(8, 4).topk(2, dim=-1)
+    with pytest.raises(OtherChoicesError, match="it chooses 0 times, and chose 1 times"):
+        with Compared(_recorded(torch.rand(8, 4))):
+            pass

@@ -51,3 +51,4 @@ def test_fsdp2_shares_them_out_so(shape: tuple[int, ...], ranks: int) -> None:
 def test_rows_and_numbers_are_shared_out_by_rows() -> None:
     assert _fsdp().excess((100, 3), 64) == 1.28
     assert _fsdp().excess((), 4) == 4.0
+    assert _fsdp().excess((0, 3, 4), 4) == 1.0

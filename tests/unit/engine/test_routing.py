@@ -12,7 +12,7 @@ from dsft.engine import recompute as recomputing
 from dsft.engine.dropout import keyed
 from dsft.engine.recompute import recompute
 from dsft.models.anatomy import dissect
-from dsft.models.routing import routes
+from dsft.models.routing import decided_once, routes
 
 SIZES = {
     "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "moe_intermediate_size": 24, "num_hidden_layers": 2,
@@ -77,7 +77,7 @@ def test_a_pass_that_is_computed_again_takes_the_choices_of_the_first(
         model = tied(family)
         anatomy = dissect(model)
         if not decided:
-            monkeypatch.setattr(recomputing, "routes", lambda anatomy: False)
+            monkeypatch.setattr(recomputing, "decided_once", lambda forward: forward)
         recompute(model, anatomy, "full", reentrant=reentrant, draws=keyed(model, anatomy, 0, 0))
         if reentrant:
             model.get_input_embeddings().register_forward_hook(lambda module, args, output: output.requires_grad_())
@@ -87,5 +87,27 @@ def test_a_pass_that_is_computed_again_takes_the_choices_of_the_first(
 
 
 def test_a_dense_model_chooses_nothing() -> None:
+    """What decides whether blocks that are computed again may be compiled."""
     assert routes(dissect(tied("mixtral")))
     assert not routes(dissect(AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **DENSE))))
+
+
+@pytest.mark.parametrize(
+    "choose",
+    [
+        lambda x: x.topk(2), lambda x: torch.topk(x, 2, 1), lambda x: torch.topk(input=x, k=2, dim=-1, sorted=False),
+        lambda x: x.max(1), lambda x: torch.max(x, dim=0, keepdim=True), lambda x: x.topk(3, dim=0),
+    ],
+)  # fmt: skip
+def test_whatever_chooses_chooses_once(choose: Any) -> None:
+    first, second = torch.rand(4, 5), torch.rand(4, 5, requires_grad=True)
+    again = decided_once(lambda x: (choose(x), x.argmax(-1), torch.max(x), torch.maximum(x, x)))
+    (values, indices), best, _, _ = again(first)
+    assert torch.equal(values, choose(first).values)
+    assert torch.equal(best, first.argmax(-1))
+    (others, same), still, largest, _ = again(second)
+    assert torch.equal(same, indices)
+    assert torch.equal(still, best)
+    assert largest == second.max()
+    others.sum().backward()
+    assert int((second.grad != 0).sum()) == indices.numel()
