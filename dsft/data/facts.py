@@ -50,7 +50,8 @@ def _warnings(kept: Sequence[Encoded], found: Sequence[int], names: Sequence[str
         for row, label in zip(kept, found, strict=True)
     )
     if others:
-        yield f"warning: {others} rows have the text of an earlier row and another label"
+        rows = "row has" if others == 1 else "rows have"
+        yield f"warning: {others} {rows} the text of an earlier row and another label"
 
 
 def _labels(found: Sequence[int], names: Sequence[str] | None, *, numbered: bool) -> str:

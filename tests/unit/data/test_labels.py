@@ -80,6 +80,11 @@ def test_no_token_of_a_labelled_row_is_supervised(opened: Any, chatml: Any, make
     named = opened("labelled", [TEXT, {**TEXT, "label": "b"}], tokenizer=plain, labels=["0", "b"])
     assert named.train.supervised.tolist() == [0, 0]
     assert "labels: 0 0 50.0 %, 1 b 50.0 %" in named.audit.lines()
+    assert "warning: 1 row has the text of an earlier row and another label" in named.audit.lines()
+    third = opened("labelled", [TEXT, {**TEXT, "label": "b"}], tokenizer=plain, labels=["0", "b", "c"]).audit.lines()
+    assert any(
+        line.startswith("warning: no row that is kept has the label c, which data.labels lists") for line in third
+    )
 
 
 BAD = [
