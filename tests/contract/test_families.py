@@ -29,30 +29,9 @@ SAMPLE = [
 ONCE, TWICE = {"losses": [1.0], "norms": [1.0]}, {"losses": [1.0], "norms": [1.5]}
 LOST = {"losses": [float("nan")], "norms": [1.0]}
 OPEN = (
-    # Two ranks differ from one by what looks like rounding, as one process does from transformers in fp32 and not in
-    # float64; in float64 two ranks were not measured.
-    "falcon, full, fsdp x2",
-    "fuyu, full, fsdp x2",
-    "qwen3_5, lora, fsdp x2",
-    "qwen3_5, lora, zero3 x2",
-    "qwen3_5_moe, lora, fsdp x2",
-    "qwen3_5_moe, lora, zero3 x2",
-    "qwen3_5_moe, full, fsdp x2",
-    "qwen3_5_moe_text, lora, fsdp x2",
-    "qwen3_5_moe_text, lora, zero3 x2",
-    "qwen3_5_moe_text, full, fsdp x2",
-    "qwen3_5_text, lora, fsdp x2",
-    "qwen3_5_text, lora, zero3 x2",
-    "qwen3_next, lora, fsdp x2",
-    "qwen3_next, full, fsdp x2",
-    # Sizes of the small copy do not fit together.
-    "xlstm, lora",
-    "xlstm, full",
-    # Blocks that share parameters cannot be sharded block by block: such a run crashes while it is assembled.
-    "zamba, lora, fsdp x2",
-    "zamba, full, fsdp x2",
-    "zamba2, lora, fsdp x2",
-    "zamba2, full, fsdp x2",
+    # The same blocks are called several times in a pass, first without a gradient: DeepSpeed crashes in backward.
+    "hrm_text, lora, zero3 x2",
+    "hrm_text, full, zero3 x2",
 )
 """Red cells that are known."""
 
