@@ -95,6 +95,16 @@ def test_measures_are_those_of_the_confusion_of_all_rows() -> None:
     assert found == pytest.approx({"accuracy": 4 / 6, "f1_macro": sum(f1) / 3, "f1_micro": 4 / 6})
 
 
+def test_measures_are_scikit_learn_s() -> None:
+    """Its 1.9.1 gave these figures; one label is never predicted."""
+    true, given = [0, 0, 0, 1, 1, 2, 2, 2, 2, 3], [0, 1, 0, 1, 2, 2, 2, 0, 2, 1]
+    table = torch.zeros(4, 4, dtype=torch.float64)
+    for place in zip(true, given, strict=True):
+        table[place] += 1
+    found = Classification(class_weights=None).measured({"confusion": table})
+    assert found == pytest.approx({"accuracy": 0.6, "f1_macro": 0.45416666666666666, "f1_micro": 0.6}, abs=1e-12)
+
+
 def test_measures_add_up_over_batches() -> None:
     given, labels = drawn(3), torch.tensor([0, 1, 2, 2])
     objective = Classification(class_weights=None)
