@@ -36,7 +36,7 @@ def facts(
 
 
 def _warnings(kept: Sequence[Encoded], found: Sequence[int], names: Sequence[str] | None) -> Iterator[str]:
-    """What is odd about the labels: one that no row has, and rows that differ in nothing else."""
+    """Lines about a label that no row has, and about rows that differ in nothing but their label."""
     there = set(found)
     absent = [name for number, name in enumerate(names or ()) if number not in there]
     if absent:

@@ -100,7 +100,7 @@ class Recorded(Choices):
         self.scores: list[Tensor] = []
 
     def taken(self, scores: Tensor, dim: int, own: Callable[[], Tensor]) -> Tensor:
-        """As in any first pass."""
+        """Keep the scores, then the indices."""
         if not _in_rows(scores, dim):
             return own()
         self.scores.append(scores[..., -ROWS:, :].float().clone())
@@ -137,7 +137,7 @@ class Compared(Choices):
             raise OtherChoicesError(f"it chooses {self.at} times, and chose {len(self.kept)} times")
 
     def taken(self, scores: Tensor, dim: int, own: Callable[[], Tensor]) -> Tensor:
-        """The kept indices."""
+        """Compare the scores, and return the kept indices."""
         if not _in_rows(scores, dim):
             return own()
         mine, seen, at = own(), scores[..., -ROWS:, :].float(), self.at

@@ -56,7 +56,7 @@ class Scorer:
         )
 
     def _call(self, tokens: Tensor, positions: Tensor, lengths: tuple[int, ...], asked: dict[str, Any]) -> Tensor:
-        """What the model gives for one row, without the dimension of rows: scores (1 or 2, P), or outputs (S, labels).
+        """Call the model on one row: scores (1 or 2, P) where it is asked for targets, else outputs (S, labels).
 
         asked: what the model is given beside the row.
         """

@@ -59,7 +59,7 @@ class FSDP(OnTensors):
         return Shares(part, part, part, part, part, on_host=names if self.offload == "parameters" else ())
 
     def excess(self, shape: Sequence[int], size: int) -> float:
-        """Where the dimension that is shared out does not divide, the last shards are smaller, or empty."""
+        """Return more than 1 where the dimension that is shared out does not divide: the last shards are smaller."""
         shards = self._shards(size)
         return _excess(shape[_dimension(shape, shards)], shards) if shape else float(shards)
 
@@ -161,7 +161,7 @@ def _excess(rows: int, shards: int) -> float:
 
 
 def _placement(shards: int, param: nn.Parameter) -> Shard | None:
-    """What fully_shard asks of each parameter; None: its first dimension."""
+    """Answer fully_shard for one parameter; None stands for its first dimension."""
     dim = _dimension(param.shape, shards)
     return Shard(dim) if dim else None
 
