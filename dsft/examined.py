@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 INCIDENTAL = ("_name_or_path", "transformers_version", "torch_dtype", "dtype")
 HEADED = "with a head for sequences"
+EXAMINING = ("trial", "trial_models", "scored", "head_trial", "recompute")
+"""Modules of the engine that examine."""
 LIBRARIES = ("torch", "transformers")
 
 
@@ -85,10 +87,7 @@ def _version(name: str) -> str:
 def _code() -> str:
     """A digest of the modules that build models and examine them."""
     here = Path(__file__).parent
-    paths = [
-        *sorted((here / "models").glob("*.py")),
-        *(here / "engine" / name for name in ("trial.py", "head_trial.py", "recompute.py")),
-    ]
+    paths = [*sorted((here / "models").glob("*.py")), *(here / "engine" / f"{name}.py" for name in EXAMINING)]
     return hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()
 
 

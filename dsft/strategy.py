@@ -54,6 +54,9 @@ class Strategy(ABC):
     shards_blocks = False
     """True if each block is sharded by itself, so that no two may share a parameter."""
 
+    grades_each_call = False
+    """True if a block may not be called without a gradient inside of a forward pass that has one."""
+
     kept: Mapping[str, Tensor] = {}
     """Tensors of a method's course that are saved with the run; see keep."""
 

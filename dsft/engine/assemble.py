@@ -136,6 +136,17 @@ def _check_family(run: Run, model: nn.Module, family: Family) -> None:
             f"method must leave the base as it is for {name}, which transformers would not load again as it was "
             "trained; take a method that trains an adapter"
         )
+    if not family.graded and run.strategy.grades_each_call:
+        raise ValueError(
+            f"strategy must let blocks be called without a gradient for {name}, whose forward pass does so before it "
+            "calls them with one, got stage 3 of DeepSpeed, which does not; take strategy=fsdp, ddp, zero1 or zero2"
+        )
+    fits = family.bf16_whole if run.method.whole else family.bf16
+    if run.train.precision == "bf16" and not fits:
+        raise ValueError(
+            f"train.precision must be fp32 for {name}, which fails in bf16 where its weights "
+            f"{'learn' if run.method.whole else 'are frozen'}, got bf16; take train.precision=fp32"
+        )
     if not family.ragged and run.train.compile is True:
         raise ValueError(f"train.compile must be false for {name}, which computes attention in its own way, got true")
 
@@ -172,7 +183,7 @@ def _check_blocks(run: Run, model: nn.Module, anatomy: Anatomy) -> None:
             if owner.setdefault(param, block) != block:
                 raise ValueError(
                     f"strategy must leave blocks whole for {type(model).__name__}, as {owner[param]} and {block} share "
-                    "parameters, got one that shards each by itself; take strategy=ddp, zero1 or zero2"
+                    "parameters, got one that shards each by itself; take strategy=ddp, zero1, zero2 or zero3"
                 )
 
 

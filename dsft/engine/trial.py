@@ -7,7 +7,6 @@ another, is the verdict. Randomness, recomputation, tensors that a build on meta
 lack are looked at on the way.
 """
 
-import copy
 import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
@@ -19,17 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dsft.comm.world import World
-from dsft.engine.dropout import keyed
 from dsft.engine.head_trial import require_head
-from dsft.engine.recompute import recompute
 from dsft.engine.scored import Found, apart, evaluated, off, one_by_one, scored
-from dsft.models import calling, scoring
+from dsft.engine.trial_models import UnfitError, built, by_class, write
 from dsft.models.anatomy import dissect
-from dsft.models.build import OwnAttentionError, build_meta, persistent_buffers
+from dsft.models.build import OwnAttentionError, build_meta
 from dsft.models.family import Family
 from dsft.models.files import ModelFiles
-from dsft.models.materialize import materialize
 from dsft.models.small import NoCopyError, fill, small_copies, still
 from dsft.models.spans import UnheldError
 from dsft.models.values import open_values
@@ -44,11 +39,6 @@ ROUGH = 5e-2
 """Largest relative difference of gradients: where a class keeps no more than the largest values of a layer, rounding
 decides which values these are.
 """
-ALONE = World(0, 1, 0, torch.device("cpu"))
-
-
-class UnfitError(Exception):
-    """A way to compute the model is not its own way; the text says how."""
 
 
 def examine(files: ModelFiles) -> Family:
@@ -84,12 +74,12 @@ def _examine(files: ModelFiles, config: Any) -> Family:
     still(config)
     with tempfile.TemporaryDirectory() as folder:
         try:
-            reference = _reference(files, config, "eager")
+            reference = by_class(files, config, "eager")
             fill(reference)
             examples = [torch.randint(3, config.get_text_config().vocab_size - 2, (length,)) for length in LENGTHS]
             truth = one_by_one(reference, examples)
             evaluated(reference, examples[-1])
-            _write(reference, Path(folder))
+            write(reference, Path(folder))
         except Exception as error:  # whatever the class raises over this configuration
             raise _UnusableError from error
         _require_still(files, reference, examples, truth)
@@ -119,8 +109,9 @@ def _accepted(
     family: Family, small: ModelFiles, examples: Sequence[Tensor], truth: Found, reasons: Sequence[str]
 ) -> Family:
     """The verdict, if this way computes what the class does. Raises UnfitError if it does not."""
-    model = _built(small, family)
-    first = scored(model, examples, packed=family.packs)
+    model = built(small, family)
+    with _calls(model) as graded:
+        first = scored(model, examples, packed=family.packs)
     if family.packs:
         _require_apart(model, family, examples, first)
     _require_alike(first, truth)
@@ -130,7 +121,23 @@ def _accepted(
         reason=reasons[0] if reasons else "",
         recomputes=_recomputes(small, family, examples, first),
         whole=_loads(small, family, model, examples, truth),
+        graded=all(graded),
+        bf16=_computes_in_bf16(small, family, examples, learns=False),
+        bf16_whole=_computes_in_bf16(small, family, examples, learns=True),
     )
+
+
+@contextmanager
+def _calls(model: nn.Module) -> Iterator[list[bool]]:
+    """Inside, the list grows by each call of a block: True if autograd records it."""
+    graded: list[bool] = []
+    hooks = [
+        model.get_submodule(name).register_forward_pre_hook(lambda *_: graded.append(torch.is_grad_enabled()))
+        for name in dissect(model).blocks
+    ]
+    yield graded
+    for hook in hooks:
+        hook.remove()
 
 
 def _require_still(files: ModelFiles, reference: nn.Module, examples: Sequence[Tensor], truth: Found) -> None:
@@ -183,11 +190,26 @@ def _require_held(model: nn.Module, small: ModelFiles) -> None:
 
 def _recomputes(small: ModelFiles, family: Family, examples: Sequence[Tensor], first: Found) -> bool:
     try:
-        model = _built(small, family, again=True)
+        model = built(small, family, again=True)
         found = scored(model, examples, packed=family.packs)
     except Exception:  # a class's own, of any kind: then it is not to be computed again
         return False
     return off(found.scores, first.scores) <= SAME and apart(found.grads, first.grads) <= ALIKE
+
+
+def _computes_in_bf16(small: ModelFiles, family: Family, examples: Sequence[Tensor], *, learns: bool) -> bool:
+    """True if the class gives finite scores and a gradient under autocast to bf16, its weights learning or frozen."""
+    try:
+        model = built(small, family, dtype=torch.float32 if learns else torch.bfloat16)
+        if not learns:
+            model.requires_grad_(False)
+            embedding = model.get_submodule(dissect(model).embedding)
+            embedding.register_forward_hook(lambda module, args, out: out.requires_grad_().clone())
+        with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+            found = scored(model, examples, packed=family.packs)
+    except Exception:  # a class's own, of any kind, over numbers of two types
+        return False
+    return all(bool(scores.isfinite().all()) for scores in found.scores)
 
 
 def _loads(small: ModelFiles, family: Family, model: Any, examples: Sequence[Tensor], truth: Found) -> bool:
@@ -195,7 +217,7 @@ def _loads(small: ModelFiles, family: Family, model: Any, examples: Sequence[Ten
     from transformers import AutoModelForCausalLM
 
     assert small.folder is not None
-    _write(model, small.folder)
+    write(model, small.folder)
     try:
         read = AutoModelForCausalLM.from_pretrained(
             small.folder, dtype=torch.float32, attn_implementation=family.library,
@@ -207,22 +229,10 @@ def _loads(small: ModelFiles, family: Family, model: Any, examples: Sequence[Ten
     return off(found.scores, truth.scores) <= ALIKE
 
 
-def _write(model: Any, folder: Path) -> None:
-    """Write model as a whole result is; transformers' own way would import DeepSpeed, which takes seconds."""
-    from safetensors.torch import save_file
-    from transformers.core_model_loading import revert_weight_conversion
-
-    tensors = {**dict(model.named_parameters()), **persistent_buffers(model)}
-    whole = revert_weight_conversion(model, {name: tensor.detach().clone() for name, tensor in tensors.items()})
-    held = {name: tensor.contiguous() for name, tensor in whole.items()}
-    save_file(held, folder / "model.safetensors", metadata={"format": "pt"})
-    model.config.save_pretrained(folder)
-
-
 def _library(files: ModelFiles, config: Any, reference: nn.Module, examples: Sequence[Tensor], truth: Found) -> str:
     """Name of the attention of transformers that computes what the eager one does, sdpa where it can."""
     try:
-        model = _reference(files, config, "sdpa")
+        model = by_class(files, config, "sdpa")
         model.load_state_dict(reference.state_dict())
         found = one_by_one(model, examples)
     except Exception:  # a class without it
@@ -230,39 +240,8 @@ def _library(files: ModelFiles, config: Any, reference: nn.Module, examples: Seq
     return "sdpa" if off(found.scores, truth.scores) <= ALIKE else "eager"
 
 
-def _reference(files: ModelFiles, config: Any, attention: str) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_config(
-        copy.deepcopy(config), dtype=torch.float32, attn_implementation=attention,
-        trust_remote_code=files.trust_remote_code,
-    )  # fmt: skip
-    return model.train()
-
-
 def _on_meta(files: ModelFiles, config: Any) -> nn.Module:
     return build_meta(replace(files, config=config), torch.float32, "eager")
-
-
-def _built(small: ModelFiles, family: Family, *, again: bool = False) -> nn.Module:
-    """The model as a run would build it, all of it learning; again: its blocks are computed again in backward."""
-    model: Any = build_meta(small, torch.float32, family.attention)
-    anatomy = dissect(model)
-    calling.fit(model, family)
-    scoring.install(model, model.get_submodule(anatomy.head))
-    if again:
-        recompute(model, anatomy, "full", reentrant=False, draws=keyed(model, anatomy, 0, 0))
-    values, names = open_values(small, torch.float32, 0), model.state_dict()
-    materialize(
-        model, values, ALONE, origins={name: name for name in [*names, *dict(model.named_buffers())]},
-        initial=_nothing_is_new, place=lambda module: None,
-    )  # fmt: skip
-    model.train()
-    return model  # type: ignore[no-any-return]
-
-
-def _nothing_is_new(name: str, param: Tensor) -> Tensor:
-    raise UnfitError(f"{name} has no value in the model's folder")
 
 
 def _line(error: BaseException) -> str:

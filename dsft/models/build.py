@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dsft.models import attention as ragged
+from dsft.models import experts
 from dsft.models.heads import name_labels, require_class
 from dsft.models.numbers import check_numbers, check_sizes, without_warnings
 from dsft.models.randomness import still
@@ -72,6 +73,9 @@ def _described(files: "ModelFiles", dtype: torch.dtype, attention: str | None) -
         model: PreTrainedModel = loader.from_config(
             config, dtype=dtype, attn_implementation=attention, trust_remote_code=files.trust_remote_code
         )
+    if model._can_set_experts_implementation():
+        experts.register()
+        model.set_experts_implementation(experts.NAME)
     check_sizes(model)
     return model
 

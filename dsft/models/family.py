@@ -14,7 +14,9 @@ class Family:
     or the name of the family's own ("sdpa", "eager"). library: which of those two the model is right with elsewhere,
     to generate and to be compared. reason: why it does not pack, or not with dsft's attention; "" if it does.
     recomputes: False if a block that is computed again in backward gives other values. whole: False if the model's
-    tensors, written as a whole result and loaded by transformers, are not the model.
+    tensors, written as a whole result and loaded by transformers, are not the model. graded: False if some calls of a
+    block are made without a gradient inside of a forward pass that has one. bf16, bf16_whole: False if the class fails
+    under autocast to bf16 where its weights are frozen, in bf16, or learn, in fp32.
     """
 
     model_type: str
@@ -24,6 +26,9 @@ class Family:
     reason: str = ""
     recomputes: bool = True
     whole: bool = True
+    graded: bool = True
+    bf16: bool = True
+    bf16_whole: bool = True
 
     @property
     def ragged(self) -> bool:

@@ -53,6 +53,9 @@ class Zero(Strategy):
         # Frozen parameters are released between forward and recomputation, where non-reentrant checkpointing may
         # compare shapes and raise CheckpointError: huggingface/transformers#47254. Small models did not show it.
         object.__setattr__(self, "reentrant_recompute", self.stage == 3)
+        # Stage 3 crashes in backward where a block was called without a gradient first, as in transformers' hrm_text;
+        # a block that is called several times with a gradient (Zamba's) is right.
+        object.__setattr__(self, "grades_each_call", self.stage == 3)
 
     def data_ranks(self, world: World) -> int:
         """Number of ranks that see different examples: all."""

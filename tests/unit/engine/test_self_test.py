@@ -1,6 +1,7 @@
 """A run starts where its packed weights are the bytes that its device packs, and only there."""
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,13 +16,14 @@ from dsft.comm.world import World, leave
 from dsft.compose import compose
 from dsft.config import Run
 from dsft.data.open import open_data
-from dsft.engine.assemble import Session, _check_blocks, assemble
+from dsft.engine.assemble import Session, _check_blocks, _check_family, assemble
 from dsft.engine.loop import step_batches
 from dsft.engine.step import train_step
 from dsft.methods.pissa import principal
 from dsft.models.anatomy import dissect
 from dsft.models.build import build_meta
 from dsft.models.checkpoint_values import CheckpointValues
+from dsft.models.family import PACKS
 from dsft.strategies import fsdp
 from dsft.strategies.single import Single
 
@@ -135,6 +137,25 @@ def test_a_cast_of_packed_bytes_stops_the_start(quantization: str, monkeypatch: 
     monkeypatch.setattr(fsdp, "MixedPrecisionPolicy", lambda **_: everywhere)
     with pytest.raises(RuntimeError, match=r"FSDP does not carry its bytes .*\(torch.uint8 became torch.bfloat16\)"):
         losses("method=lora", f"quantization={quantization}", "strategy=fsdp")
+
+
+@pytest.mark.parametrize("words", [["strategy=zero3"], ["strategy=zero2"], ["strategy=fsdp"]])
+def test_stage_3_refuses_blocks_that_are_called_without_a_gradient(words: list[str]) -> None:
+    run = compose(["model=tiny", "launcher.devices=2", *words], planning=True).run
+    model = build_meta(run.files(), torch.float32)
+    _check_family(run, model, PACKS)
+    with pytest.raises(ValueError, match="take strategy=fsdp") if words == ["strategy=zero3"] else nullcontext():
+        _check_family(run, model, replace(PACKS, graded=False))
+
+
+@pytest.mark.parametrize(("words", "refused"), [
+    (["method=lora"], False), (["method=full"], True), (["method=full", "train.precision=fp32"], False),
+])  # fmt: skip
+def test_a_class_that_fails_in_bf16_is_refused_where_it_would(words: list[str], refused: bool) -> None:
+    run = compose(["model=tiny", "train.precision=bf16", *words], planning=True).run
+    model = build_meta(run.files(), torch.float32)
+    with pytest.raises(ValueError, match=r"train.precision must be fp32") if refused else nullcontext():
+        _check_family(run, model, replace(PACKS, bf16_whole=False))
 
 
 @pytest.mark.parametrize("strategy", ["fsdp", "zero3", "ddp", "zero2"])

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from dsft.engine import trial
+from dsft.engine import trial_models
 from dsft.engine.trial import examine
 from dsft.models import attention, build
 from dsft.models.attention import NAME
@@ -133,9 +133,21 @@ class Escaped(nn.Module):
         return self.inner(hidden * self.scale)  # type: ignore[no-any-return]
 
 
+class Summed(nn.Module):
+    """A module that adds into a tensor of its input's type, whatever the type of what it adds."""
+
+    def __init__(self, config: Any, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        rows = torch.arange(hidden.shape[1])
+        return torch.zeros_like(hidden).index_add(1, rows, self.inner(hidden))
+
+
 FAULTS = {
     "none": lambda config, inner: inner, "convolved": Convolved, "drawn": Drawn, "corrected": Corrected,
-    "escaped": Escaped,
+    "escaped": Escaped, "summed": Summed,
 }  # fmt: skip
 
 
@@ -166,7 +178,7 @@ def test_a_buffer_that_decides_is_in_a_whole_result_and_its_loss_is_seen(monkeyp
         calls.append("")
         return build.persistent_buffers(model) if len(calls) == 1 else {}  # first the folder, then the result
 
-    monkeypatch.setattr(trial, "persistent_buffers", once)
+    monkeypatch.setattr(trial_models, "persistent_buffers", once)
     assert not examine(files("planted", fault="corrected")).whole
 
 
@@ -175,6 +187,18 @@ def test_a_tensor_off_meta_is_read_from_the_folder_and_its_loss_is_seen(monkeypa
     monkeypatch.setattr(build, "_put_on_meta", lambda model: None)
     with pytest.raises(ValueError, match="scale"):
         examine(files("planted", fault="escaped"))
+
+
+def test_a_class_that_fails_in_bf16_where_its_weights_learn_is_seen() -> None:
+    assert examine(files("planted")).bf16_whole
+    found = examine(files("planted", fault="summed"))
+    assert (found.packs, found.bf16, found.bf16_whole) == (True, True, False)
+
+
+def test_a_pass_that_calls_a_block_without_a_gradient_is_seen() -> None:
+    assert examine(files("planted")).graded
+    sizes = {"H_cycles": 1, "L_cycles": 2, "L_bp_cycles": [1], "num_layers_per_stack": 1, "num_hidden_layers": 3}
+    assert not examine(files("hrm_text", **sizes)).graded
 
 
 WINDOWED = {"sliding_window": 16, "num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"]}
