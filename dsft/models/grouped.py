@@ -47,8 +47,7 @@ def routes(index: Tensor, count: int) -> Routes:
 
 def take(x: Tensor, routes: Routes) -> Tensor:
     """Rows x (T, d) of tokens -> (S, d), one for each pair, sorted by expert."""
-    taken: Tensor = _Taken.apply(x, routes.order // routes.slots, routes.back, routes.slots)
-    return taken
+    return cast(Tensor, torch.ops.dsft.taken(x, routes.order // routes.slots, routes.back, routes.slots))
 
 
 def combine(y: Tensor, weights: Tensor, routes: Routes) -> Tensor:
@@ -56,28 +55,8 @@ def combine(y: Tensor, weights: Tensor, routes: Routes) -> Tensor:
 
     The slots of a token are summed in their order, so that no other token changes a bit.
     """
-    pairs: Tensor = _Taken.apply(y, routes.back, routes.order, 1)
+    pairs: Tensor = torch.ops.dsft.taken(y, routes.back, routes.order, 1)
     return (pairs.view(-1, routes.slots, y.shape[-1]) * weights.unsqueeze(-1)).sum(1)
-
-
-class _Taken(torch.autograd.Function):
-    """x.index_select(0, rows), where each row of x is taken slots times, and back finds them again.
-
-    Its own backward: that of an index adds rows one by one in the type of x, in any order on a GPU.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, rows: Tensor, back: Tensor, slots: int) -> Tensor:
-        ctx.save_for_backward(back)
-        ctx.slots = slots
-        return x.index_select(0, rows)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        (back,) = ctx.saved_tensors
-        pairs = grad.index_select(0, back)
-        return (pairs if ctx.slots == 1 else pairs.view(-1, ctx.slots, grad.shape[-1]).sum(1)), None, None, None
 
 
 def product(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
@@ -113,6 +92,15 @@ def _kernel(*factors: Tensor) -> Any:
     return found
 
 
+@torch.library.custom_op("dsft::taken", mutates_args=())
+def taken(x: Tensor, rows: Tensor, back: Tensor, slots: int) -> Tensor:
+    """x.index_select(0, rows), where each row of x is taken slots times, and back (its T * slots places) finds them.
+
+    It has a backward of its own: that of an index adds rows one by one in the type of x, in any order on a GPU.
+    """
+    return x.index_select(0, rows)
+
+
 @torch.library.custom_op("dsft::grouped", mutates_args=())
 def grouped(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     """See product; both factors have one type."""
@@ -140,6 +128,11 @@ def _groups(ends: Tensor) -> list[tuple[int, slice]]:
     return [(expert, slice(first, last)) for expert, (first, last) in pairs if last > first]
 
 
+@taken.register_fake
+def _(x: Tensor, rows: Tensor, back: Tensor, slots: int) -> Tensor:
+    return x.new_empty(rows.shape[0], x.shape[1])
+
+
 @grouped.register_fake
 def _(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     return x.new_empty(x.shape[0], weight.shape[1])
@@ -148,6 +141,17 @@ def _(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
 @grouped_outer.register_fake
 def _(grad: Tensor, x: Tensor, ends: Tensor) -> Tensor:
     return grad.new_empty(ends.shape[0], grad.shape[1], x.shape[1])
+
+
+def _keep_places(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, int], output: Tensor) -> None:
+    _, _, back, ctx.slots = inputs
+    ctx.save_for_backward(back)
+
+
+def _put_back(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+    (back,) = ctx.saved_tensors
+    pairs = grad.index_select(0, back)
+    return (pairs if ctx.slots == 1 else pairs.view(-1, ctx.slots, grad.shape[-1]).sum(1)), None, None, None
 
 
 def _keep(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
@@ -163,4 +167,5 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Non
     return for_x, None if x is None else torch.ops.dsft.grouped_outer(grad, x, ends), None
 
 
+taken.register_autograd(_put_back, setup_context=_keep_places)
 grouped.register_autograd(_backward, setup_context=_keep)

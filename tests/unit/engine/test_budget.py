@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.family_models import make
 from dsft.comm.world import World
 from dsft.compose import compose
 from dsft.data.batch import build_batch
@@ -83,6 +84,8 @@ def really_kept(words: list[str], rows: Path) -> int:
         ["method=full", "train.precision=bf16"],
         ["method=lora", "train.precision=bf16"],
         ["method=diff_pruning", "train.steps=4", "train.precision=bf16"],
+        ["model=tiny_moe", "method=full"],
+        ["model=tiny_moe", "method=lora", "train.precision=bf16"],
     ],
     ids=" ".join,
 )
@@ -104,8 +107,9 @@ def test_recomputed_blocks_keep_their_input_alone() -> None:
     assert none > selective > full > 0
 
 
-def test_experts_that_are_chosen_are_not_counted_and_the_plan_says_so() -> None:
-    composed = run_of("model=tiny_moe")
+def test_experts_of_a_class_without_an_interface_are_not_counted_and_the_plan_says_so(tmp_path: Path) -> None:
+    make("dbrx", tmp_path / "dbrx")
+    composed = run_of("model=custom", f"model.path={tmp_path / 'dbrx'}", "method.rank=4")
     plan = make_plan(composed, composed.run.model.resolve(planning=True))
     assert plan["memory"]["activations"] is None
     assert "memory       at least" in as_text(plan)
