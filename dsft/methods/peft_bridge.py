@@ -1,14 +1,18 @@
 """The bridge to PEFT: its layers put on meta, its names and its file format; one file beside this one per family."""
 
+import warnings
 from abc import abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import Size, Tensor, nn
 
 from dsft.imports import uncompiled
+from dsft.methods import expert_lora
 from dsft.methods.peft_folder import Folder
 from dsft.methods.peft_landing import check_landed, names_as_they_are, portable, refused
 from dsft.methods.peft_names import as_in_file, file_names, unread
@@ -28,7 +32,18 @@ def load(base: nn.Module, folder: Path) -> Any:
         raise ValueError(f"{folder} must hold {TENSORS}, got none; let PEFT save it again with safe_serialization")
     with uncompiled():
         from peft import PeftModel
-    return PeftModel.from_pretrained(base, folder)
+    with _patterns_of_parameters():
+        return PeftModel.from_pretrained(base, folder)
+
+
+@contextmanager
+def _patterns_of_parameters() -> Iterator[None]:
+    """Inside, PEFT does not warn of patterns that mean parameters: it compares them with names of modules alone there,
+    and follows them all the same.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"The following (rank|alpha)_pattern keys did not match", RuntimeWarning)
+        yield
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,23 +77,30 @@ class Bridged(Method):
         if self.init_from is None:
             return {}
         learning = {name: param for name, param in model.named_parameters() if param.requires_grad}
-        folder = Folder(self.init_from)
-        there, ours = shapes(folder.tensors), [peft_name(name) for name in learning]
+        folder, stacked = Folder(self.init_from), expert_lora.in_file(model)
+        there, ours = shapes(folder.tensors), [peft_name(name) for name in learning if name not in stacked]
         written = file_names(model.peft_config[ADAPTER], model, ours)  # type: ignore[index]
         names = {each: written[each] if written[each] in there else each for each in ours}  # PEFT saves a module's name
-        expected = {names[peft_name(name)]: param.shape for name, param in learning.items()}
+        parts = {name: (names[peft_name(name)], as_it_is) for name in learning if name not in stacked}
+        expected = {there: learning[name].shape for name, (there, _) in parts.items()}
+        for name, place in stacked.items():
+            expected[place] = expert_lora.shape_in_file(name, learning[name])
+            parts[name] = (place, partial(expert_lora.from_file, name, experts=len(learning[name])))
         self.check_stored(folder, model, expected)
-        return Stored(folder.tensors, {name: (names[peft_name(name)], as_it_is) for name in learning})
+        return Stored(folder.tensors, parts)
 
     def check_stored(self, folder: Folder, model: nn.Module, expected: Mapping[str, Size]) -> None:
         """Refuse a folder that does not fit. expected: name in PEFT's file -> shape."""
-        folder.check(model.peft_config[ADAPTER], self.agree(), expected)  # type: ignore[index]
+        config = expert_lora.portable(model.peft_config[ADAPTER], model)  # type: ignore[index]
+        folder.check(config, self.agree(), expected)
 
     def save(self, model: nn.Module, weights: Mapping[str, Tensor], folder: Path, base: str) -> Mapping[str, Tensor]:
         """Write adapter_config.json and adapter_model.safetensors as PEFT reads them."""
         config = model.peft_config[ADAPTER]  # type: ignore[index]
-        tensors = as_in_file(config, model, {peft_name(name): value for name, value in weights.items()})
-        return write_adapter(portable(config, model), tensors, folder, base)
+        stacked = expert_lora.in_file(model)
+        tensors = as_in_file(config, model, {peft_name(n): value for n, value in weights.items() if n not in stacked})
+        tensors |= {place: expert_lora.to_file(name, weights[name]) for name, place in stacked.items()}
+        return write_adapter(expert_lora.portable(portable(config, model), model), tensors, folder, base)
 
     def merge(self, model: nn.Module) -> nn.Module:
         """As PEFT merges; model: PEFT's own around the base, or what attach made of it."""
@@ -95,7 +117,7 @@ def inject(model: nn.Module, config: Any, chosen: set[str], *, on_meta: bool = T
         from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING  # seconds: after what can be refused without it
 
     model.requires_grad_(False)
-    with names_as_they_are(config, model):
+    with names_as_they_are(config, model), _patterns_of_parameters():
         tuner: Any = PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type](
             model, config, adapter_name=ADAPTER, low_cpu_mem_usage=on_meta
         )

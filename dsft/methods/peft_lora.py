@@ -3,13 +3,14 @@
 import math
 import re
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from dsft.methods import expert_lora
 from dsft.methods.patterns import check_pattern
 from dsft.methods.peft_bridge import ADAPTER, Bridged, inject
 from dsft.methods.peft_landing import configured, taken_for_experts
@@ -65,9 +66,20 @@ class LoraLayers(Bridged):
 
     def attach(self, model: nn.Module, anatomy: Anatomy) -> nn.Module:
         """Freeze the base and put PEFT's layers around the targets, on meta."""
-        config, chosen = configured(self.target_modules, model, anatomy, self.config)
+        words = (self.target_modules,) if isinstance(self.target_modules, str) else self.target_modules
+        self._check_words(words)
+        return self.put_in(model, anatomy, words)
+
+    def put_in(
+        self, model: nn.Module, anatomy: Anatomy, words: tuple[str, ...], beside: Sequence[str] = ()
+    ) -> nn.Module:
+        """Freeze the base and put PEFT's layers around the linears that words mean, on meta.
+
+        beside: names of what else is adapted, which a pattern may mean.
+        """
+        config, chosen = configured(words, model, anatomy, self.config)
         self._check_taken(taken_for_experts(config, model), model)
-        self._check_patterns(chosen)
+        self._check_patterns({*chosen, *beside})
         for name in sorted(chosen):
             self._check_rank(name, model.get_submodule(name))
         model = inject(model, config, chosen)
@@ -108,6 +120,14 @@ class LoraLayers(Bridged):
             self.pattern("rank_pattern") or self.pattern("alpha_pattern")
         )
 
+    def _check_words(self, words: tuple[str, ...]) -> None:
+        """Refuse fused experts, unless the method says otherwise."""
+        if expert_lora.WORD in words:
+            raise ValueError(
+                f"method.target_modules must not name {expert_lora.WORD} with {type(self).__name__}, which adapts "
+                "linears; take method=lora"
+            )
+
     def _check_taken(self, taken: set[str], model: nn.Module) -> None:
         """Refuse what no loader of PEFT's would read of linears that have the names of experts (see peft_landing)."""
         if taken and not self.plain:
@@ -144,7 +164,70 @@ class LoraLayers(Bridged):
 
 @dataclass(frozen=True, kw_only=True)
 class Lora(LoraLayers):
-    """B starts at zero, or both factors where an earlier run, or PEFT itself, left them."""
+    """B starts at zero, or both factors where an earlier run, or PEFT itself, left them.
+
+    expert_rank: of the adapters of fused experts, which target_modules may name; None is rank. Their parameters are
+    E expert_rank (in + out) for each stack (E, out, in).
+    """
+
+    expert_rank: int | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse a rank of experts that is none."""
+        super().__post_init__()
+        if self.expert_rank is not None and self.expert_rank < 1:
+            raise ValueError(f"method.expert_rank must be 1 or more, or null for rank, got {self.expert_rank}")
+
+    def put_in(
+        self, model: nn.Module, anatomy: Anatomy, words: tuple[str, ...], beside: Sequence[str] = ()
+    ) -> nn.Module:
+        """Freeze the base and put layers around linears, and beside the stacks of fused experts where words say so."""
+        stacks = expert_lora.stacks(model, anatomy) if expert_lora.WORD in words else []
+        linears = tuple(word for word in words if word != expert_lora.WORD)
+        if linears or not stacks:
+            model = super().put_in(model, anatomy, linears, stacks)
+        else:
+            self._check_patterns(set(stacks))
+            model.requires_grad_(False)
+            model.peft_config = {ADAPTER: self.config([])}  # type: ignore[assignment]  # as PEFT's own layers leave it
+        for stack in stacks:
+            rank = self._rank_of(stack, min(expert_lora.sides(model, stack)[1:]))
+            expert_lora.add(model, stack, rank, self._scale(stack, rank))
+        return model
+
+    def _rank_of(self, stack: str, most: int) -> int:
+        """Rank of the adapter of a stack whose smaller side is most."""
+        rank = self._of_pattern("rank_pattern", stack) or self.expert_rank or self.rank
+        if rank > most:
+            raise ValueError(
+                f"method.expert_rank must be at most {most}, the smaller side of an expert of {stack}, got {rank}; "
+                "take a smaller one"
+            )
+        return int(rank)
+
+    def _scale(self, stack: str, rank: int) -> float:
+        alpha = self._of_pattern("alpha_pattern", stack) or self.alpha
+        rooted = self.options.items() >= {("use_rslora", True)}
+        return alpha / (math.sqrt(rank) if rooted else rank)
+
+    def _of_pattern(self, option: str, name: str) -> Any:
+        """What an option's pattern says of name, by PEFT's own rule; None if nothing."""
+        return next((value for key, value in self.pattern(option).items() if _ends_with(key, name)), None)
+
+    def _check_words(self, words: tuple[str, ...]) -> None:
+        """Refuse what PEFT cannot store of experts."""
+        if expert_lora.WORD not in words:
+            return
+        if self.dropout:
+            raise ValueError(
+                f"method.dropout must be 0 where method.target_modules names {expert_lora.WORD}, got {self.dropout}: "
+                "PEFT has none beside fused experts; set method.dropout=0"
+            )
+        if self.options.items() >= {("use_dora", True)}:
+            raise ValueError(
+                f"method.options.use_dora must be left out where method.target_modules names {expert_lora.WORD}, got "
+                "true: PEFT has none beside fused experts; take method=lora"
+            )
 
     def fused(self, model: nn.Module) -> None:
         """The sum in place, but for DoRA."""
@@ -154,6 +237,8 @@ class Lora(LoraLayers):
 
     def initial(self, model: nn.Module, name: str, param: Tensor, read: Callable[[str], Tensor]) -> Tensor:
         """PEFT's defaults: A ~ U(-1/sqrt(in), 1/sqrt(in)) (Kaiming, a = sqrt 5), B = 0, magnitude = row norms of W."""
+        if (found := expert_lora.initial(name, param)) is not None:
+            return found
         layer, kind, _ = re.split(r"\.(lora_A|lora_B|lora_magnitude_vector)\.", name, maxsplit=1)
         value = torch.zeros(param.shape, dtype=torch.float32)
         if kind == "lora_A":
@@ -180,7 +265,7 @@ class LoraPlus(Lora):
 
     def rate(self, name: str, lr: float) -> float:
         """lr_ratio times lr for B."""
-        return self.lr_ratio * lr if f".lora_B.{ADAPTER}." in name else lr
+        return self.lr_ratio * lr if f".lora_B.{ADAPTER}." in name or expert_lora.is_second(name) else lr
 
 
 def _ends_with(pattern: str, name: str) -> bool:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from dsft.methods.branches import grow
 from dsft.methods.grid import STEM, Grid, Scheme, grid_of, held
-from dsft.methods.peft_lora import Lora
+from dsft.methods.peft_lora import Lora, LoraLayers
 from dsft.methods.rounded import Rounded
 from dsft.protocols import Anatomy
 
@@ -36,6 +36,10 @@ class QatLora(Lora):
         grid_of(self.scheme, self.group_size)
         if self.options.items() >= {"use_dora": True}.items():
             raise ValueError("method.options.use_dora must be left out with qat_lora, got true; take method=qat")
+
+    def _check_words(self, words: tuple[str, ...]) -> None:
+        """Refuse fused experts, whose sums are not rounded."""
+        LoraLayers._check_words(self, words)
 
     @property
     def grid(self) -> Grid:

@@ -14,6 +14,12 @@ from dsft.models.grouped import Routes
 NAME = "dsft_grouped"
 """Name of this forward pass in transformers' interface."""
 
+BESIDE = "lora_"
+"""Beginning of the name of a child of a module of experts; the end is that of a stack of its weights.
+
+The child, called with the stack's product (S, out), the rows (S, in) and their Routes, gives the product that is used.
+"""
+
 
 def register() -> None:
     """Make NAME known to transformers (again is harmless)."""
@@ -35,8 +41,13 @@ def forward(module: Any, hidden: Tensor, index: Tensor, weights: Tensor) -> Tens
 
 
 def _linear(module: nn.Module, name: str, rows: Tensor, routes: Routes) -> Tensor:
-    """Rows (S, in) times the weights (E, out, in) called name, kept transposed or not, and their bias (E, out)."""
+    """Rows (S, in) times the weights (E, out, in) called name, kept transposed or not, and their bias (E, out).
+
+    A child of the module that stands beside these weights adds its own product.
+    """
     weight: Tensor = getattr(module, name)
     y = grouped.product(rows, weight.transpose(1, 2) if module.is_transposed else weight, routes.ends)
     bias: Tensor | None = getattr(module, f"{name}_bias") if module.has_bias else None
-    return y if bias is None else y + bias[routes.experts].to(y.dtype)
+    y = y if bias is None else y + bias[routes.experts].to(y.dtype)
+    beside = module._modules.get(f"{BESIDE}{name}")
+    return y if beside is None else beside(y, rows, routes)

@@ -1,0 +1,162 @@
+"""LoRA on fused experts: two thin stacks beside each stack of weights, and the layout that PEFT has for them in files.
+
+PEFT 0.21 keeps A as (E r, in), expert after expert, and B as (out, r E), whose columns are rank after rank with the
+experts inside; the layer of the stack that its module registers last is the outermost, and each other one is inside of
+the next (base_layer).
+"""
+
+import math
+import re
+from collections.abc import Iterator
+from copy import deepcopy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dsft.models import grouped
+from dsft.models.experts import BESIDE, NAME
+from dsft.models.grouped import Routes
+from dsft.protocols import Anatomy
+
+WORD = "experts"
+"""Word of method.target_modules for every stack of every fused expert."""
+
+BASE = "base_model.model."
+
+
+class ExpertLora(nn.Module):
+    """s B_e A_e x beside a stack's W_e x; A (E, r, in), B (E, out, r), fp32."""
+
+    def __init__(self, sides: tuple[int, int, int], rank: int, scale: float) -> None:
+        """sides: E, out, in of the stack."""
+        super().__init__()
+        experts, out, inside = sides
+        self.A = nn.Parameter(torch.empty(experts, rank, inside, device="meta"))
+        self.B = nn.Parameter(torch.empty(experts, out, rank, device="meta"))
+        self.rank, self.scale = rank, scale
+
+    def forward(self, y: Tensor, rows: Tensor, routes: Routes) -> Tensor:
+        """Base's product y (S, out) and its rows (S, in), sorted by expert -> their sum with the adapter's product."""
+        hidden = grouped.product(rows, self.A, routes.ends)
+        return torch.add(y, grouped.product(hidden, self.B, routes.ends).to(y.dtype), alpha=self.scale)
+
+
+def stacks(model: nn.Module, anatomy: Anatomy) -> list[str]:
+    """Full names of the stacks of weights of all fused experts, in the order of their modules.
+
+    Raises ValueError if there are none, or if a class does not compute them through transformers' interface.
+    """
+    kind: Any = model.config
+    if not anatomy.experts:
+        raise ValueError(
+            f"method.target_modules: {WORD} matches nothing, as a {kind.model_type} model has no experts that are "
+            "stacks of three dimensions; leave it out (attention is possible)"
+        )
+    found = []
+    for name in anatomy.experts:
+        module = model.get_submodule(name)
+        if not hasattr(module, "has_gate") or module.config._experts_implementation != NAME:  # type: ignore[union-attr]
+            raise ValueError(
+                f"method.target_modules must not name {WORD} in a {kind.model_type} model: {type(module).__name__} "
+                "does not compute them through transformers' interface for experts; take "
+                "method.target_modules=attention"
+            )
+        found += [f"{name}.{key}" for key, param in module.named_parameters(recurse=False) if param.ndim == 3]
+    return found
+
+
+def sides(model: nn.Module, stack: str) -> tuple[int, int, int]:
+    """E, out, in of a stack, whichever way its class keeps it."""
+    name, _, key = stack.rpartition(".")
+    module: Any = model.get_submodule(name)
+    experts, one, other = getattr(module, key).shape
+    return (experts, other, one) if module.is_transposed else (experts, one, other)
+
+
+def add(model: nn.Module, stack: str, rank: int, scale: float) -> None:
+    """Put an adapter beside a stack; it learns."""
+    name, _, key = stack.rpartition(".")
+    model.get_submodule(name).register_module(f"{BESIDE}{key}", ExpertLora(sides(model, stack), rank, scale))
+
+
+def adapted(model: nn.Module) -> Iterator[tuple[str, str, ExpertLora]]:
+    """(name of the module of experts, key of the stack, adapter) of each adapter in model."""
+    for name, module in model.named_modules():
+        if isinstance(module, ExpertLora):
+            experts, _, leaf = name.rpartition(".")
+            yield experts, leaf.removeprefix(BESIDE), module
+
+
+def initial(name: str, param: Tensor) -> Tensor | None:
+    """First value of an adapter's parameter, None if it is another's: that of PEFT, as for a linear."""
+    factor = _factor(name)
+    if factor is None:
+        return None
+    value = torch.zeros(param.shape, dtype=torch.float32)
+    return value.uniform_(-1 / math.sqrt(param.shape[2]), 1 / math.sqrt(param.shape[2])) if factor == "A" else value
+
+
+def in_file(model: nn.Module) -> dict[str, str]:
+    """Name of each adapter's parameter -> its name in PEFT's file."""
+    found, inside = dict[str, str](), dict[str, list[str]]()
+    for experts, key, _ in adapted(model):
+        inside.setdefault(experts, []).append(key)
+    for experts, keys in inside.items():
+        order = [key for key, _ in model.get_submodule(experts).named_parameters(recurse=False) if key in keys]
+        for depth, key in enumerate(reversed(order)):
+            layer = f"{BASE}{experts}.{'base_layer.' * depth}"
+            found |= {f"{experts}.{BESIDE}{key}.{factor}": f"{layer}lora_{factor}.weight" for factor in "AB"}
+    return found
+
+
+def to_file(name: str, value: Tensor) -> Tensor:
+    """Value (E, r, in) or (E, out, r) of the parameter called name, as PEFT's file has it."""
+    return value.flatten(0, 1) if _factor(name) == "A" else value.permute(1, 2, 0).flatten(1)
+
+
+def from_file(name: str, value: Tensor, experts: int) -> Tensor:
+    """What to_file was given."""
+    if _factor(name) == "A":
+        return value.reshape(experts, -1, value.shape[1])
+    return value.reshape(len(value), -1, experts).permute(2, 0, 1).contiguous()
+
+
+def shape_in_file(name: str, param: Tensor) -> torch.Size:
+    """Shape of what to_file gives."""
+    return to_file(name, torch.empty(param.shape, device="meta")).shape
+
+
+def target_parameters(model: nn.Module) -> list[str]:
+    """The names of PEFT's configuration that mean all adapted stacks and no others."""
+    full = {f"{experts}.{key}" for experts, key, _ in adapted(model)}
+    ends = {".".join(name.split(".")[-2:]) for name in full}
+    meant = {name for name, _ in model.named_parameters() if any(name.endswith(f".{end}") for end in ends)}
+    return sorted(ends if meant == full else full)
+
+
+def portable(config: Any, model: nn.Module) -> Any:
+    """PEFT's configuration with the adapters of experts in it: their stacks, and their rank where it is another."""
+    ranks = {f"{experts}.{key}": module.rank for experts, key, module in adapted(model)}
+    if not ranks:
+        return config
+    config = deepcopy(config)
+    names = target_parameters(model)
+    config.target_parameters = sorted({*(config.target_parameters or ()), *names})
+    told = config.rank_pattern
+    for end in names:
+        rank = next(rank for name, rank in ranks.items() if f".{name}".endswith(f".{end}"))
+        if rank != config.r and not any(re.match(rf"(.*\.)?({key})$", end) for key in told):
+            config.rank_pattern = {**config.rank_pattern, end: rank}
+    return config
+
+
+def is_second(name: str) -> bool:
+    """True if name is that of an adapter's B."""
+    return _factor(name) == "B"
+
+
+def _factor(name: str) -> str | None:
+    """A or B of an adapter's parameter, None of another one."""
+    *_, leaf, factor = "..", *name.split(".")
+    return factor if leaf.startswith(BESIDE) and factor in ("A", "B") else None
