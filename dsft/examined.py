@@ -87,7 +87,11 @@ def _version(name: str) -> str:
 def _code() -> str:
     """A digest of the modules that build models and examine them."""
     here = Path(__file__).parent
-    paths = [*sorted((here / "models").glob("*.py")), *(here / "engine" / f"{name}.py" for name in EXAMINING)]
+    paths = [
+        here / "grouped.py",
+        *sorted((here / "models").glob("*.py")),
+        *(here / "engine" / f"{name}.py" for name in EXAMINING),
+    ]
     return hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()
 
 

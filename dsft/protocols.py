@@ -14,8 +14,12 @@ from dsft.course import Course
 if TYPE_CHECKING:
     from dsft.models.files import ModelFiles
 
-ROLES = ("attention", "mlp", "other")
-"""Roles of linears: inside a module named *attn*/*attention*, inside *mlp*/*feed_forward*/*expert*, elsewhere."""
+ROLES = ("attention", "mlp", "shared_experts", "router", "other")
+"""Roles of linears: inside a module named *attn*/*attention*, inside *mlp*/*feed_forward*/*expert*, elsewhere.
+
+Beside fused experts, in the module that holds them: one with an output for each expert is their router, any other one
+is of the experts that every token uses.
+"""
 
 STARTING = "init_from"
 """Key of methods that may start from an adapter."""

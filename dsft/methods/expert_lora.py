@@ -14,9 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dsft.models import grouped
-from dsft.models.experts import BESIDE, NAME
-from dsft.models.grouped import Routes
+from dsft import grouped
+from dsft.grouped import BESIDE, NAME, Routes
 from dsft.protocols import Anatomy
 
 WORD = "experts"

@@ -25,6 +25,11 @@ def chosen_linears(wanted: str | tuple[str, ...], anatomy: Anatomy, key: str = "
     modules = {*anatomy.linears, anatomy.head}
     chosen: set[str] = set()
     for word in words:
+        if word == "router":
+            raise ValueError(
+                f"{key} must not name router, which an adapter of linears leaves as it is; leave it out, or take "
+                "method=freeze with method.trainable set to the names of its parameters"
+            )
         found = _matching(word, modules, anatomy, key)
         if not found:
             leaves = sorted({name.rpartition(".")[2] for name in modules})

@@ -1,5 +1,7 @@
 """Where a model's parts are, found by structure: blocks, linears by role, head, embedding, experts."""
 
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -45,7 +47,7 @@ def dissect(model: Any) -> Anatomy:
             experts.append(name)
     return Anatomy(
         blocks=blocks,
-        linears=linears,
+        linears=linears | dict(_beside_experts(model, blocks, linears, experts)),
         embedding=names[id(embedding)],
         head=names[id(head)],
         tied=getattr(head, "weight", None) is getattr(embedding, "weight", None),
@@ -73,6 +75,21 @@ def _role(name: str) -> str:
     if any(word in path for word in ("mlp", "feed_forward", "expert", "ffn")):
         return "mlp"
     return "other"
+
+
+def _beside_experts(
+    model: nn.Module, blocks: Iterable[str], linears: Iterable[str], experts: Iterable[str]
+) -> Iterator[tuple[str, str]]:
+    """(name, role) of each linear in a module that holds fused experts and is no block."""
+    for stack in experts:
+        owner = stack.rpartition(".")[0]
+        count = len(next(param for param in model.get_submodule(stack).parameters(recurse=False) if param.ndim == 3))
+        inside = [name for name in linears if name.startswith(f"{owner}.") and not name.startswith(f"{stack}.")]
+        parts = Counter(name.removeprefix(f"{owner}.").partition(".")[0] for name in inside)
+        for name in inside if owner not in blocks else ():
+            alone = parts[name.removeprefix(f"{owner}.").partition(".")[0]] == 1
+            routes = alone and model.get_submodule(name).out_features == count
+            yield name, "router" if routes else "shared_experts"
 
 
 def _stacks_experts(module: nn.Module) -> bool:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from dsft import grouped
 from dsft.models import attention as ragged
 from dsft.models import experts
 from dsft.models.heads import name_labels, require_class
@@ -75,7 +76,7 @@ def _described(files: "ModelFiles", dtype: torch.dtype, attention: str | None) -
         )
     if model._can_set_experts_implementation():
         experts.register()
-        model.set_experts_implementation(experts.NAME)
+        model.set_experts_implementation(grouped.NAME)
     check_sizes(model)
     return model
 

@@ -10,7 +10,7 @@ from dsft.protocols import Anatomy, PackedLinear
 def census(model: nn.Module, anatomy: Anatomy) -> dict[str, Any]:
     """{"total", "trainable", "by_role": {role: {"total", "trainable"}}}; the model may be on meta.
 
-    A packed linear counts in x out. Roles: embedding, head, attention, mlp, experts, norm, other; an adapter's
+    A packed linear counts in x out. Roles: embedding, head, experts, norm and those of linears; an adapter's
     parameters count under the role of what they adapt.
     """
     roles: dict[str, dict[str, int]] = {}
@@ -50,4 +50,8 @@ def _role(name: str, anatomy: Anatomy) -> str:
     for linear, role in anatomy.linears.items():
         if name.startswith(f"{linear}."):
             return role
-    return "norm" if "norm" in name.lower() else "other"
+    if "norm" in name.lower():
+        return "norm"
+    owner = name.rpartition(".")[0].rpartition(".")[0]
+    routes = any(expert.rpartition(".")[0] == owner for expert in anatomy.experts) and owner not in anatomy.blocks
+    return "router" if routes else "other"

@@ -8,17 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from dsft.models import grouped
-from dsft.models.grouped import Routes
-
-NAME = "dsft_grouped"
-"""Name of this forward pass in transformers' interface."""
-
-BESIDE = "lora_"
-"""Beginning of the name of a child of a module of experts; the end is that of a stack of its weights.
-
-The child, called with the stack's product (S, out), the rows (S, in) and their Routes, gives the product that is used.
-"""
+from dsft import grouped
+from dsft.grouped import BESIDE, NAME, Routes
 
 
 def register() -> None:

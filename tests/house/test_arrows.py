@@ -20,7 +20,7 @@ VERBS = (
 FLOORS = (
     ("config", "imports", "offline", "synonyms", "cache", "first", "installed", "owners", "searched", "locate"),
     ("comm",),
-    ("course",),
+    ("course", "grouped"),
     ("protocols", "objective", "headed"),
     ("strategy",),
     LEAVES,

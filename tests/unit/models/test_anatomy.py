@@ -3,8 +3,11 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from benchmarks.family_models import config_of, shape_of
 from dsft.models.anatomy import dissect
 from dsft.models.build import build_meta
+from dsft.models.census import census
+from dsft.protocols import ROLES
 
 EXPECTED = {
     "llama": ("model.layers", 7, 0, False),
@@ -50,3 +53,22 @@ def test_a_linear_with_a_forward_of_its_own_gives_rows_or_is_none(kind: type, is
     name = "model.layers.1.self_attn.o_proj"
     model.get_submodule(name).__class__ = kind
     assert dissect(model).linears == {other: role for other, role in before.items() if is_one or other != name}
+
+
+@pytest.mark.parametrize(("model_type", "shared", "router", "mlp"), [
+    ("qwen3_next", ["mlp.shared_expert.down_proj", "mlp.shared_expert.gate_proj", "mlp.shared_expert.up_proj"], [], 0),
+    ("deepseek_v3", ["mlp.shared_experts.down_proj", "mlp.shared_experts.gate_proj", "mlp.shared_experts.up_proj"], [],
+     9),  # its first three layers are dense
+    ("longcat_flash", [], ["mlp.router.classifier"], 168), ("mixtral", [], [], 0),
+])  # fmt: skip
+def test_linears_beside_fused_experts_have_roles_of_their_own(
+    model_type: str, shared: list[str], router: list[str], mlp: int
+) -> None:
+    """Of the models' own sizes: in qwen3_next a shared expert is as wide as there are experts."""
+    model = build_meta(shape_of(model_type, config_of(model_type)), torch.bfloat16, None)
+    anatomy = dissect(model)
+    found = {role: [name for name, its in anatomy.linears.items() if its == role] for role in ROLES}
+    assert sorted({name.split(".", 3)[3] for name in found["shared_experts"]}) == shared
+    assert sorted({name.split(".", 3)[3] for name in found["router"]}) == router
+    assert len(found["mlp"]) == mlp
+    assert census(model, anatomy)["by_role"]["router"]["total"] > 0

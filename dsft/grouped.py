@@ -13,6 +13,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+NAME = "dsft_grouped"
+"""Name of the forward pass of fused experts (models/experts.py) in transformers' interface."""
+
+BESIDE = "lora_"
+"""Beginning of the name of a child of a module of experts; the end is that of a stack of its weights.
+
+The child, called with the stack's product (S, out), the rows (S, in) and their Routes, gives the product that is used.
+"""
+
 ALIGNED = 16
 """Bytes that the rows of both factors and of the result must be a multiple of, for grouped_mm."""
 

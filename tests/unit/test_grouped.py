@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dsft.models import grouped
+from dsft import grouped
 
 BOUNDS = {torch.float32: 3e-5, torch.bfloat16: 3e-2, torch.float64: 1e-12}
 SIDES = ((32, 48), (30, 48), (32, 4), (5, 3))
