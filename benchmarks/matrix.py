@@ -46,15 +46,17 @@ DROPPING = {"lora+dropout": ["method=lora", "method.dropout=0.1"]}
 
 NEEDED = {f"{model} vera": ["method.rank=8"] for model in MODELS}
 NEEDED |= {"tiny_moe ia3": ["method.feedforward_modules=[]"], "tiny qat": ["optim.eps=1e-5"]}
+NEEDED |= {"tiny_moe lora_plus": ["method.target_modules=[all-linear,experts]", "method.expert_rank=3"]}
 NEEDED |= {f"{model} full:reward": ["optim.eps=1e-5"] for model in MODELS}
 NEEDED |= {f"{model} adalora": ["method.alpha=1024", "method.interval=2"] for model in MODELS}
 NEEDED |= {
     f"{model} diff_pruning": ["method.density=0.3", "method.gate_start=1", "method.penalty=1e-3"] for model in MODELS
 }
-"""Of some cells: shared projections, whole on every rank, that are small beside the model; experts without linears; no
-steps of AdamW along gradients that are but rounding, where a weight that crosses a level of the grid makes a jump, or
-where the sides of a pair begin alike and the gradients of their rewards cancel; a start slow by design that 10 steps
-move; gates of which many are closed, and a penalty that the norm shows.
+"""Of some cells: shared projections, whole on every rank, that are small beside the model; experts without linears;
+adapters of experts, of a rank that torch's kernel does not take; no steps of AdamW along gradients that are but
+rounding, where a weight that crosses a level of the grid makes a jump, or where the sides of a pair begin alike and the
+gradients of their rewards cancel; a start slow by design that 10 steps move; gates of which many are closed, and a
+penalty that the norm shows.
 """
 
 RATES = {"adamw": 1e-3, "sgd": 0.05}
@@ -115,11 +117,12 @@ def words(column: Column, row: str, data: Path) -> tuple[str, ...]:
     """Overrides of a cell, without its rate."""
     model, method, variant = row.split()
     sgd = column.optim == "sgd"
+    changed = [word for word in needed(row) if not (sgd and word.startswith("optim.eps="))]  # which SGD has not
     objective = method.partition(":")[2]
     rows_of = chosen(OBJECTIVES[objective], data.parent) if objective else ["data=local", f"data.path={data}"]
     uneven = [UNEVEN] if objective and variant == "full" else []
     return (
-        f"model={model}", *(METHODS | DROPPING)[method], *needed(row), *VARIANTS[variant], *uneven,
+        f"model={model}", *(METHODS | DROPPING)[method], *changed, *VARIANTS[variant], *uneven,
         *rows_of, "data.shuffle=false", "train.precision=fp32", "train.steps=10",
         "train.max_length=512", "tracker=[]", f"optim.name={column.optim}", "optim.schedule=constant",
         f"train.max_grad_norm={'inf' if sgd else 1.0}", f"strategy={column.strategy}", *column.extra,
@@ -139,13 +142,13 @@ def rows(
 
 def _wanted(model: str, method: str, variant: str) -> bool:
     """Whether the matrix has this row: a packed base once, nf4 without recomputation and int8 with it; few of them on
-    the experts, which stay as they are.
+    the experts, which are not packed.
     """
     name, _, packing = method.partition("+")
     if ":" in method:
         return model == "tiny" and (variant == "full" or name.startswith("lora:"))
     if model != "tiny":
-        return (variant == "full" and not packing) or name in ("lora", "qlora", "int8_lora")
+        return (variant == "full" and not packing) or name in ("lora", "lora_plus", "qlora", "int8_lora")
     return not packing or variant == {"nf4": "none", "int8": "full"}[packing]
 
 
