@@ -88,6 +88,8 @@ class Zero(Strategy):
             # A block is gathered as one: DeepSpeed looks through its whole trace for each module it knows, quadratic in
             # their number. Routing inside a block then cannot change the order in which ranks gather.
             deepspeed().utils.set_z3_leaf_modules_by_name(model, list(anatomy.blocks))
+            for block in anatomy.blocks:
+                model.get_submodule(block).register_forward_hook(_as_tuple)
             model.get_submodule(anatomy.embedding).register_forward_hook(_needs_grad)
             run.converter = deepspeed().zero.Init(config_dict_or_path=run.config)
         object.__setattr__(self, "_run", run)
@@ -261,6 +263,15 @@ class _Run:
     def optimizer(self) -> Any:
         """DeepSpeed's optimizer around ours."""
         return self.engine.optimizer
+
+
+def _as_tuple(block: nn.Module, args: Any, output: Any) -> Any:
+    """Give a block's list as a tuple: of a list torch runs no full backward hook, by which DeepSpeed reduces the
+    gradients of a block, and they would be dropped. Raises RuntimeError for an output by names, as it has none either.
+    """
+    if isinstance(output, Mapping):
+        raise RuntimeError(f"{type(block).__name__} gives its output by names, which ZeRO-3 does not train; take fsdp")
+    return tuple(output) if isinstance(output, list) else output
 
 
 def _needs_grad(module: nn.Module, args: object, output: Tensor) -> Tensor:
