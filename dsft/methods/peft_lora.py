@@ -124,8 +124,8 @@ class LoraLayers(Bridged):
         """Refuse fused experts, unless the method says otherwise."""
         if expert_lora.WORD in words:
             raise ValueError(
-                f"method.target_modules must not name {expert_lora.WORD} with {type(self).__name__}, which adapts "
-                "linears; take method=lora"
+                f"method.target_modules must not name {expert_lora.WORD} with this method, which adapts linears; take "
+                "method=lora"
             )
 
     def _check_taken(self, taken: set[str], model: nn.Module) -> None:
@@ -163,8 +163,29 @@ class LoraLayers(Bridged):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Lora(LoraLayers):
-    """B starts at zero, or both factors where an earlier run, or PEFT itself, left them.
+class LinearLora(LoraLayers):
+    """LoRA of linears. B starts at zero, or both factors where an earlier run, or PEFT itself, left them."""
+
+    def fused(self, model: nn.Module) -> None:
+        """The sum in place, but for DoRA."""
+        from dsft.methods.fused_lora import fuse
+
+        fuse(model, ADAPTER)
+
+    def initial(self, model: nn.Module, name: str, param: Tensor, read: Callable[[str], Tensor]) -> Tensor:
+        """PEFT's defaults: A ~ U(-1/sqrt(in), 1/sqrt(in)) (Kaiming, a = sqrt 5), B = 0, magnitude = row norms of W."""
+        layer, kind, _ = re.split(r"\.(lora_A|lora_B|lora_magnitude_vector)\.", name, maxsplit=1)
+        value = torch.zeros(param.shape, dtype=torch.float32)
+        if kind == "lora_A":
+            nn.init.kaiming_uniform_(value, a=math.sqrt(5))
+        elif kind == "lora_magnitude_vector":
+            value = torch.linalg.norm(read(f"{layer}.base_layer").float(), dim=1)
+        return value
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lora(LinearLora):
+    """LoRA of linears and fused experts.
 
     expert_rank: of the adapters of fused experts, which target_modules may name; None is rank. Their parameters are
     E expert_rank (in + out) for each stack (E, out, in).
@@ -190,6 +211,9 @@ class Lora(LoraLayers):
             self._check_patterns(set(stacks))
             model.requires_grad_(False)
             model.peft_config = {ADAPTER: self.config([])}  # type: ignore[assignment]  # as PEFT's own layers leave it
+        if self.expert_rank not in (None, self.rank):
+            for key in self.pattern("rank_pattern"):
+                expert_lora.check_even(key, stacks, {stack for stack in stacks if _ends_with(key, stack)})
         for stack in stacks:
             rank = self._rank_of(stack, min(expert_lora.sides(model, stack)[1:]))
             expert_lora.add(model, stack, rank, self._scale(stack, rank))
@@ -217,6 +241,11 @@ class Lora(LoraLayers):
     def _check_words(self, words: tuple[str, ...]) -> None:
         """Refuse what PEFT cannot store of experts."""
         if expert_lora.WORD not in words:
+            if self.expert_rank is not None:
+                raise ValueError(
+                    f"method.expert_rank must be null where method.target_modules does not name {expert_lora.WORD}, "
+                    f"got {self.expert_rank}; add {expert_lora.WORD} to it, or leave expert_rank out"
+                )
             return
         if self.dropout:
             raise ValueError(
@@ -229,23 +258,10 @@ class Lora(LoraLayers):
                 "true: PEFT has none beside fused experts; take method=lora"
             )
 
-    def fused(self, model: nn.Module) -> None:
-        """The sum in place, but for DoRA."""
-        from dsft.methods.fused_lora import fuse
-
-        fuse(model, ADAPTER)
-
     def initial(self, model: nn.Module, name: str, param: Tensor, read: Callable[[str], Tensor]) -> Tensor:
-        """PEFT's defaults: A ~ U(-1/sqrt(in), 1/sqrt(in)) (Kaiming, a = sqrt 5), B = 0, magnitude = row norms of W."""
-        if (found := expert_lora.initial(name, param)) is not None:
-            return found
-        layer, kind, _ = re.split(r"\.(lora_A|lora_B|lora_magnitude_vector)\.", name, maxsplit=1)
-        value = torch.zeros(param.shape, dtype=torch.float32)
-        if kind == "lora_A":
-            nn.init.kaiming_uniform_(value, a=math.sqrt(5))
-        elif kind == "lora_magnitude_vector":
-            value = torch.linalg.norm(read(f"{layer}.base_layer").float(), dim=1)
-        return value
+        """As of linears, each expert by itself."""
+        found = expert_lora.initial(name, param)
+        return super().initial(model, name, param, read) if found is None else found
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,13 +10,13 @@ from torch import Tensor, nn
 
 from dsft.methods.branches import grow
 from dsft.methods.grid import STEM, Grid, Scheme, grid_of, held
-from dsft.methods.peft_lora import Lora, LoraLayers
+from dsft.methods.peft_lora import LinearLora
 from dsft.methods.rounded import Rounded
 from dsft.protocols import Anatomy
 
 
 @dataclass(frozen=True, kw_only=True)
-class QatLora(Lora):
+class QatLora(LinearLora):
     """y = x round(W + s B A)^T + b, W frozen, B = 0 at the start; the gradient of round(W + s B A) is the sum's.
 
     round: per group of inputs (k - z) t, k of 2, 4 or 8 bits, t fp32, and z = 0 but with int2, found anew from the sum
@@ -36,10 +36,6 @@ class QatLora(Lora):
         grid_of(self.scheme, self.group_size)
         if self.options.items() >= {"use_dora": True}.items():
             raise ValueError("method.options.use_dora must be left out with qat_lora, got true; take method=qat")
-
-    def _check_words(self, words: tuple[str, ...]) -> None:
-        """Refuse fused experts, whose sums are not rounded."""
-        LoraLayers._check_words(self, words)
 
     @property
     def grid(self) -> Grid:

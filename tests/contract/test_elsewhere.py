@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks.family_models import make
 from dsft import folder, plan, run, stage
 from dsft.compose import compose, dump_yaml
 from dsft.sweeps import points
@@ -64,7 +65,7 @@ def test_what_is_elsewhere_is_not_held_against_this_machine(capsys: pytest.Captu
     assert one["notes"] == two["notes"] == []
 
 
-def test_a_plan_for_gpus_says_what_fits(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_plan_for_gpus_says_what_fits(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     words = ["model=llama8b", "method=lora", "launcher=slurm", "launcher.devices=8", "--gpu=14.5"]
     found = as_json(capsys, *words)
     assert found["memory"]["available"] == found["gpu_bytes"] == 14.5 * GIB
@@ -77,7 +78,9 @@ def test_a_plan_for_gpus_says_what_fits(capsys: pytest.CaptureFixture[str]) -> N
     lines = {line.split()[0].split("=")[1]: line for line in plan.as_text(found).splitlines() if "  train.gr" in line}
     assert lines["none"].endswith("GiB  does not fit")
     assert lines["full"].endswith("GiB  fits")
-    unknown = plan.as_text(as_json(capsys, "model=tiny_moe", "train.precision=fp32", "--gpu", "80"))
+    make("dbrx", tmp_path / "dbrx")  # whose experts depend on data
+    choice = ["model=custom", f"model.path={tmp_path / 'dbrx'}", "method.rank=4", "train.precision=fp32"]
+    unknown = plan.as_text(as_json(capsys, *choice, "--gpu", "80"))
     assert "unknown whether it fits" in unknown
 
 

@@ -122,7 +122,10 @@ def test_a_name_and_a_value_of_it_are_checked_as_ours_are(installed: Path, tmp_p
     run_dir = f"run_dir={tmp_path / 'run'}"
     for words, line in (
         (["method=loudnes"], "method=loudnes does not exist; did you mean loudness?"),
-        (["method=loudness", "method.roles=[]"], "method.roles must be of attention, mlp, other, got []"),
+        (
+            ["method=loudness", "method.roles=[]"],
+            "method.roles must be of attention, mlp, shared_experts, router, other, got []",
+        ),
         (["method=loudness", "method.role=[mlp]"], "method.role is not a key; did you mean method.roles?"),
     ):
         done = dsft("model=tiny", *words, run_dir)
