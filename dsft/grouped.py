@@ -1,8 +1,8 @@
 """One product for rows that are sorted by expert: each group of rows times the weight of its expert.
 
 torch's grouped_mm computes it where it can: rows of multiples of 16 bytes, 16 or 32 bits. Elsewhere a CPU takes the
-groups one by one, which is as fast there, and a GPU pads the sides with zeros, since a loop would have to wait for the
-ends of the groups. Both give the same numbers.
+groups one by one, which is as fast there, and a GPU pads the sides with zeros, since a loop here would have to wait for
+the ends of the groups (as torch's own does where it has no kernel for a GPU). Both give the same numbers.
 """
 
 from dataclasses import dataclass

@@ -7,7 +7,7 @@ the next (base_layer).
 
 import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from copy import deepcopy
 from typing import Any
 
@@ -53,7 +53,8 @@ def stacks(model: nn.Module, anatomy: Anatomy) -> list[str]:
             "stacks of three dimensions; leave it out (attention is possible)"
         )
     found = []
-    for name in anatomy.experts:
+    routed = [name for name in anatomy.experts if hasattr(model.get_submodule(name), "has_gate")]
+    for name in routed or anatomy.experts:
         module = model.get_submodule(name)
         if not hasattr(module, "has_gate") or module.config._experts_implementation != NAME:  # type: ignore[union-attr]
             raise ValueError(
@@ -63,19 +64,6 @@ def stacks(model: nn.Module, anatomy: Anatomy) -> list[str]:
             )
         found += [f"{name}.{key}" for key, param in module.named_parameters(recurse=False) if param.ndim == 3]
     return found
-
-
-def check_even(key: str, every: Iterable[str], meant: set[str]) -> None:
-    """Refuse a key of rank_pattern that means stacks of some layers alone, beside a rank of the experts' own.
-
-    PEFT sorts the keys in its file by name, and takes the first that fits.
-    """
-    ends = {stack.rpartition(".")[2] for stack in meant}
-    if meant != {stack for stack in every if stack.rpartition(".")[2] in ends}:
-        raise ValueError(
-            f"method.options.rank_pattern: {key} must mean a stack of experts in every layer or in none, got "
-            f"{min(meant)} and not all others, beside method.expert_rank; leave one out"
-        )
 
 
 def sides(model: nn.Module, stack: str) -> tuple[int, int, int]:
@@ -158,7 +146,6 @@ def portable(config: Any, model: nn.Module) -> Any:
     told = config.rank_pattern
     rest = {name: rank for name, rank in ranks.items() if not any(re.match(rf"(.*\.)?({key})$", name) for key in told)}
     of_rest = {end: rank for end in names for name, rank in rest.items() if f".{name}".endswith(f".{end}")}
-    # The first pattern that fits decides, so these come last.
     config.rank_pattern = {**told, **{end: rank for end, rank in of_rest.items() if rank != config.r}}
     return config
 

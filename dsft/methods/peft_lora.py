@@ -3,7 +3,7 @@
 import math
 import re
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -148,6 +148,7 @@ class LoraLayers(Bridged):
                         f"method.options.{option}: {key} matches no target{nearest(key, leaves)}; the targets are "
                         f"{', '.join(leaves)}"
                     )
+            _check_sorted(f"method.options.{option}", self.pattern(option), chosen)
 
     def _check_rank(self, name: str, linear: Any) -> None:
         """A product of more than the smaller side is no thin one."""
@@ -211,12 +212,11 @@ class Lora(LinearLora):
             self._check_patterns(set(stacks))
             model.requires_grad_(False)
             model.peft_config = {ADAPTER: self.config([])}  # type: ignore[assignment]  # as PEFT's own layers leave it
-        if self.expert_rank not in (None, self.rank):
-            for key in self.pattern("rank_pattern"):
-                expert_lora.check_even(key, stacks, {stack for stack in stacks if _ends_with(key, stack)})
         for stack in stacks:
             rank = self._rank_of(stack, min(expert_lora.sides(model, stack)[1:]))
             expert_lora.add(model, stack, rank, self._scale(stack, rank))
+        config = expert_lora.portable(model.peft_config[ADAPTER], model)  # type: ignore[index]
+        _check_sorted("method.expert_rank and method.options.rank_pattern", config.rank_pattern, stacks)
         return model
 
     def _rank_of(self, stack: str, most: int) -> int:
@@ -282,6 +282,15 @@ class LoraPlus(Lora):
     def rate(self, name: str, lr: float) -> float:
         """lr_ratio times lr for B."""
         return self.lr_ratio * lr if f".lora_B.{ADAPTER}." in name or expert_lora.is_second(name) else lr
+
+
+def _check_sorted(key: str, patterns: Mapping[str, Any], names: Iterable[str]) -> None:
+    """Refuse patterns of which another would decide in PEFT's file, where they are sorted by name."""
+    for name in names:
+        found = [pattern for pattern in patterns if _ends_with(pattern, name)]
+        if found and patterns[min(found)] != patterns[found[0]]:
+            said = " and ".join(f"{patterns[each]} by {each}" for each in (found[0], min(found)))
+            raise ValueError(f"{key} must say one thing of {name}, got {said}, first in PEFT's file; leave one out")
 
 
 def _ends_with(pattern: str, name: str) -> bool:

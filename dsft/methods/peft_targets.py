@@ -27,13 +27,14 @@ def chosen_linears(wanted: str | tuple[str, ...], anatomy: Anatomy, key: str = "
     for word in words:
         if word == "router":
             raise ValueError(
-                f"{key} must not name router, which an adapter of linears leaves as it is; leave it out, or take "
-                "method=freeze with method.trainable set to the names of its parameters"
+                f"{key} must not name router, which is no linear in most models, and a part of all-linear where it is "
+                "one; leave it out, or take method=freeze with method.trainable set to the names of its parameters"
             )
         found = _matching(word, modules, anatomy, key)
         if not found:
             leaves = sorted({name.rpartition(".")[2] for name in modules})
-            choice = [each for each in ("all-linear", *ROLES, *leaves) if _matching(each, modules, anatomy, key)]
+            known = ("all-linear", *(role for role in ROLES if role != "router"), *leaves)
+            choice = [each for each in known if _matching(each, modules, anatomy, key)]
             raise ValueError(f"{key}: {word} matches no linear{nearest(word, choice)}; there are: {', '.join(choice)}")
         chosen |= found
     if not chosen:

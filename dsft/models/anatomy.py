@@ -80,15 +80,19 @@ def _role(name: str) -> str:
 def _beside_experts(
     model: nn.Module, blocks: Iterable[str], linears: Iterable[str], experts: Iterable[str]
 ) -> Iterator[tuple[str, str]]:
-    """(name, role) of each linear in a module that holds fused experts and is no block."""
-    for stack in experts:
+    """(name, role) of each linear in a module that holds fused experts and is no block.
+
+    What is called so, or has as many outputs as there are experts and no other linear beside it, is the router.
+    """
+    for stack in (name for name in experts if "expert" in name.rpartition(".")[2].lower()):
         owner = stack.rpartition(".")[0]
         count = len(next(param for param in model.get_submodule(stack).parameters(recurse=False) if param.ndim == 3))
         inside = [name for name in linears if name.startswith(f"{owner}.") and not name.startswith(f"{stack}.")]
         parts = Counter(name.removeprefix(f"{owner}.").partition(".")[0] for name in inside)
         for name in inside if owner not in blocks else ():
-            alone = parts[name.removeprefix(f"{owner}.").partition(".")[0]] == 1
-            routes = alone and model.get_submodule(name).out_features == count
+            part = name.removeprefix(f"{owner}.").partition(".")[0]
+            routes = parts[part] == 1 and model.get_submodule(name).out_features == count
+            routes = routes or part in ("gate", "router")
             yield name, "router" if routes else "shared_experts"
 
 

@@ -53,5 +53,6 @@ def _role(name: str, anatomy: Anatomy) -> str:
     if "norm" in name.lower():
         return "norm"
     owner = name.rpartition(".")[0].rpartition(".")[0]
-    routes = any(expert.rpartition(".")[0] == owner for expert in anatomy.experts) and owner not in anatomy.blocks
+    experts = [name for name in anatomy.experts if "expert" in name.rpartition(".")[2].lower()]
+    routes = any(name.rpartition(".")[0] == owner for name in experts) and owner not in anatomy.blocks
     return "router" if routes else "other"

@@ -26,7 +26,7 @@ def forward(module: Any, hidden: Tensor, index: Tensor, weights: Tensor) -> Tens
     first = _linear(module, "gate_up_proj" if module.has_gate else "up_proj", rows, routes)
     first = module._apply_gate(first) if module.has_gate else module.act_fn(first)
     last = _linear(module, "down_proj", first, routes)
-    if module.has_post_expert_norm:
+    if getattr(module, "has_post_expert_norm", False):  # a flag that transformers 5.17 has not
         last = module.post_expert_norm(last)
     return grouped.combine(last, weights, routes).to(hidden.dtype)
 
