@@ -171,8 +171,7 @@ def fill(linear: PackedLinear, weight: Tensor) -> None:
 class Footprint:
     """How a model's memory divides: parameters as the model counts them, bytes as they are stored.
 
-    packed: inside PackedLinear, without biases; plain: all others; experts: those of plain that are fused (E, ., .) and
-    frozen.
+    packed: inside PackedLinear, without biases; plain: all others; experts: those of plain that are fused (E, ., .).
     """
 
     packed_parameters: int
@@ -212,5 +211,5 @@ def footprint(model: nn.Module) -> Footprint:
         packed_bytes=packed_bytes,
         plain_parameters=sum(param.numel() for param in plain),
         plain_bytes=sum(param.numel() * param.element_size() for param in plain),
-        expert_parameters=sum(param.numel() for param in plain if param.ndim == 3 and not param.requires_grad),
+        expert_parameters=sum(param.numel() for param in plain if param.ndim == 3),
     )
