@@ -1,4 +1,4 @@
-"""One product for rows that are sorted by expert: each group of rows times the weight of its expert.
+"""Multiply rows that are sorted by expert: each group of rows times the weight of its expert.
 
 torch's grouped_mm computes it where it can: rows of multiples of 16 bytes, 16 or 32 bits. Elsewhere a CPU takes the
 groups one by one, which is as fast there, and a GPU pads the sides with zeros, since a loop here would have to wait for

@@ -116,7 +116,7 @@ def to_file(name: str, value: Tensor) -> Tensor:
 
 
 def from_file(name: str, value: Tensor, experts: int) -> Tensor:
-    """What to_file was given."""
+    """Return what to_file was given."""
     if _factor(name) == "A":
         return value.reshape(experts, -1, value.shape[1])
     return value.reshape(len(value), -1, experts).permute(2, 0, 1).contiguous()

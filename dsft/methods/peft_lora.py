@@ -235,7 +235,7 @@ class Lora(LinearLora):
         return alpha / (math.sqrt(rank) if rooted else rank)
 
     def _of_pattern(self, option: str, name: str) -> Any:
-        """What an option's pattern says of name, by PEFT's own rule; None if nothing."""
+        """Return what an option's pattern says of name, by PEFT's own rule; None if nothing."""
         return next((value for key, value in self.pattern(option).items() if _ends_with(key, name)), None)
 
     def _check_words(self, words: tuple[str, ...]) -> None:
@@ -259,7 +259,7 @@ class Lora(LinearLora):
             )
 
     def initial(self, model: nn.Module, name: str, param: Tensor, read: Callable[[str], Tensor]) -> Tensor:
-        """As of linears, each expert by itself."""
+        """Give each expert by itself the first values that a linear has."""
         found = expert_lora.initial(name, param)
         return super().initial(model, name, param, read) if found is None else found
 
