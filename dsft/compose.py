@@ -87,7 +87,7 @@ def compose(
         option = "single" if size == 1 else "fsdp"
         tree, chosen = _compose_tree([o for o in overrides if o != "strategy=auto"] + [f"strategy={option}"])
         said.append(f"strategy=auto: {option}, for {size} process{'es' if size > 1 else ''}")
-    tree, more = repairs.repair(tree, start.place)
+    tree, more = repairs.repair(tree, start.place, values)
     check_run_dir(tree["run_dir"])
     names = {choice.group: choice.option for choice in chosen}
     with _whose(values, names["experiment"]):

@@ -11,7 +11,7 @@ FREE = (
     "run_dir", "launcher", "tracker", "strategy", "checkpoint", "resume",
     "train.steps", "train.epochs", "train.max_minutes", "train.micro_batch_tokens", "train.log_samples",
     "train.profile", "train.offload_activations", "train.compile", "train.deterministic", "train.hang_after",
-    "optim.in_backward",
+    "optim.in_backward", "quantization.unpack_mib",
 )  # fmt: skip
 """Keys that may differ from those that a folder was made with: none of them changes the maths."""
 

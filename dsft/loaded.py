@@ -73,16 +73,20 @@ def _unpack(run: Learned | Run, base: Any) -> None:
     import torch
 
     from dsft.models.anatomy import dissect
-    from dsft.protocols import PackedLinear
+    from dsft.protocols import packed_weights
 
-    plain = {name: module for name, module in base.named_modules() if isinstance(module, torch.nn.Linear)}
+    before = {name: (module, dict(module._parameters)) for name, module in base.named_modules()}
     run.quantization.convert(base, dissect(base))
-    for name, module in list(base.named_modules()):
-        if isinstance(module, PackedLinear):
-            linear = plain[name]
-            linear.weight.data = module.unpack().to(linear.weight.dtype)
+    for name, module in [(name, module) for name, module in base.named_modules() if packed_weights(module)]:
+        plain, params = before[name]
+        for key, weight in packed_weights(module).items():
+            parts = [module.get_parameter(part) for part in weight.parts]
+            with torch.no_grad():
+                params[key].data = weight.unpack(parts, weight.compute_dtype or weight.dtype).to(weight.dtype)
+        plain._parameters, plain.__dict__["packed"] = params, {}
+        if plain is not module:
             parent, _, leaf = name.rpartition(".")
-            setattr(base.get_submodule(parent), leaf, linear)
+            setattr(base.get_submodule(parent), leaf, plain)
 
 
 def load(run: Learned | Run, result: Path, packed_on: "torch.device | None" = None) -> Any:

@@ -1,6 +1,8 @@
 """What can only mean one thing, and was left open, is settled before a run is built: each change is printed."""
 
-from collections.abc import Mapping
+import contextlib
+from collections import defaultdict
+from collections.abc import Container, Mapping
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -9,15 +11,19 @@ import yaml
 
 from dsft.rules import Place, RuleError, missing_compiler
 
+EXPERTS = "quantization.experts"
+
 LEAST_BATCH = 16
 """Examples of an optimizer step where nobody chose; more data ranks than that get one each."""
 
 
-def repair(tree: Mapping[str, Any], at: Place) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """The tree with what can only mean one thing filled in, and a sentence for each change."""
+def repair(tree: Mapping[str, Any], at: Place, typed: Container[str] = ()) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """The tree with what can only mean one thing filled in, and a sentence for each change. typed: keys that were."""
     fixed = deepcopy(dict(tree))
     train, said = fixed["train"], _rated(fixed["method"], fixed["optim"])
     said += _sized(fixed, at.size)
+    if EXPERTS not in typed:
+        said += _left_unpacked(fixed)
     if train["steps"] is None and train["epochs"] is None:
         train["epochs"] = 1.0
         said.append("train.epochs=1: neither train.steps nor train.epochs was given")
@@ -64,7 +70,8 @@ def _sized(fixed: dict[str, Any], ranks: int) -> list[str]:
         if isinstance(asked, bool) or not isinstance(asked, int):
             raise ValueError(f"train.global_batch_size must be auto or an integer, got {asked!r}")
         return []
-    kept = None if fixed["resume"]["anew"] is True else _kept_batch(Path(run_dir) / "config.yaml")
+    kept = _kept(fixed)["train"].get("global_batch_size")
+    kept = kept if isinstance(kept, int) else None
     if kept is not None and kept < ranks:
         way = f"lower launcher.devices, or add 'resume.allow=[train.global_batch_size]' train.global_batch_size={ranks}"
         said = f"train.global_batch_size must be at least the number of data ranks, {ranks}, got {kept}"
@@ -78,13 +85,26 @@ def _sized(fixed: dict[str, Any], ranks: int) -> list[str]:
     return [f"train.global_batch_size=auto: {train['global_batch_size']}, {why}"]
 
 
-def _kept_batch(config: Path) -> int | None:
-    """The number of a run folder's config.yaml; None without one that can be read, which the run itself refuses."""
-    try:
-        kept = yaml.safe_load(config.read_text())["train"]["global_batch_size"]
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError):
-        return None
-    return kept if isinstance(kept, int) else None
+def _left_unpacked(fixed: dict[str, Any]) -> list[str]:
+    """Leave experts unpacked where run_dir was made before a quantization packed them."""
+    quantization, kept = fixed["quantization"], _kept(fixed)["quantization"]
+    if quantization.get("experts") is not True or not kept or "experts" in kept:
+        return []
+    quantization["experts"] = False
+    return [f"{EXPERTS}=false: {fixed['run_dir']} was made before experts were packed"]
+
+
+def _kept(fixed: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Groups of the config.yaml that run_dir was made with, empty ones where there is none that can be read.
+
+    One that cannot be read is refused by the run itself; a run that begins anew keeps nothing.
+    """
+    found: Any = None
+    if fixed["resume"]["anew"] is not True:
+        with contextlib.suppress(OSError, UnicodeDecodeError, yaml.YAMLError):
+            found = yaml.safe_load((Path(str(fixed["run_dir"])) / "config.yaml").read_text())
+    tree = found if isinstance(found, dict) else {}
+    return defaultdict(dict, {name: keys for name, keys in tree.items() if isinstance(keys, dict)})
 
 
 def computes_bf16(gpus: int) -> bool:

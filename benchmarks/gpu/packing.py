@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from benchmarks.gpu.facts import Facts
 from benchmarks.gpu.runs import tiny_words, written_rows
 from benchmarks.gpu.scene import Scene, measured, relative
-from dsft.quantizers.int8 import Int8Linear
-from dsft.quantizers.nf4 import NF4Linear
+from dsft.quantizers.int8 import Int8Codec
+from dsft.quantizers.nf4 import NF4Codec
 from dsft.quantizers.packed import ByteLinear
 
 FEW = 1e-4
@@ -43,14 +43,14 @@ def _linears(shape: tuple[int, int]) -> dict[str, ByteLinear]:
     with torch.device("meta"):
         linear = nn.Linear(shape[1], shape[0], bias=False)
     return {
-        "nf4": NF4Linear(linear, compute_dtype=None, double_quant=True),
-        "nf4 single": NF4Linear(linear, compute_dtype=None, double_quant=False),
-        "int8": Int8Linear(linear, compute_dtype=None),
+        "nf4": ByteLinear(linear, NF4Codec(double_quant=True), None),
+        "nf4 single": ByteLinear(linear, NF4Codec(double_quant=False), None),
+        "int8": ByteLinear(linear, Int8Codec(), None),
     }
 
 
 def _bytes(name: str, linear: ByteLinear, weight: Tensor, facts: Facts) -> None:
-    here, again, there = (linear.pack(each) for each in (weight, weight, weight.cpu()))
+    here, again, there = (linear.matrix.pack([each]) for each in (weight, weight, weight.cpu()))
     what = f"{name} {str(weight.dtype).removeprefix('torch.')}"
     same = all(torch.equal(here[part], again[part]) for part in here)
     facts.note(f"{what}: packed twice on one device", "same bytes" if same else "other bytes", ok=same)
@@ -59,8 +59,8 @@ def _bytes(name: str, linear: ByteLinear, weight: Tensor, facts: Facts) -> None:
         most = FEW if part == "payload" else 1.0  # a scale may differ in its last bit, which nobody sees
         facts.near(f"{what}: share of {part} unlike the CPU's", share, most)
     given = tuple(there[part] for part in there)
-    ours = linear.decode(tuple(part.to(weight.device) for part in given), weight.dtype)
-    theirs = linear.decode(given, weight.dtype)
+    ours = linear.matrix.unpack([part.to(weight.device) for part in given], weight.dtype)
+    theirs = linear.matrix.unpack(given, weight.dtype)
     apart = (ours.cpu().double() - theirs.double()).abs().max() / theirs.double().abs().max()
     facts.near(f"{what}: decoded from the CPU's bytes, off by", float(apart), 1e-6 if _wide(weight) else 5e-3)
     lost = (theirs.double() - weight.cpu().double()).norm() / weight.cpu().double().norm()

@@ -23,7 +23,7 @@ from dsft.engine.precision import DTYPES
 from dsft.engine.step import train_step
 from dsft.models.work import widest, work
 from dsft.objective import Batch
-from dsft.protocols import PackedLinear
+from dsft.protocols import packed_weights
 from dsft.telemetry.meter import peak_memory_bytes
 
 WARM, TIMED = 3, 5
@@ -162,14 +162,14 @@ def _profiled(session: Session, load: Load, facts: Facts) -> None:
 
 def _decoding(scene: Scene, session: Session, facts: Facts) -> None:
     """Of the largest packed linear: read 4 bits and scales, write 16 bits a weight."""
-    packed = [module for module in session.model.modules() if isinstance(module, PackedLinear)]
-    module = max(packed, key=lambda one: one.in_features * one.out_features)
-    parts = tuple(module.get_parameter(name) for name in module.packed)
+    packed = [(one, module) for module in session.model.modules() for one in packed_weights(module).values()]
+    weight, module = max(packed, key=lambda pair: math.prod(pair[0].shape))
+    parts = tuple(module.get_parameter(name) for name in weight.parts)
     dtype = DTYPES[session.run.train.precision]
-    took = scene.seconds(lambda: module.decode(parts, dtype), calls=20)
-    weights = module.in_features * module.out_features
+    took = scene.seconds(lambda: weight.unpack(parts, dtype), calls=20)
+    weights = math.prod(weight.shape)
     moved = sum(part.nbytes for part in parts) + weights * dtype.itemsize
-    facts.note(f"decoding {module.out_features} x {module.in_features}", round(1e6 * took, 1), "us")
+    facts.note(f"decoding {' x '.join(map(str, weight.shape))}", round(1e6 * took, 1), "us")
     facts.note("decoding, read and written", round(moved / took / 1e9, 1), "GB/s")
 
 

@@ -15,7 +15,7 @@ from dsft.cache.root import make, own_root
 from dsft.config import Train
 from dsft.models.attention import NAME, ragged_attention
 from dsft.models.routing import routes
-from dsft.protocols import Anatomy, PackedLinear
+from dsft.protocols import Anatomy, packed_weights
 
 LONG = 1000
 """Steps from which auto compiles: it takes about a minute and gains some percent, benchmarks/results/speed-lora.md."""
@@ -77,12 +77,12 @@ def _attention(
 def compiler_for(train: Train, total: int, model: nn.Module, anatomy: Anatomy) -> Compiler | None:
     """None to leave the blocks as they are.
 
-    Of auto, steps, model and train.gradient_checkpointing alone decide, so that a resumed run decides alike. A packed
-    linear is never compiled, nor a module that says so (never_compiled); what is between them is, in small pieces, if
-    it is asked for.
+    Of auto, steps, model and train.gradient_checkpointing alone decide, so that a resumed run decides alike. A module
+    with packed weights is never compiled, nor one that says so (never_compiled); what is between them is, in small
+    pieces, if it is asked for.
     """
     wanted = train.compile
-    eager = [m for m in model.modules() if isinstance(m, PackedLinear) or hasattr(m, "never_compiled")]
+    eager = [m for m in model.modules() if packed_weights(m) or hasattr(m, "never_compiled")]
     if wanted == "auto":
         able = all(hasattr(model.get_submodule(name), "gradient_checkpointing") for name in anatomy.blocks)
         once = train.gradient_checkpointing == "none" or not routes(anatomy)  # else a program chooses experts anew

@@ -1,6 +1,6 @@
 """The values that a run's tensors begin with: of the base, of an earlier adapter, of the method, of a reference."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -14,8 +14,8 @@ from dsft.engine.precision import DTYPES
 from dsft.models.files import ModelFiles
 from dsft.models.heads import head_tensors
 from dsft.models.materialize import materialize
-from dsft.models.values import Values, open_values
-from dsft.protocols import PackedLinear
+from dsft.models.values import Values, matrices, open_values
+from dsft.protocols import packed_weights
 
 if TYPE_CHECKING:
     from dsft.engine.assemble import Skeleton
@@ -59,8 +59,8 @@ class First:
             self.run.strategy.write([param], [value.float().to(self.home.device)])
 
 
-def fill(run: Run, begin: First, model: nn.Module, world: World, *, first: str | None) -> None:
-    """Give every tensor of model its value. first: the first packed linear, which is compared. Collective."""
+def fill(run: Run, begin: First, model: nn.Module, world: World, *, first: Sequence[str]) -> None:
+    """Give every tensor of model its value. first: the packed weights that are compared. Collective."""
     bones, home = begin.bones, begin.home
 
     def initial(name: str, param: Tensor) -> Tensor:
@@ -70,8 +70,8 @@ def fill(run: Run, begin: First, model: nn.Module, world: World, *, first: str |
     for module in model.modules():
         for name, buffer in module._buffers.items():
             module._buffers[name] = None if buffer is None else buffer.to(world.device)
-    if first is not None:
-        _check_bytes(run, bones, first, begin.values, home.device)
+    for name in first:
+        _check_bytes(run, bones, name, begin.values, home.device)
 
 
 class seeded:  # noqa: N801  # a context, used like a function
@@ -93,17 +93,21 @@ def _trained_weight(bones: "Skeleton", values: Values, device: torch.device, nam
 
     device: where the model's own are packed. Another one sums in another order, and so packs other bytes.
     """
-    module = bones.model.get_submodule(name)
     origin = bones.origins[f"{name}.weight"]
-    if isinstance(module, PackedLinear):
-        weight = values.full(origin, device)
-        return module.decode(tuple(module.pack(weight).values()), weight.dtype).cpu()
-    return values.full(origin)
+    packed = packed_weights(bones.model.get_submodule(name)).get("weight")
+    if packed is None:
+        return values.full(origin)
+    parts = packed.pack(matrices(values, origin, packed, device))
+    return packed.unpack([parts[part] for part in packed.parts], packed.dtype).cpu()
 
 
-def first_packed(model: nn.Module) -> str | None:
-    """Name of the first packed linear of model, None if there is none."""
-    return next((name for name, module in model.named_modules() if isinstance(module, PackedLinear)), None)
+def first_packed(model: nn.Module) -> list[str]:
+    """Names of the first packed linear of model and of the first packed stack of experts, as far as it has them."""
+    found: dict[int, str] = {}
+    for path, module in model.named_modules():
+        for key, weight in packed_weights(module).items():
+            found.setdefault(len(weight.shape), f"{path}.{key}")
+    return [*found.values()]
 
 
 def _check_bytes(run: Run, bones: "Skeleton", name: str, values: Values, device: torch.device) -> None:
@@ -112,15 +116,15 @@ def _check_bytes(run: Run, bones: "Skeleton", name: str, values: Values, device:
     A mixed-precision cast of packed bytes is silent otherwise (bitsandbytes#1945). device: where the model's own were
     packed; on another one the mean of the scales may differ in its last bit. Collective.
     """
-    module = bones.model.get_submodule(name)
-    assert isinstance(module, PackedLinear)
-    expected = module.pack(values.full(bones.origins[f"{name}.weight"], device))
-    got = run.strategy.used(bones.model, name, module.packed)
-    for part in module.packed:
+    path, _, key = name.rpartition(".")
+    packed = packed_weights(bones.model.get_submodule(path))[key]
+    expected = packed.pack(matrices(values, bones.origins[name], packed, device))
+    got = run.strategy.used(bones.model, path, packed.parts)
+    for part in packed.parts:
         mine, theirs = got[part], expected[part].cpu()
         if mine.dtype != theirs.dtype or not torch.equal(mine, theirs):
             raise RuntimeError(
-                f"{name}.{part}: the packed weight that training would see is not the one that was packed: "
+                f"{path}.{part}: the packed weight that training would see is not the one that was packed: "
                 f"{type(run.strategy).__name__} does not carry its bytes with torch {torch.__version__} here "
                 f"({theirs.dtype} became {mine.dtype}); do not train on it, take quantization=none or another strategy"
             )

@@ -10,7 +10,7 @@ from torch import nn
 
 from dsft.engine.parts import Part, mark
 from dsft.models.work import base_linear
-from dsft.protocols import Anatomy, PackedLinear
+from dsft.protocols import Anatomy, packed_weights
 
 
 @contextmanager
@@ -25,9 +25,9 @@ def marked(model: Any, anatomy: Anatomy) -> Iterator[None]:
     with ExitStack() as stack:
         for module, part in _owners(model, anatomy):
             stack.enter_context(_replaced(module, "forward", part))
-        for module in model.modules():
-            if isinstance(module, PackedLinear):
-                stack.enter_context(_replaced(module, "decode", Part.UNPACKING))
+        packed = [weight for module in model.modules() for weight in packed_weights(module).values()]
+        for codec in {id(weight.codec): weight.codec for weight in packed}.values():
+            stack.enter_context(_replaced(codec, "decode", Part.UNPACKING))
         if dist.is_available():
             stack.enter_context(_replaced(dist.Work, "wait", Part.COMMUNICATION))
         name = model.config._attn_implementation

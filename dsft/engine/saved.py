@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from dsft.protocols import Anatomy, PackedLinear
+from dsft.protocols import Anatomy, PackedStack, packed_weights
 
 
 @dataclass(frozen=True)
@@ -118,19 +118,21 @@ def _counted_blocks(model: nn.Module, anatomy: Anatomy, counter: _Counter) -> It
 
 @contextmanager
 def _shapes_for_bytes(model: nn.Module) -> Iterator[None]:
-    """Within: a packed linear decodes to a weight without values."""
-    packed = [module for module in model.modules() if isinstance(module, PackedLinear)]
-
-    def shaped(module: PackedLinear) -> Any:
-        return lambda parts, dtype: torch.empty(module.out_features, module.in_features, dtype=dtype)
-
-    for module in packed:
-        module.decode = shaped(module)  # type: ignore[method-assign]
+    """Within: bytes decode to a weight without values, all experts of a stack at once: nobody knows where rows end."""
+    packed = [weight for module in model.modules() for weight in packed_weights(module).values()]
+    codecs = {id(weight.codec): weight.codec for weight in packed}.values()
+    stacks = {weight: weight.at_once for weight in packed if isinstance(weight, PackedStack)}
+    for codec in codecs:
+        codec.decode = lambda parts, sides, dtype: torch.empty(sides, dtype=dtype)  # type: ignore[method-assign]
+    for stack in stacks:
+        stack.at_once = stack.shape[0]
     try:
         yield
     finally:
-        for module in packed:
-            del module.decode
+        for codec in codecs:
+            del codec.decode
+        for stack, at_once in stacks.items():
+            stack.at_once = at_once
 
 
 def _named(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from dsft import grouped
 from dsft.grouped import BESIDE, NAME, Routes
-from dsft.protocols import Anatomy
+from dsft.protocols import Anatomy, stacked
 
 WORD = "experts"
 """Word of method.target_modules for every stack of every fused expert."""
@@ -62,7 +62,7 @@ def stacks(model: nn.Module, anatomy: Anatomy) -> list[str]:
                 "does not compute them through transformers' interface for experts; take "
                 "method.target_modules=attention"
             )
-        found += [f"{name}.{key}" for key, param in module.named_parameters(recurse=False) if param.ndim == 3]
+        found += [f"{name}.{key}" for key in stacked(module)]
     return found
 
 
@@ -70,7 +70,7 @@ def sides(model: nn.Module, stack: str) -> tuple[int, int, int]:
     """E, out, in of a stack, whichever way its class keeps it."""
     name, _, key = stack.rpartition(".")
     module: Any = model.get_submodule(name)
-    experts, one, other = getattr(module, key).shape
+    experts, one, other = stacked(module)[key]
     return (experts, other, one) if module.is_transposed else (experts, one, other)
 
 
@@ -103,7 +103,7 @@ def in_file(model: nn.Module) -> dict[str, str]:
     for experts, key, _ in adapted(model):
         inside.setdefault(experts, []).append(key)
     for experts, keys in inside.items():
-        order = [key for key, _ in model.get_submodule(experts).named_parameters(recurse=False) if key in keys]
+        order = [key for key in stacked(model.get_submodule(experts)) if key in keys]
         for depth, key in enumerate(reversed(order)):
             layer = f"{BASE}{experts}.{'base_layer.' * depth}"
             found |= {f"{experts}.{BESIDE}{key}.{factor}": f"{layer}lora_{factor}.weight" for factor in "AB"}
@@ -131,7 +131,8 @@ def target_parameters(model: nn.Module) -> list[str]:
     """The names of PEFT's configuration that mean all adapted stacks and no others."""
     full = {f"{experts}.{key}" for experts, key, _ in adapted(model)}
     ends = {".".join(name.split(".")[-2:]) for name in full}
-    meant = {name for name, _ in model.named_parameters() if any(name.endswith(f".{end}") for end in ends)}
+    names = {name for name, _ in model.named_parameters()} | full  # a packed stack is no parameter
+    meant = {name for name in names if any(name.endswith(f".{end}") for end in ends)}
     return sorted(ends if meant == full else full)
 
 

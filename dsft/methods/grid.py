@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from dsft.imports import uncompiled
 from dsft.methods.bits import pack, unpack
-from dsft.protocols import Anatomy, PackedLinear
+from dsft.protocols import Anatomy, packed_weights
 
 Scheme = Literal["int8", "int4", "8da4w", "int2"]
 
@@ -54,7 +54,7 @@ class Grid:
         if importlib.util.find_spec("torchao") is None:
             raise ValueError("method.scheme rounds by the torchao library, which is missing; pip install 'dsft[qat]'")
         for name in anatomy.linears:
-            if isinstance(model.get_submodule(name), PackedLinear):
+            if packed_weights(model.get_submodule(name)):
                 raise ValueError(
                     f"quantization must be none where method.scheme rounds, got {name} packed, which would be rounded "
                     "to two grids; take quantization=none"

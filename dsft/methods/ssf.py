@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from dsft.methods.biases import add_bias, whole_with_biases
 from dsft.methods.branches import grow, norms
 from dsft.methods.native import Native
-from dsft.protocols import Anatomy, PackedLinear
+from dsft.protocols import Anatomy, packed_weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +80,7 @@ class Scaled(nn.Module):
 def _takes(module: Scaled) -> bool:
     """True if gamma and beta can go into the module: a linear, or torch's own LayerNorm with a bias."""
     if issubclass(module.plain, nn.Linear):
-        return not issubclass(module.plain, PackedLinear)
+        return not packed_weights(module)
     return module.plain is nn.LayerNorm and module.bias is not None
 
 

@@ -1,16 +1,17 @@
 """Parameters of a model counted by role, as the numbers that they stand for and not as the bytes that hold them."""
 
+import math
 from typing import Any
 
 from torch import nn
 
-from dsft.protocols import Anatomy, PackedLinear
+from dsft.protocols import Anatomy, packed_weights
 
 
 def census(model: nn.Module, anatomy: Anatomy) -> dict[str, Any]:
     """{"total", "trainable", "by_role": {role: {"total", "trainable"}}}; the model may be on meta.
 
-    A packed linear counts in x out. Roles: embedding, head, experts, norm and those of linears; an adapter's
+    A packed weight counts as its numbers. Roles: embedding, head, experts, norm and those of linears; an adapter's
     parameters count under the role of what they adapt.
     """
     roles: dict[str, dict[str, int]] = {}
@@ -26,17 +27,12 @@ def census(model: nn.Module, anatomy: Anatomy) -> dict[str, Any]:
 
 
 def _counted(model: nn.Module) -> list[tuple[str, int, bool]]:
-    counted = []
-    packed = {name for name, module in model.named_modules() if isinstance(module, PackedLinear)}
-    for name in packed:
-        module = model.get_submodule(name)
-        assert isinstance(module, PackedLinear)
-        counted.append((f"{name}.weight", module.in_features * module.out_features, False))
-    for name, param in model.named_parameters():
-        owner, _, leaf = name.rpartition(".")
-        if owner in packed and leaf != "bias":
-            continue
-        counted.append((name, param.numel(), param.requires_grad))
+    counted, parts = [], set[str]()
+    for path, module in model.named_modules():
+        for key, weight in packed_weights(module).items():
+            counted.append((f"{path}.{key}", math.prod(weight.shape), False))
+            parts |= {f"{path}.{part}" for part in weight.parts}
+    counted += [(name, p.numel(), p.requires_grad) for name, p in model.named_parameters() if name not in parts]
     return counted
 
 

@@ -61,6 +61,11 @@ class CheckpointValues:
             whole = recipe.convert(self._model, self._weights.read)[recipe.target]
             out.copy_(whole[start : start + len(out)] if out.ndim else whole)
 
+    def apart(self, name: str) -> bool:
+        """True if some rows of the tensor can be had without converting all of it."""
+        recipe = self._recipes[name]
+        return recipe.converter is None or recipe.rows_are_sources()
+
     def _share_tied(self) -> None:
         """Give every name of a tied tensor the recipe that one of its names has."""
         names: dict[int, list[str]] = {}

@@ -4,12 +4,13 @@ The classes of transformers say by flags how they keep their weights (has_gate, 
 has_post_expert_norm) and have a method for their gate; nothing here knows a family.
 """
 
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 
 from dsft import grouped
 from dsft.grouped import BESIDE, NAME, Routes
+from dsft.protocols import PackedStack, packed_weights
 
 
 def register() -> None:
@@ -32,12 +33,16 @@ def forward(module: Any, hidden: Tensor, index: Tensor, weights: Tensor) -> Tens
 
 
 def _linear(module: nn.Module, name: str, rows: Tensor, routes: Routes) -> Tensor:
-    """Rows (S, in) times the weights (E, out, in) called name, kept transposed or not, and their bias (E, out).
+    """Rows (S, in) times the weights (E, out, in) called name, kept transposed, as bytes, or neither; and their bias.
 
     A child of the module that stands beside these weights adds its own product.
     """
-    weight: Tensor = getattr(module, name)
-    y = grouped.product(rows, weight.transpose(1, 2) if module.is_transposed else weight, routes.ends)
+    packed = packed_weights(module).get(name)
+    if packed is None:
+        weight: Tensor = getattr(module, name)
+        y = grouped.product(rows, weight.transpose(1, 2) if module.is_transposed else weight, routes.ends)
+    else:
+        y = cast(PackedStack, packed).product(module, rows, routes.ends)
     bias: Tensor | None = getattr(module, f"{name}_bias") if module.has_bias else None
     y = y if bias is None else y + bias[routes.experts].to(y.dtype)
     beside = module._modules.get(f"{BESIDE}{name}")

@@ -16,8 +16,8 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from dsft.comm.world import World
 from dsft.models.transients import returned_at_once
-from dsft.models.values import Values
-from dsft.protocols import PackedLinear
+from dsft.models.values import Values, matrices
+from dsft.protocols import packed_weights
 
 Initial = Callable[[str, Tensor], Tensor]
 """(full name, parameter on meta) -> its first value, whole, on CPU."""
@@ -35,7 +35,7 @@ def materialize(
 ) -> None:
     """Give every parameter and buffer of model that is on meta its value on world.device; identities are kept.
 
-    origins: current name -> name in the base, for parameters, buffers and packed linears (see Lineage); what it does
+    origins: current name -> name in the base, for parameters, buffers and packed weights (see Lineage); what it does
     not name is new and comes from initial. place(module) is called for each module once its own tensors are whole.
     Peak host memory above the shard: two of the largest tensors. Raises RuntimeError for a buffer of unknown value, and
     for a parameter that is not on meta without having been filled here.
@@ -79,12 +79,14 @@ def _require_meta(tensor: Tensor, name: str) -> None:
 def _packed(
     module: nn.Module, path: str, values: Values, world: World, origins: Mapping[str, str]
 ) -> dict[str, Tensor]:
-    """The bytes of a packed linear, whole, by parameter name; nothing for any other module."""
-    if not isinstance(module, PackedLinear) or not any(p.is_meta for p in module.parameters(recurse=False)):
-        return {}
-    weight = f"{path}.weight" if path else "weight"
-    assert weight in origins, f"origins must name the base weight of the packed linear {path}"
-    return module.pack(values.full(origins[weight], world.device))
+    """The bytes of a module's packed weights, whole, by parameter name; nothing for one that has none."""
+    found: dict[str, Tensor] = {}
+    for key, weight in packed_weights(module).items():
+        if any(module.get_parameter(part).is_meta for part in weight.parts):
+            name = f"{path}.{key}" if path else key
+            assert name in origins, f"origins must name the base weight of the packed {name}"
+            found |= weight.pack(matrices(values, origins[name], weight, world.device))
+    return found
 
 
 def _fill(param: nn.Parameter, device: torch.device, values: Values, name: str) -> None:

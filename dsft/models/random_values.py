@@ -53,6 +53,10 @@ class RandomValues:
             low, high = max(first, block * BLOCK), min(first + flat.numel(), block * BLOCK + len(values))
             flat[low - first : high - first].copy_(values[low - block * BLOCK : high - block * BLOCK])
 
+    def apart(self, name: str) -> bool:
+        """Return True: see fill."""
+        return True
+
     def _block(self, name: str, block: int, count: int) -> Tensor:
         digest = hashlib.sha256(f"{self._seed} {self._drawn_as[name]} {block}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))

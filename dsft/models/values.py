@@ -1,5 +1,6 @@
 """The base model's values by the model's own names: from a checkpoint, converted where its names differ, or random."""
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -10,6 +11,7 @@ from dsft.models.checkpoint_values import CheckpointValues
 from dsft.models.heads import head_tensors
 from dsft.models.random_values import RandomValues
 from dsft.models.weights import Weights
+from dsft.protocols import PackedWeight
 
 if TYPE_CHECKING:
     from dsft.models.files import ModelFiles
@@ -31,6 +33,9 @@ class Values(Protocol):
     def fill(self, name: str, out: Tensor, start: int) -> None:
         """Write rows start, start + 1, ... of the tensor into out (any dtype and device; contiguous)."""
 
+    def apart(self, name: str) -> bool:
+        """True if fill makes some rows of the tensor without making all of it."""
+
 
 def open_values(files: "ModelFiles", dtype: torch.dtype, seed: int) -> Values:
     """The values of the base model that build_meta(files, dtype) describes; opening reads headers only.
@@ -49,3 +54,19 @@ def open_values(files: "ModelFiles", dtype: torch.dtype, seed: int) -> Values:
             "set model.path to its folder, or model.init=random"
         )
     return CheckpointValues(twin, Weights(files.folder), new)
+
+
+def matrices(values: Values, name: str, packed: PackedWeight, device: torch.device) -> Iterator[Tensor]:
+    """What packed is made of, on device: the tensor called name or, of a stack, one matrix after the other.
+
+    No more of a stack is in memory than one of them, where they can be made apart.
+    """
+    if len(packed.shape) < 3:
+        yield values.full(name, device)
+    elif not values.apart(name):
+        yield from values.full(name, device)
+    else:
+        for index in range(packed.shape[0]):
+            out = torch.empty(1, *packed.shape[1:], dtype=packed.dtype, device=device)
+            values.fill(name, out, index)
+            yield out[0]

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dsft.protocols import Anatomy
+from dsft.protocols import Anatomy, stacked
 
 
 @dataclass(frozen=True)
@@ -44,10 +44,9 @@ def work(model: Any, anatomy: Anatomy) -> Work:
         blocks += 2 * linear.in_features * linear.out_features * passes
     active = getattr(model.config, "num_experts_per_tok", None) or 0
     for name in anatomy.experts:
-        for param in model.get_submodule(name).parameters(recurse=False):
-            shape = _whole_shape(param)
-            passes = 1 + (_block(name, anatomy) >= first) + param.requires_grad
-            blocks += 2 * math.prod(shape) / shape[0] * active * passes if len(shape) == 3 else 0
+        for key, shape in stacked(model.get_submodule(name)).items():
+            passes = 1 + (_block(name, anatomy) >= first) + (f"{name}.{key}" in learning)
+            blocks += 2 * math.prod(shape[1:]) * active * passes
     head = base_linear(model, anatomy.head)
     before = any(not name.startswith(f"{anatomy.head}.") for name in learning)
     return Work(blocks, 2.0 * head.in_features * head.out_features * (1 + before + _learns(head)))
@@ -103,11 +102,6 @@ def _wait(device: torch.device) -> None:
 def _learns(linear: nn.Module) -> bool:
     weight = linear._parameters.get("weight")  # a packed linear has none: reading .weight would unpack it
     return weight is not None and weight.requires_grad
-
-
-def _whole_shape(param: Any) -> tuple[int, ...]:
-    """The shape of a parameter, also while ZeRO-3 has divided it."""
-    return tuple(param.ds_shape if hasattr(param, "ds_shape") else param.shape)
 
 
 def _block(name: str, anatomy: Anatomy) -> int:

@@ -1,20 +1,15 @@
 """int8: each row of a weight scaled by its absmax to [-127, 127]. LLM.int8, Dettmers et al. 2022, arXiv:2208.07339."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from dsft.protocols import Anatomy, Quantizer
-from dsft.quantizers.packed import (
-    ByteLinear,
-    ComputeDtype,
-    floats,
-    footprint,
-    raw_bytes,
-    read_compute_dtype,
-    swap_linears,
-)
+from dsft.protocols import Anatomy, Codec, Quantizer
+from dsft.quantizers.convert import check_unpack_mib, convert
+from dsft.quantizers.footprint import footprint
+from dsft.quantizers.packed import ComputeDtype, floats, raw_bytes, read_compute_dtype
 
 CHUNK = 2**20
 """Weights packed at once."""
@@ -33,31 +28,35 @@ class Int8(Quantizer):
     """
 
     compute_dtype: ComputeDtype
+    experts: bool = False
+    unpack_mib: int = 64
 
     def __post_init__(self) -> None:
-        """Refuse an unknown compute_dtype."""
+        """Refuse an unknown compute_dtype and a negative unpack_mib."""
         read_compute_dtype(self.compute_dtype)
+        check_unpack_mib(self.unpack_mib)
 
     def convert(self, model: nn.Module, anatomy: Anatomy) -> nn.Module:
-        """Swap the blocks' linears for Int8Linear. Raises ValueError if there is none."""
+        """Keep the blocks' linears and experts as bytes. Raises ValueError if there are none, or too few."""
         compute_dtype = read_compute_dtype(self.compute_dtype)
-        return swap_linears(model, anatomy, "int8", lambda linear: Int8Linear(linear, compute_dtype=compute_dtype))
+        return convert(
+            model, anatomy, "int8", Int8Codec(), compute_dtype, experts=self.experts, unpack_mib=self.unpack_mib
+        )
 
     def report(self, model: nn.Module) -> str:
         """One line: the share of parameters and bytes packed, and what stays."""
         return str(footprint(model))
 
 
-class Int8Linear(ByteLinear):
+class Int8Codec(Codec):
     """payload (out, in): int8 as bytes; absmax (out, 4): one fp32 per row as bytes. 8 + 32 / in bits per parameter."""
 
-    def __init__(self, linear: nn.Linear, *, compute_dtype: torch.dtype | None) -> None:
-        rows, columns = linear.out_features, linear.in_features
-        super().__init__(linear, compute_dtype, {"payload": (rows, columns), "absmax": (rows, 4)})
+    def shapes(self, out: int, inside: int) -> dict[str, tuple[int, ...]]:
+        """See Codec."""
+        return {"payload": (out, inside), "absmax": (out, 4)}
 
     def pack(self, weight: Tensor) -> dict[str, Tensor]:
-        """Weight (out, in) -> payload, absmax. Raises RuntimeError for another shape or numbers that are not finite."""
-        self.check(weight)
+        """See Codec."""
         payload = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
         absmax = torch.empty(weight.shape[0], 1, dtype=torch.float32, device=weight.device)
         rows = max(1, CHUNK // weight.shape[1])
@@ -69,9 +68,9 @@ class Int8Linear(ByteLinear):
             absmax[first : first + rows] = largest
         return {"payload": payload.view(torch.uint8), "absmax": raw_bytes(absmax)}
 
-    def decode(self, parts: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
+    def decode(self, parts: Sequence[Tensor], sides: tuple[int, int], dtype: torch.dtype) -> Tensor:
         """Weight (out, in): payload * absmax / 127, computed in fp32 and rounded once to dtype."""
         payload, absmax = parts
         scale = (floats(absmax) / LEVELS).unsqueeze(1)  # (out, 1)
-        weight = torch.empty(payload.shape, dtype=dtype, device=payload.device)
+        weight = torch.empty(sides, dtype=dtype, device=payload.device)
         return torch.mul(payload.view(torch.int8), scale, out=weight)

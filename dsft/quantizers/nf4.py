@@ -1,5 +1,6 @@
 """NF4: 4-bit levels at the quantiles of a normal, by bitsandbytes. QLoRA, Dettmers et al. 2023, arXiv:2305.14314."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
@@ -8,16 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from dsft.imports import uncompiled
-from dsft.protocols import Anatomy, Quantizer
-from dsft.quantizers.packed import (
-    ByteLinear,
-    ComputeDtype,
-    floats,
-    footprint,
-    raw_bytes,
-    read_compute_dtype,
-    swap_linears,
-)
+from dsft.protocols import Anatomy, Codec, Quantizer
+from dsft.quantizers.convert import check_unpack_mib, convert
+from dsft.quantizers.footprint import footprint
+from dsft.quantizers.packed import ComputeDtype, floats, raw_bytes, read_compute_dtype
 
 BLOCK = 64
 """Weights that share one absmax, counted along the flattened weight (QLoRA, section 3)."""
@@ -36,26 +31,25 @@ class NF4(Quantizer):
 
     double_quant: bool
     compute_dtype: ComputeDtype
+    experts: bool = False
+    unpack_mib: int = 64
 
     def __post_init__(self) -> None:
-        """Refuse an unknown compute_dtype."""
+        """Refuse an unknown compute_dtype and a negative unpack_mib."""
         read_compute_dtype(self.compute_dtype)
+        check_unpack_mib(self.unpack_mib)
 
     def convert(self, model: nn.Module, anatomy: Anatomy) -> nn.Module:
-        """Swap the blocks' linears for NF4Linear. Raises ValueError if there is none."""
-        compute_dtype = read_compute_dtype(self.compute_dtype)
-
-        def make(linear: nn.Linear) -> NF4Linear:
-            return NF4Linear(linear, compute_dtype=compute_dtype, double_quant=self.double_quant)
-
-        return swap_linears(model, anatomy, "nf4", make)
+        """Keep the blocks' linears and experts as bytes. Raises ValueError if there are none, or too few."""
+        codec, compute_dtype = NF4Codec(double_quant=self.double_quant), read_compute_dtype(self.compute_dtype)
+        return convert(model, anatomy, "nf4", codec, compute_dtype, experts=self.experts, unpack_mib=self.unpack_mib)
 
     def report(self, model: nn.Module) -> str:
         """One line: the share of parameters and bytes packed, and what stays."""
         return str(footprint(model))
 
 
-class NF4Linear(ByteLinear):
+class NF4Codec(Codec):
     """payload (ceil(N / 2),): two levels a byte, N = out * in, the last block may be short.
 
     With double quantization absmax (blocks,) holds a level of bitsandbytes' 8-bit dynamic map per block and nested
@@ -63,20 +57,19 @@ class NF4Linear(ByteLinear):
     absmax (blocks, 4) holds fp32 as bytes. 4.127 and 4.5 bits per parameter.
     """
 
-    def __init__(self, linear: nn.Linear, *, compute_dtype: torch.dtype | None, double_quant: bool) -> None:
-        count = linear.out_features * linear.in_features
-        blocks = -(-count // BLOCK)
-        shapes: dict[str, tuple[int, ...]] = {"payload": (-(-count // 2),)}
-        if double_quant:
-            shapes |= {"absmax": (blocks,), "nested": (1 + -(-blocks // NESTED_BLOCK), 4)}
-        else:
-            shapes |= {"absmax": (blocks, 4)}
-        super().__init__(linear, compute_dtype, shapes)
+    def __init__(self, *, double_quant: bool) -> None:
         self.double_quant = double_quant
 
+    def shapes(self, out: int, inside: int) -> dict[str, tuple[int, ...]]:
+        """See Codec."""
+        count = out * inside
+        blocks = -(-count // BLOCK)
+        if not self.double_quant:
+            return {"payload": (-(-count // 2),), "absmax": (blocks, 4)}
+        return {"payload": (-(-count // 2),), "absmax": (blocks,), "nested": (1 + -(-blocks // NESTED_BLOCK), 4)}
+
     def pack(self, weight: Tensor) -> dict[str, Tensor]:
-        """Weight (out, in) -> payload, absmax[, nested]. Raises RuntimeError for another shape or if not finite."""
-        self.check(weight)
+        """See Codec."""
         bnb = _bitsandbytes()
         chunks = [
             bnb.quantize_4bit(chunk.float(), blocksize=BLOCK, compress_statistics=False, quant_type="nf4")
@@ -90,14 +83,14 @@ class NF4Linear(ByteLinear):
         levels, nested = bnb.quantize_blockwise(absmax - offset, blocksize=NESTED_BLOCK)
         return {**parts, "absmax": levels, "nested": raw_bytes(torch.cat([offset.reshape(1), nested.absmax]))}
 
-    def decode(self, parts: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
+    def decode(self, parts: Sequence[Tensor], sides: tuple[int, int], dtype: torch.dtype) -> Tensor:
         """Weight (out, in) by bitsandbytes, its QuantState built from the bytes for this one call."""
         bnb = _bitsandbytes()
         payload, absmax, *nested = parts
         wide = dtype is torch.float64
         state = bnb.QuantState(
             absmax=absmax if nested else floats(absmax),
-            shape=torch.Size((self.out_features, self.in_features)),
+            shape=torch.Size(sides),
             code=_levels(payload.device),
             blocksize=BLOCK,
             quant_type="nf4",
@@ -114,7 +107,7 @@ class NF4Linear(ByteLinear):
             )
         weight: Tensor = bnb.dequantize_4bit(payload.reshape(-1, 1), state)
         # a payload of one byte comes back transposed (bitsandbytes' old calling form)
-        return weight.reshape(self.out_features, self.in_features).to(dtype)
+        return weight.reshape(sides).to(dtype)
 
 
 @cache

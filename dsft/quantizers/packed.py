@@ -1,14 +1,12 @@
-"""A frozen linear kept as bytes: its forward and backward, how it takes a linear's place, what is left unpacked."""
+"""A frozen linear kept as bytes: its forward and backward, and how it takes a linear's place."""
 
-from abc import abstractmethod
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from dsft.protocols import Anatomy, PackedLinear
+from dsft.protocols import Codec, PackedWeight, packed_weights
 
 ComputeDtype = Literal["auto", "bf16", "fp32"]
 
@@ -23,30 +21,47 @@ def read_compute_dtype(name: str) -> torch.dtype | None:
     return COMPUTE_DTYPES[name]
 
 
-class ByteLinear(PackedLinear):
-    """What NF4Linear and Int8Linear share: uint8 parameters, unpacked for one product and never stored.
+class PackedMatrix(PackedWeight):
+    """The weight (out, in) of a linear; its module's parameters are called as the codec's parts."""
 
-    Takes over in_features, out_features, bias, device and mode of linear; its own parameters are left empty.
+    def __init__(
+        self, codec: Codec, sides: tuple[int, int], dtype: torch.dtype, compute_dtype: torch.dtype | None
+    ) -> None:
+        self.codec, self.shape, self.sides = codec, sides, sides
+        self.dtype, self.compute_dtype = dtype, compute_dtype
+        self.shapes = codec.shapes(*sides)
+        self.parts = tuple(self.shapes)
+
+    def pack(self, matrices: Iterable[Tensor]) -> dict[str, Tensor]:
+        """See PackedWeight."""
+        (weight,) = matrices
+        require(weight, self.sides)
+        return self.codec.pack(weight)
+
+    def unpack(self, parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+        """See PackedWeight."""
+        if parts[0].is_meta:
+            return torch.empty(self.sides, dtype=dtype, device="meta")
+        return self.codec.decode(parts, self.sides, dtype)
+
+
+class ByteLinear(nn.Linear):
+    """A frozen linear whose weight is uint8 parameters, unpacked for one product and never stored.
+
+    Takes over in_features, out_features, bias, device and mode of linear; its own parameters are left empty. In PEFT's
+    eyes it is an nn.Linear; its weight is a property.
     compute_dtype: of the unpacked weight and the product, None = the dtype of the input.
     """
 
-    def __init__(
-        self, linear: nn.Linear, compute_dtype: torch.dtype | None, shapes: dict[str, tuple[int, ...]]
-    ) -> None:
+    def __init__(self, linear: nn.Linear, codec: Codec, compute_dtype: torch.dtype | None) -> None:
         nn.Module.__init__(self)  # not nn.Linear's: it would allocate the weight that this class avoids
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.model_dtype, self.compute_dtype = linear.weight.dtype, compute_dtype
         self.register_parameter("bias", linear.bias)
-        for name, shape in shapes.items():
-            data = torch.empty(shape, dtype=torch.uint8, device=linear.weight.device)
-            self.register_parameter(name, nn.Parameter(data, requires_grad=False))
-        self.shapes = shapes
-        self.packed = tuple(shapes)
+        sides = (linear.out_features, linear.in_features)
+        self.matrix = PackedMatrix(codec, sides, linear.weight.dtype, compute_dtype)
+        self.packed = {"weight": self.matrix}
+        add_bytes(self, self.matrix.shapes, linear.weight.device)
         self.train(linear.training)
-
-    @abstractmethod
-    def decode(self, parts: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
-        """Weight (out, in) in dtype, from the bytes in the order of packed, on their device (not meta)."""
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
@@ -58,42 +73,50 @@ class ByteLinear(PackedLinear):
 
         Raises RuntimeError if the bytes are sharded.
         """
-        dtype = self.compute_dtype or self.model_dtype
+        matrix = self.matrix
         with torch.no_grad():
-            return _decode(self, self._parts(), dtype)
+            return matrix.unpack(whole_parts(self, matrix.shapes), matrix.compute_dtype or matrix.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """F.linear(x, unpacked weight, bias): x (..., in) -> (..., out), in the dtype that F.linear would return."""
-        result = x.dtype
-        if torch.is_autocast_enabled(x.device.type) and x.dtype is not torch.float64:
-            result = torch.get_autocast_dtype(x.device.type)
-        compute = self.compute_dtype or result
+        result, compute = dtypes(x, self.matrix.compute_dtype)
         bias = None if self.bias is None else self.bias.to(compute)
-        y: Tensor = _Product.apply(x.to(compute), bias, self, *self._parts())
+        y: Tensor = _Product.apply(x.to(compute), bias, self.matrix, *whole_parts(self, self.matrix.shapes))
         return y.to(result)
 
-    def check(self, weight: Tensor) -> None:
-        """Raise RuntimeError if weight cannot be packed: another shape, or numbers that are not finite."""
-        if weight.shape != (self.out_features, self.in_features):
-            raise RuntimeError(
-                f"weight must be ({self.out_features}, {self.in_features}), got {tuple(weight.shape)}; "
-                "the model's files do not fit its config.json"
-            )
-        if not torch.isfinite(weight).all():
-            raise RuntimeError("weight must be finite to be packed, got NaN or Inf; the model's files are damaged")
 
-    def _parts(self) -> tuple[Tensor, ...]:
-        parts = tuple(getattr(self, name) for name in self.packed)
-        for name, part in zip(self.packed, parts, strict=True):
-            if hasattr(part, "full_tensor") or part.shape != self.shapes[name]:
-                raise RuntimeError(f"{name} of a packed linear is sharded; gather its parameters before reading it")
-        return parts
+def add_bytes(module: nn.Module, shapes: dict[str, tuple[int, ...]], device: torch.device) -> None:
+    """Give module a uint8 parameter of each name and shape."""
+    for name, shape in shapes.items():
+        data = torch.empty(shape, dtype=torch.uint8, device=device)
+        module.register_parameter(name, nn.Parameter(data, requires_grad=False))
 
 
-def _decode(linear: ByteLinear, parts: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
-    if parts[0].is_meta:
-        return torch.empty(linear.out_features, linear.in_features, dtype=dtype, device="meta")
-    return linear.decode(parts, dtype)
+def whole_parts(module: nn.Module, shapes: dict[str, tuple[int, ...]]) -> tuple[Tensor, ...]:
+    """Return the parameters of module of these names. Raises RuntimeError if one is sharded."""
+    parts = tuple(getattr(module, name) for name in shapes)
+    for (name, shape), part in zip(shapes.items(), parts, strict=True):
+        if hasattr(part, "full_tensor") or part.shape != shape:
+            raise RuntimeError(f"{name} of a packed weight is sharded; gather its parameters before reading it")
+    return parts
+
+
+def dtypes(x: Tensor, compute_dtype: torch.dtype | None) -> tuple[torch.dtype, torch.dtype]:
+    """Return the dtype that a plain product of x would have, and the one to compute in."""
+    result = x.dtype
+    if torch.is_autocast_enabled(x.device.type) and x.dtype is not torch.float64:
+        result = torch.get_autocast_dtype(x.device.type)
+    return result, compute_dtype or result
+
+
+def require(weight: Tensor, sides: tuple[int, int]) -> None:
+    """Raise RuntimeError if weight cannot be packed: another shape, or numbers that are not finite."""
+    if weight.shape != sides:
+        raise RuntimeError(
+            f"weight must be {sides}, got {tuple(weight.shape)}; the model's files do not fit its config.json"
+        )
+    if not torch.isfinite(weight).all():
+        raise RuntimeError("weight must be finite to be packed, got NaN or Inf; the model's files are damaged")
 
 
 class _Product(torch.autograd.Function):
@@ -103,11 +126,11 @@ class _Product(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, bias: Tensor | None, linear: ByteLinear, *parts: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, weight: PackedMatrix, *parts: Tensor) -> Tensor:
         ctx.save_for_backward(*parts)
-        ctx.linear, ctx.dtype = linear, x.dtype
+        ctx.weight, ctx.dtype = weight, x.dtype
         with torch.autocast(x.device.type, enabled=False):  # x and bias are cast already; fp32 stays fp32
-            return nn.functional.linear(x, _decode(linear, parts, x.dtype), bias)
+            return nn.functional.linear(x, weight.unpack(parts, x.dtype), bias)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -116,7 +139,7 @@ class _Product(torch.autograd.Function):
         parts = ctx.saved_tensors  # read once: a second read recomputes, or fails, under checkpointing
         with torch.autocast(grad.device.type, enabled=False):
             if ctx.needs_input_grad[0]:
-                grad_x = grad @ _decode(ctx.linear, parts, ctx.dtype)  # (..., in)
+                grad_x = grad @ ctx.weight.unpack(parts, ctx.dtype)  # (..., in)
             if ctx.needs_input_grad[1]:
                 grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0)
         return grad_x, grad_bias, None, *(None for _ in parts)
@@ -134,82 +157,8 @@ def raw_bytes(values: Tensor) -> Tensor:
     return values.float().reshape(-1, 1).contiguous().view(torch.uint8)
 
 
-def swap_linears(model: nn.Module, anatomy: Anatomy, name: str, make: Callable[[nn.Linear], ByteLinear]) -> nn.Module:
-    """Put make(linear) in place of every nn.Linear of anatomy.linears; return the model.
-
-    A linear off meta is packed at once. Head, embedding and fused experts stay; so do subclasses of nn.Linear, whose
-    forward may differ (footprint counts all that stays). name: the quantization's, for the message.
-    Raises ValueError if nothing was packed.
-    """
-    swapped = 0
-    for path in anatomy.linears:
-        linear = model.get_submodule(path)
-        if type(linear) is not nn.Linear or path in (anatomy.head, anatomy.embedding):
-            continue
-        packed = make(linear)
-        if not linear.weight.is_meta:
-            fill(packed, linear.weight.detach())
-        parent, _, leaf = path.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, packed)
-        swapped += 1
-    if swapped == 0:
-        raise ValueError(
-            f"quantization={name} must find an nn.Linear in the blocks, got none in {type(model).__name__}; "
-            "choose quantization=none"
-        )
-    return model
-
-
 @torch.no_grad()
-def fill(linear: PackedLinear, weight: Tensor) -> None:
-    """Pack weight (out, in) into the linear's own parameters, which must be whole and off meta."""
-    for name, data in linear.pack(weight).items():
-        linear.get_parameter(name).copy_(data)
-
-
-@dataclass(frozen=True)
-class Footprint:
-    """How a model's memory divides: parameters as the model counts them, bytes as they are stored.
-
-    packed: inside PackedLinear, without biases; plain: all others; experts: those of plain that are fused (E, ., .).
-    """
-
-    packed_parameters: int
-    packed_bytes: int
-    plain_parameters: int
-    plain_bytes: int
-    expert_parameters: int
-
-    def __str__(self) -> str:
-        """One line for the terminal."""
-        total = max(1, self.packed_parameters + self.plain_parameters)
-        size = self.packed_bytes + self.plain_bytes
-        shown = f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
-        line = (
-            f"{self.packed_parameters / total:.1%} of {total:,} parameters packed, "
-            f"{self.plain_parameters / total:.1%} left as they are: {shown}, "
-            f"{self.plain_bytes / max(1, size):.1%} of it not packed"
-        )
-        if self.expert_parameters and self.packed_parameters:
-            line += f"; fused experts stay unpacked ({self.expert_parameters / total:.1%} of the parameters)"
-        return line
-
-
-def footprint(model: nn.Module) -> Footprint:
-    """What is packed in model and what is not, on meta too; exact before sharding. Tied parameters count once."""
-    packed_parameters = packed_bytes = 0
-    inside: set[int] = set()
-    for module in model.modules():
-        if isinstance(module, PackedLinear):
-            parts = [module.get_parameter(name) for name in module.packed]
-            packed_parameters += module.in_features * module.out_features
-            packed_bytes += sum(part.numel() for part in parts)
-            inside.update(id(part) for part in parts)
-    plain = [param for param in model.parameters() if id(param) not in inside]
-    return Footprint(
-        packed_parameters=packed_parameters,
-        packed_bytes=packed_bytes,
-        plain_parameters=sum(param.numel() for param in plain),
-        plain_bytes=sum(param.numel() * param.element_size() for param in plain),
-        expert_parameters=sum(param.numel() for param in plain if param.ndim == 3),
-    )
+def fill(module: nn.Module, name: str, matrices: Iterable[Tensor]) -> None:
+    """Pack the weight called name into the module's own parameters, which must be whole and off meta."""
+    for part, data in packed_weights(module)[name].pack(matrices).items():
+        module.get_parameter(part).copy_(data)

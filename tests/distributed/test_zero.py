@@ -5,7 +5,7 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from dsft.comm.world import World, join, leave
 from dsft.models.anatomy import dissect
-from dsft.protocols import PackedLinear
+from dsft.protocols import Codec
+from dsft.quantizers.packed import ByteLinear
 from dsft.strategies.zero import Zero
 
 STEPS, RANKS = 6, 2
@@ -48,32 +49,18 @@ CASES = {
 }
 
 
-class Bytes(PackedLinear):
-    """A stand-in for a packed linear: one byte a weight, and an odd number of bytes beside it."""
+class Bytes(Codec):
+    """A stand-in for a quantizer's: one byte a weight, and an odd number of bytes beside it."""
 
-    packed = ("bytes", "tail")
-
-    def __init__(self, linear: nn.Linear) -> None:
-        nn.Module.__init__(self)
-        self.in_features, self.out_features = linear.in_features, linear.out_features
-        for name, shape in (("bytes", linear.weight.shape), ("tail", (7,))):
-            empty = torch.empty(shape, dtype=torch.uint8, device="meta")
-            self.register_parameter(name, nn.Parameter(empty, requires_grad=False))
-        self.register_parameter("bias", None)
-
-    @property
-    def weight(self) -> Tensor:  # type: ignore[override]
-        return self.unpack()
+    def shapes(self, out: int, inside: int) -> dict[str, tuple[int, ...]]:
+        return {"bytes": (out, inside), "tail": (7,)}
 
     def pack(self, weight: Tensor) -> dict[str, Tensor]:
         whole = (weight * 400 + 128).round().clamp(0, 255).to(torch.uint8)
         return {"bytes": whole, "tail": torch.tensor([0, 255, 1, 127, 128, 3, 200], dtype=torch.uint8)}
 
-    def unpack(self) -> Tensor:
-        return (self.bytes.to(torch.float32) - 128) / 400
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.dtype))
+    def decode(self, parts: Sequence[Tensor], sides: tuple[int, int], dtype: torch.dtype) -> Tensor:
+        return ((parts[0].to(torch.float32) - 128) / 400).to(dtype)
 
 
 def _model(method: str) -> nn.Module:
@@ -93,15 +80,15 @@ def _model(method: str) -> nn.Module:
         if method == "packed":
             for name, child in list(model.model.layers.named_modules()):
                 if isinstance(child, nn.Linear):
-                    model.model.layers.set_submodule(name, Bytes(child))
+                    model.model.layers.set_submodule(name, ByteLinear(child, Bytes(), None))
         model.requires_grad_(False)
         return inject_adapter_in_model(LoraConfig(r=5, target_modules=r".*(q|v|down)_proj"), model)
 
 
 def _value(module: nn.Module, name: str, own: str, param: Tensor, precision: str) -> Tensor:
     generator = torch.Generator().manual_seed(sum(map(ord, name)))
-    if isinstance(module, Bytes):
-        return module.pack(torch.randn(module.out_features, module.in_features, generator=generator) * 0.08)[own]
+    if isinstance(module, ByteLinear):
+        return module.matrix.pack([torch.randn(module.matrix.sides, generator=generator) * 0.08])[own]
     value = torch.randn(param.shape, generator=generator) * 0.08 + ("norm" in name)
     return value.bfloat16() if precision == "bf16" and not param.requires_grad else value
 

@@ -15,17 +15,17 @@ from dsft.engine.loop import step_batches
 from dsft.engine.step import train_step
 from dsft.methods.allocator import Allocator, Schedule, Triplets
 from dsft.methods.svd_linear import adopt
-from dsft.quantizers.int8 import Int8Linear
-from dsft.quantizers.nf4 import NF4Linear
-from dsft.quantizers.packed import fill
+from dsft.quantizers.int8 import Int8Codec
+from dsft.quantizers.nf4 import NF4Codec
+from dsft.quantizers.packed import ByteLinear, fill
 from tests.contract.sessions import session_of
 
 PARTS = ("lora_A", "lora_B", "lora_E")
 CPU = torch.device("cpu")
 BASES: dict[str, Any] = {
     "dense": lambda linear: linear,
-    "nf4": lambda linear: NF4Linear(linear, compute_dtype=None, double_quant=True),
-    "int8": lambda linear: Int8Linear(linear, compute_dtype=None),
+    "nf4": lambda linear: ByteLinear(linear, NF4Codec(double_quant=True), None),
+    "int8": lambda linear: ByteLinear(linear, Int8Codec(), None),
 }
 
 
@@ -163,7 +163,7 @@ def test_its_layer_gives_what_pefts_gives(base: str, precision: torch.dtype) -> 
     linear = nn.Linear(64, 48, bias=base == "dense")
     packed = BASES[base](linear)
     if packed is not linear:
-        fill(packed, linear.weight.detach())
+        fill(packed, "weight", [linear.weight.detach()])
     config = AdaLoraConfig(init_r=6, target_r=4, lora_alpha=32, target_modules=["0"], total_step=9)
     plain = inject_adapter_in_model(config, nn.Sequential(packed))
     for name, param in plain.named_parameters():

@@ -9,14 +9,14 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 
 from dsft.methods.fused_lora import FusedLinear, fuse
-from dsft.quantizers.int8 import Int8Linear
-from dsft.quantizers.nf4 import NF4Linear
-from dsft.quantizers.packed import fill
+from dsft.quantizers.int8 import Int8Codec
+from dsft.quantizers.nf4 import NF4Codec
+from dsft.quantizers.packed import ByteLinear, fill
 
 BASES: dict[str, Any] = {
     "dense": lambda linear: linear,
-    "nf4": lambda linear: NF4Linear(linear, compute_dtype=None, double_quant=True),
-    "int8": lambda linear: Int8Linear(linear, compute_dtype=None),
+    "nf4": lambda linear: ByteLinear(linear, NF4Codec(double_quant=True), None),
+    "int8": lambda linear: ByteLinear(linear, Int8Codec(), None),
 }
 
 
@@ -26,7 +26,7 @@ def made(base: str, *, bias: bool, dropout: float = 0.0) -> tuple[nn.Module, nn.
     linear = nn.Linear(64, 48, bias=bias)
     packed = BASES[base](linear)
     if packed is not linear:
-        fill(packed, linear.weight.detach())
+        fill(packed, "weight", [linear.weight.detach()])
     config = LoraConfig(r=4, lora_alpha=8, lora_dropout=dropout, target_modules=["0"])
     plain = inject_adapter_in_model(config, nn.Sequential(packed))
     for name, param in plain.named_parameters():

@@ -2,7 +2,7 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -19,7 +19,8 @@ from dsft.models.files import ModelFiles
 from dsft.models.lineage import Lineage
 from dsft.models.materialize import materialize
 from dsft.models.values import open_values
-from dsft.protocols import PackedLinear
+from dsft.protocols import Codec, packed_weights
+from dsft.quantizers.packed import ByteLinear
 from dsft.strategies.fsdp import bytes_that_do_not_learn
 
 MEASURE = Path(__file__).with_name("measure_peak.py")
@@ -45,7 +46,7 @@ def share(rank: int, axes: tuple[int, ...], files: ModelFiles, folder: Path, cha
     model = build_meta(files, torch.float32)
     lineage = Lineage(model)
     change(model)
-    lineage = Lineage(model) if any(isinstance(m, PackedLinear) for m in model.modules()) else lineage
+    lineage = Lineage(model) if any(packed_weights(m) for m in model.modules()) else lineage
     origins = lineage.origins(model)
     mesh = init_device_mesh("cpu", axes, mesh_dim_names=("replicate", "shard")[-len(axes) :])
     with bytes_that_do_not_learn():
@@ -106,28 +107,22 @@ def test_replicas_hold_the_same_shards(source: Callable, load: Callable, tmp_pat
     assert_shards_add_up(whole, parts[2:])
 
 
-class Bytes(PackedLinear):
-    """A linear that keeps its float32 weight as bytes, in two halves."""
+class Halves(Codec):
+    """A float32 weight's own bytes, in two halves."""
 
-    packed = ("upper", "lower")
-
-    def __init__(self, like: nn.Linear) -> None:
-        super().__init__(like.in_features, like.out_features, bias=False, device="meta")
-        self.register_parameter("weight", None)
-        for name in self.packed:
-            data = torch.empty(like.out_features // 2, like.in_features * 4, dtype=torch.uint8, device="meta")
-            self.register_parameter(name, nn.Parameter(data, requires_grad=False))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.linear(x, torch.cat([self.upper, self.lower]).view(torch.float32))
+    def shapes(self, out: int, inside: int) -> dict[str, tuple[int, ...]]:
+        return {"upper": (out // 2, inside * 4), "lower": (out // 2, inside * 4)}
 
     def pack(self, weight: Tensor) -> dict[str, Tensor]:
-        return dict(zip(self.packed, weight.contiguous().view(torch.uint8).chunk(2), strict=True))
+        return dict(zip(("upper", "lower"), weight.contiguous().view(torch.uint8).chunk(2), strict=True))
+
+    def decode(self, parts: Sequence[Tensor], sides: tuple[int, int], dtype: torch.dtype) -> Tensor:
+        return torch.cat([*parts]).view(torch.float32).to(dtype)
 
 
 def pack_up(model: nn.Module) -> None:
     for layer in model.model.layers:
-        layer.mlp.up_proj = Bytes(layer.mlp.up_proj)
+        layer.mlp.up_proj = ByteLinear(layer.mlp.up_proj, Halves(), None)
 
 
 def test_packed_linears_are_packed_whole_and_sharded_as_bytes(source: Callable, load: Callable, tmp_path: Path) -> None:

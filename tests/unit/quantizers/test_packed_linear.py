@@ -6,8 +6,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from dsft.quantizers.int8 import Int8Linear
-from dsft.quantizers.nf4 import NF4Linear
+from dsft.quantizers.int8 import Int8Codec
+from dsft.quantizers.nf4 import NF4Codec
 from dsft.quantizers.packed import ByteLinear, fill
 
 KINDS = ["nf4", "int8"]
@@ -20,10 +20,10 @@ def build(
     dense = nn.Linear(96, 80, bias=bias, dtype=dtype)
     packed: ByteLinear
     if kind == "nf4":
-        packed = NF4Linear(dense, compute_dtype=compute, double_quant=True)
+        packed = ByteLinear(dense, NF4Codec(double_quant=True), compute)
     else:
-        packed = Int8Linear(dense, compute_dtype=compute)
-    fill(packed, dense.weight.detach())
+        packed = ByteLinear(dense, Int8Codec(), compute)
+    fill(packed, "weight", [dense.weight.detach()])
     return packed
 
 
@@ -115,7 +115,7 @@ def test_graph_keeps_bytes_and_no_weight(kind: str) -> None:
         linear(inputs())
     assert {tensor.dtype for tensor in saved} == {torch.uint8}
     # the storage itself, not a copy: a strategy that frees and gathers it again must be seen by backward
-    own = {linear.get_parameter(name).data_ptr() for name in linear.packed}
+    own = {linear.get_parameter(name).data_ptr() for name in linear.matrix.parts}
     assert {tensor.data_ptr() for tensor in saved} == own
 
 
@@ -132,5 +132,5 @@ def test_weight_is_a_fresh_tensor_and_no_parameter(kind: str) -> None:
 def test_bytes_that_are_not_whole_are_refused(kind: str) -> None:
     linear = build(kind)
     linear.payload.data = linear.payload.data[:3]
-    with pytest.raises(RuntimeError, match="payload of a packed linear is sharded"):
+    with pytest.raises(RuntimeError, match="payload of a packed weight is sharded"):
         linear.unpack()

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dsft.quantizers.int8 import Int8, Int8Linear
-from dsft.quantizers.nf4 import NF4, NF4Linear
+from dsft.quantizers.int8 import Int8, Int8Codec
+from dsft.quantizers.nf4 import NF4, NF4Codec
 from dsft.quantizers.packed import ByteLinear, fill, floats, raw_bytes
 
 # QLoRA, appendix E
@@ -16,16 +16,16 @@ NF4_LEVELS = [
 ]  # fmt: skip
 
 
-def nf4(weight: Tensor, *, double_quant: bool = True, compute_dtype: torch.dtype | None = None) -> NF4Linear:
+def nf4(weight: Tensor, *, double_quant: bool = True, compute_dtype: torch.dtype | None = None) -> ByteLinear:
     dense = nn.Linear(weight.shape[1], weight.shape[0], bias=False, dtype=weight.dtype)
-    packed = NF4Linear(dense, compute_dtype=compute_dtype, double_quant=double_quant)
-    fill(packed, weight)
+    packed = ByteLinear(dense, NF4Codec(double_quant=double_quant), compute_dtype)
+    fill(packed, "weight", [weight])
     return packed
 
 
-def int8(weight: Tensor) -> Int8Linear:
-    packed = Int8Linear(nn.Linear(weight.shape[1], weight.shape[0], bias=False, dtype=weight.dtype), compute_dtype=None)
-    fill(packed, weight)
+def int8(weight: Tensor) -> ByteLinear:
+    packed = ByteLinear(nn.Linear(weight.shape[1], weight.shape[0], bias=False, dtype=weight.dtype), Int8Codec(), None)
+    fill(packed, "weight", [weight])
     return packed
 
 
@@ -65,9 +65,11 @@ def test_nf4_error_on_normal_weights_is_the_known_one(double_quant: bool) -> Non
 def test_packing_an_unpacked_weight_changes_nothing() -> None:
     torch.manual_seed(0)
     once = nf4(torch.randn(128, 256), double_quant=False)
-    assert all(torch.equal(once.pack(once.weight)[name], once.get_parameter(name)) for name in once.packed)
+    again = once.matrix.pack([once.weight])
+    assert set(again) == set(once.matrix.parts)
+    assert all(torch.equal(part, once.get_parameter(name)) for name, part in again.items())
     eight = int8(torch.randn(128, 256))
-    assert torch.equal(eight.pack(eight.weight)["payload"], eight.get_parameter("payload"))
+    assert torch.equal(eight.matrix.pack([eight.weight])["payload"], eight.get_parameter("payload"))
 
 
 def test_storage_is_4_127_bits_with_double_quantization_and_4_5_without() -> None:
@@ -141,9 +143,9 @@ def test_casting_the_module_leaves_every_byte(make) -> None:
 def test_a_weight_that_cannot_be_packed_is_refused(make) -> None:
     linear = make(torch.randn(64, 96))
     with pytest.raises(RuntimeError, match="NaN or Inf"):
-        linear.pack(torch.full((64, 96), float("nan")))
+        linear.matrix.pack([torch.full((64, 96), float("nan"))])
     with pytest.raises(RuntimeError, match=r"weight must be \(64, 96\)"):
-        linear.pack(torch.randn(96, 64))
+        linear.matrix.pack([torch.randn(96, 64)])
 
 
 def test_an_unknown_compute_dtype_is_refused() -> None:

@@ -5,11 +5,12 @@ import torch
 from torch import nn
 
 from dsft.models.anatomy import dissect
-from dsft.protocols import PackedLinear, Quantizer
+from dsft.protocols import Quantizer
+from dsft.quantizers.footprint import footprint
 from dsft.quantizers.int8 import Int8
 from dsft.quantizers.nf4 import NF4
 from dsft.quantizers.none import Unquantized
-from dsft.quantizers.packed import footprint
+from dsft.quantizers.packed import ByteLinear
 
 PACKING = {"nf4": NF4(double_quant=True, compute_dtype="auto"), "int8": Int8(compute_dtype="auto")}
 
@@ -47,10 +48,10 @@ def test_convert_swaps_the_blocks_and_leaves_head_and_embedding(kind: str, tied:
     assert PACKING[kind].convert(model, anatomy) is model
     for name in anatomy.linears:
         linear = model.get_submodule(name)
-        assert isinstance(linear, PackedLinear)
+        assert isinstance(linear, ByteLinear)
         assert linear.weight.is_meta
         assert linear.weight.shape == (linear.out_features, linear.in_features)
-        assert all(linear.get_parameter(part).is_meta for part in linear.packed)
+        assert all(linear.get_parameter(part).is_meta for part in linear.matrix.parts)
     assert type(model.get_submodule(anatomy.head)) is nn.Linear
     assert type(model.get_submodule(anatomy.embedding)) is nn.Embedding
     assert all(dict(model.named_parameters())[name] is param for name, param in biases.items())

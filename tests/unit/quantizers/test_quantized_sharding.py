@@ -12,8 +12,8 @@ from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
 
 from dsft.comm.world import World
 from dsft.protocols import Anatomy
-from dsft.quantizers.int8 import Int8Linear
-from dsft.quantizers.nf4 import NF4Linear
+from dsft.quantizers.int8 import Int8Codec
+from dsft.quantizers.nf4 import NF4Codec
 from dsft.quantizers.packed import ByteLinear, fill
 from dsft.strategies.fsdp import FSDP
 
@@ -32,11 +32,11 @@ class Block(nn.Module):
         super().__init__()
         dense = nn.Linear(WIDTH, WIDTH)
         self.base: ByteLinear = (
-            NF4Linear(dense, compute_dtype=None, double_quant=kind == "nf4")
+            ByteLinear(dense, NF4Codec(double_quant=kind == "nf4"), None)
             if kind.startswith("nf4")
-            else Int8Linear(dense, compute_dtype=None)
+            else ByteLinear(dense, Int8Codec(), None)
         )
-        fill(self.base, dense.weight.detach())
+        fill(self.base, "weight", [dense.weight.detach()])
         self.down, self.up = nn.Linear(WIDTH, 4, bias=False), nn.Linear(4, WIDTH, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -90,7 +90,7 @@ def shard_and_train(kind: str, precision: str, shards: int | None) -> dict[str, 
     local = sum(p.to_local().numel() for p in model.parameters() if p.dtype == torch.uint8)
     with pytest.raises(RuntimeError, match="is sharded"):
         model[0].base.unpack()
-    used = strategy.used(model, "1.base", model[1].base.packed)
+    used = strategy.used(model, "1.base", model[1].base.matrix.parts)
     with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16", cache_enabled=False):
         losses = train(model, rows().chunk(2)[world.rank])
     after = packed_bytes(model)
