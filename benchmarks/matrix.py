@@ -23,7 +23,7 @@ FOLDER = ROOT / "runs" / "matrix"
 """Where a run keeps its journal and its rows."""
 
 
-MODELS = ("tiny", "tiny_moe")
+MODELS = ("tiny", "tiny_moe", "tiny_moe_v3")
 FILES = sorted((OWN_CONF / "method").glob("*.yaml"))
 BASES = {path.stem: found[1] for path in FILES if (found := re.search(r"/quantization: (\w+)", path.read_text()))}
 """Method -> the quantization that it brings itself."""
@@ -46,7 +46,9 @@ DROPPING = {"lora+dropout": ["method=lora", "method.dropout=0.1"]}
 
 NEEDED = {f"{model} vera": ["method.rank=8"] for model in MODELS}
 NEEDED |= {"tiny_moe ia3": ["method.feedforward_modules=[]"], "tiny qat": ["optim.eps=1e-5"]}
-NEEDED |= {"tiny_moe lora_plus": ["method.target_modules=[all-linear,experts]", "method.expert_rank=3"]}
+ON_EXPERTS = ["method.target_modules=[all-linear,experts]", "method.expert_rank=3"]
+NEEDED |= {"tiny_moe lora_plus": ON_EXPERTS}
+NEEDED |= {f"tiny_moe_v3 {method}": ON_EXPERTS for method in ("lora", "qlora", "int8_lora")}
 NEEDED |= {f"{model} full:reward": ["optim.eps=1e-5"] for model in MODELS}
 NEEDED |= {f"{model} adalora": ["method.alpha=1024", "method.interval=2"] for model in MODELS}
 NEEDED |= {
@@ -142,11 +144,15 @@ def rows(
 
 def _wanted(model: str, method: str, variant: str) -> bool:
     """Whether the matrix has this row: a packed base once, nf4 without recomputation and int8 with it; few of them on
-    the experts, which are not packed.
+    the experts of a Mixtral, and few methods on those of a DeepSeek, of which each step leaves some without a token.
     """
     name, _, packing = method.partition("+")
     if ":" in method:
         return model == "tiny" and (variant == "full" or name.startswith("lora:"))
+    if model == "tiny_moe_v3":
+        return not packing and (
+            name in ("lora", "qlora", "int8_lora") or (name in ("full", "houlsby") and variant == "full")
+        )
     if model != "tiny":
         return (variant == "full" and not packing) or name in ("lora", "lora_plus", "qlora", "int8_lora")
     return not packing or variant == {"nf4": "none", "int8": "full"}[packing]

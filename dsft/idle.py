@@ -52,6 +52,11 @@ TABLE = (
         "belongs to AdamW, and optim.name is {run.optim.name}; leave it out",
     ),
     Idle(
+        ("quantization.unpack_mib",),
+        lambda run, kind: not getattr(run.quantization, "experts", True),
+        "is of packed experts, and quantization.experts=false packs none; set that, or leave it out",
+    ),
+    Idle(
         ("checkpoint.keep", "checkpoint.keep_every", "checkpoint.background", "checkpoint.keep_best"),
         lambda run, kind: run.checkpoint.every == 0,
         "belongs to checkpoints, and checkpoint.every=0 saves none; set that, or leave it out",

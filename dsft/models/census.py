@@ -27,12 +27,15 @@ def census(model: nn.Module, anatomy: Anatomy) -> dict[str, Any]:
 
 
 def _counted(model: nn.Module) -> list[tuple[str, int, bool]]:
-    counted, parts = [], set[str]()
+    counted, seen = [], set[int]()
     for path, module in model.named_modules():
         for key, weight in packed_weights(module).items():
             counted.append((f"{path}.{key}", math.prod(weight.shape), False))
-            parts |= {f"{path}.{part}" for part in weight.parts}
-    counted += [(name, p.numel(), p.requires_grad) for name, p in model.named_parameters() if name not in parts]
+            seen |= {id(module.get_parameter(part)) for part in weight.parts}
+        for key, param in module.named_parameters(recurse=False):
+            if id(param) not in seen:
+                counted.append((f"{path}.{key}", param.numel(), param.requires_grad))
+            seen.add(id(param))
     return counted
 
 

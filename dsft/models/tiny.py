@@ -69,9 +69,12 @@ def fill_fixed(model: "nn.Module", seed: int) -> None:
     """Fixed random values, each from (seed, name), large enough that a few steps at lr 1e-3 move the loss.
 
     Matrices (out, in) and experts (E, out, in) get a standard deviation of 1 / sqrt(in), so that the signal keeps its
-    size from layer to layer; the embedding 1; norms are 1.
+    size from layer to layer; the embedding 1; norms are 1. A buffer that a router adds to its scores gets 0.3, so that
+    some experts are seldom chosen.
     """
     import torch
+
+    from dsft.models.build import persistent_buffers
 
     for name, param in model.named_parameters():
         digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
@@ -83,3 +86,7 @@ def fill_fixed(model: "nn.Module", seed: int) -> None:
                 param.normal_(0.0, 1.0, generator=generator)
             else:
                 param.normal_(0.0, param.shape[-1] ** -0.5, generator=generator)
+    for name, buffer in persistent_buffers(model).items():
+        digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+        buffer.normal_(0.0, 0.3, generator=generator)

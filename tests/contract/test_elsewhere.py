@@ -54,6 +54,25 @@ def test_a_run_keeps_the_number_of_its_first_start() -> None:
     assert compose(["run_dir=first"]).run.train.global_batch_size == 16
 
 
+def test_a_run_from_before_experts_were_packed_leaves_them_unpacked() -> None:
+    words = ["method=qlora", "launcher=local", "run_dir=first", "train.global_batch_size=16"]
+    first = folder.stored(compose(words).resolved)
+    Path("first").mkdir()
+    old = {key: value for key, value in first["quantization"].items() if key not in ("experts", "unpack_mib")}
+    Path("first/config.yaml").write_text(dump_yaml({**first, "quantization": old}))
+    again = compose(words)
+    assert again.run.quantization.experts is False
+    assert "quantization.experts=false: first was made before experts were packed" in again.repairs
+    folder.check(Path("first"), again.resolved)
+    assert compose([*words, "resume.anew=true"]).run.quantization.experts is True
+    with pytest.raises(ValueError, match=r"quantization.experts was None, is True"):
+        folder.check(Path("first"), compose([*words, "quantization.experts=true"]).resolved)
+    Path("first/config.yaml").write_text(dump_yaml(first))
+    folder.check(Path("first"), compose([*words, "quantization.unpack_mib=1"]).resolved)
+    with pytest.raises(ValueError, match=r"quantization.unpack_mib=1 is of packed experts, and quantization.experts"):
+        compose([*words, "quantization.experts=false", "quantization.unpack_mib=1"])
+
+
 def test_what_is_elsewhere_is_not_held_against_this_machine(capsys: pytest.CaptureFixture[str]) -> None:
     for words in ([*FAR], ["launcher.devices=8"], ["launcher=slurm"], ["launcher=slurm", "launcher.nodes=2"]):
         found = as_json(capsys, "model=tiny", *words)

@@ -86,6 +86,7 @@ def really_kept(words: list[str], rows: Path) -> int:
         ["method=diff_pruning", "train.steps=4", "train.precision=bf16"],
         ["model=tiny_moe", "method=full"],
         ["model=tiny_moe", "method=lora", "train.precision=bf16"],
+        ["model=tiny_moe", "method=qlora", "quantization.unpack_mib=0"],
     ],
     ids=" ".join,
 )

@@ -89,9 +89,9 @@ class Flips(Single):
 
 
 @pytest.mark.usefixtures("other_sums")
-@pytest.mark.parametrize("part", ["payload", "absmax", "nested"])
+@pytest.mark.parametrize("part", ["payload", "absmax", "nested", "gate_up_proj_payload", "gate_up_proj_nested"])
 def test_a_bit_that_flips_stops_the_start(part: str) -> None:
-    run = run_of("method=qlora", "train.precision=fp32")
+    run = run_of("model=tiny_moe" if "_proj_" in part else "model=tiny", "method=qlora", "train.precision=fp32")
     with pytest.raises(RuntimeError, match=rf"\.{part}: the packed weight .* Flips does not carry its bytes"):
         started(replace(run, strategy=Flips(part=part)))
 

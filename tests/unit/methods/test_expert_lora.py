@@ -15,11 +15,13 @@ from dsft.compose import compose
 from dsft.engine import scored
 from dsft.engine.assemble import Session, assemble
 from dsft.engine.trial_models import ALONE
+from dsft.loaded import unpacked_base
 from dsft.methods import expert_lora, peft_bridge
 from dsft.models.anatomy import dissect
 from dsft.models.build import build_meta
 from dsft.models.bytes_tokenizer import byte_tokenizer
 from dsft.models.small import fill
+from dsft.quantizers.footprint import footprint
 
 BOUND = 1e-5
 COMMON: dict[str, Any] = {
@@ -129,6 +131,24 @@ def off_by(session: Session, folder: Path, adapter: Path) -> float:
     mine = scored.scored(session.model, examples(), packed=True)
     session.run.method.save(session.model, learned(session), adapter, "base")
     return scored.off(mine.scores, scored.one_by_one(in_peft(folder, adapter), examples()).scores)
+
+
+@pytest.mark.parametrize("packing", [["quantization=nf4", "quantization.unpack_mib=0"], ["quantization=int8"]])
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_a_step_on_packed_experts_is_that_on_the_decoded_base(
+    model_type: str, packing: list[str], models: Callable[[str], Path], tmp_path: Path
+) -> None:
+    words = ("method.rank=4", "method.expert_rank=3")
+    session = started(models(model_type), *words, *packing)
+    assert footprint(session.model).expert_parameters == 0
+    unpacked_base(session.run).save_pretrained(tmp_path / "decoded")
+    byte_tokenizer().save_pretrained(tmp_path / "decoded")
+    plain = started(tmp_path / "decoded", *words)
+    mine, theirs = (scored.scored(each.model, examples(), packed=True) for each in (session, plain))
+    assert scored.off(mine.scores, theirs.scores) <= 1e-6
+    assert scored.apart(mine.grads, {name: theirs.grads[name] for name in mine.grads}) <= BOUND
+    assert off_by(session, tmp_path / "decoded", tmp_path / "adapter") <= BOUND
+    assert off_by(session, models(model_type), tmp_path / "adapter") > 100 * BOUND  # what is packed is not the same
 
 
 def expert_major(name: str, value: Tensor) -> Tensor:

@@ -10,7 +10,8 @@ import huggingface_hub
 import pytest
 import torch
 
-from dsft.models.build import build_meta
+from dsft.models.anatomy import dissect
+from dsft.models.build import build_meta, persistent_buffers
 from dsft.models.cache import written_once
 from dsft.models.files import ModelFiles
 from dsft.models.headers import read_headers
@@ -23,6 +24,9 @@ PUBLISHED = {
     "qwen3_8b": 8_190_735_360,
     "qwen3_32b": 32_762_123_264,
     "mixtral8x7b": 46_702_792_704,
+    "qwen3_30b_a3b": 30_532_122_624,
+    "gpt_oss_20b": 20_914_757_184,
+    "deepseek_v2_lite": 15_706_484_224,
 }
 """Parameters as the model cards give them."""
 
@@ -34,6 +38,16 @@ def test_published_numbers_give_the_published_size_without_the_hub(name: str, so
     assert sum(param.numel() for param in model.parameters()) == PUBLISHED[name]
     assert files.folder is None
     assert files.name_or_path == source(name).path
+
+
+def test_the_tiny_deepseek_has_what_a_mixtral_has_not(source: Callable) -> None:
+    model = build_meta(source("tiny_moe_v3").resolve(), torch.float32)
+    anatomy = dissect(model)
+    assert len(anatomy.experts) == len(anatomy.blocks) - 1
+    assert {"mlp", "shared_experts", "attention"} == set(anatomy.linears.values())
+    (name, *_) = persistent_buffers(model)
+    values = open_values(source("tiny_moe_v3").resolve(), torch.float32, 0).full(name)
+    assert values.unique().numel() == len(values)
 
 
 @pytest.mark.parametrize("name", ["llama8b", "tiny", "smollm2_135m", "custom"])
