@@ -53,7 +53,7 @@ TABLE = (
     ),
     Idle(
         ("quantization.unpack_mib",),
-        lambda run, kind: not getattr(run.quantization, "experts", True),
+        lambda run, kind: not run.quantization.packs_experts,
         "is of packed experts, and quantization.experts=false packs none; set that, or leave it out",
     ),
     Idle(

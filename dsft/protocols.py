@@ -187,6 +187,11 @@ class Quantizer(ABC):
     def report(self, model: nn.Module) -> str:
         """One line on what is packed in model and what stays in 16 bit; empty if there is nothing to say."""
 
+    @property
+    def packs_experts(self) -> bool:
+        """True if it packs fused experts too."""
+        return False
+
 
 class Codec(ABC):
     """How a matrix is kept as bytes. One object serves all that a quantizer packs; a profiler may mark its decode."""

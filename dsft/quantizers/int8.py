@@ -36,6 +36,11 @@ class Int8(Quantizer):
         read_compute_dtype(self.compute_dtype)
         check_unpack_mib(self.unpack_mib)
 
+    @property
+    def packs_experts(self) -> bool:
+        """See Quantizer."""
+        return self.experts
+
     def convert(self, model: nn.Module, anatomy: Anatomy) -> nn.Module:
         """Keep the blocks' linears and experts as bytes. Raises ValueError if there are none, or too few."""
         compute_dtype = read_compute_dtype(self.compute_dtype)

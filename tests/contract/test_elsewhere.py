@@ -98,7 +98,13 @@ def test_a_plan_for_gpus_says_what_fits(capsys: pytest.CaptureFixture[str], tmp_
     assert lines["none"].endswith("GiB  does not fit")
     assert lines["full"].endswith("GiB  fits")
     make("dbrx", tmp_path / "dbrx")  # whose experts depend on data
-    choice = ["model=custom", f"model.path={tmp_path / 'dbrx'}", "method.rank=4", "train.precision=fp32"]
+    choice = [
+        "model=custom",
+        f"model.path={tmp_path / 'dbrx'}",
+        "method.rank=4",
+        "train.precision=fp32",
+        "quantization.experts=false",
+    ]
     unknown = plan.as_text(as_json(capsys, *choice, "--gpu", "80"))
     assert "unknown whether it fits" in unknown
 
