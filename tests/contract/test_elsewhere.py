@@ -99,13 +99,7 @@ def test_a_plan_for_gpus_says_what_fits(capsys: pytest.CaptureFixture[str], tmp_
     assert lines["full"].endswith("GiB  fits")
     make("dbrx", tmp_path / "dbrx")  # whose experts depend on data
     capsys.readouterr()  # of DeepSpeed, which is imported at a first save
-    choice = [
-        "model=custom",
-        f"model.path={tmp_path / 'dbrx'}",
-        "method.rank=4",
-        "train.precision=fp32",
-        "quantization.experts=false",
-    ]
+    choice = ["model=custom", f"model.path={tmp_path / 'dbrx'}", "method.rank=4", "train.precision=fp32"]
     unknown = plan.as_text(as_json(capsys, *choice, "--gpu", "80"))
     assert "unknown whether it fits" in unknown
 
