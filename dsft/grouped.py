@@ -25,8 +25,19 @@ The child, called with the stack's product (S, out), the rows (S, in) and their 
 ALIGNED = 16
 """Bytes that the rows of both factors and of the result must be a multiple of, for grouped_mm."""
 
+MULTIPLIES = "multiplies_stacks"
+"""Name of an attribute of modules that read their stacks by dsft.moved.stack and multiply them by product."""
+
 LOOPS = ("cpu",)
 """Devices that take the groups one by one where grouped_mm does not take them."""
+
+
+def computes(module: Any) -> bool:
+    """True if the module multiplies its stacks by product: the methods' own, and fused experts that models/experts.py
+    computes, in a model that build_meta has built.
+    """
+    routed = hasattr(module, "has_gate") and getattr(module.config, "_experts_implementation", None) == NAME
+    return routed or hasattr(module, MULTIPLIES)
 
 
 @dataclass(frozen=True)

@@ -73,7 +73,7 @@ def _unpack(run: Learned | Run, base: Any) -> None:
     import torch
 
     from dsft.models.anatomy import dissect
-    from dsft.protocols import packed_weights
+    from dsft.packed import packed_weights
 
     before = {name: (module, dict(module._parameters)) for name, module in base.named_modules()}
     run.quantization.convert(base, dissect(base))

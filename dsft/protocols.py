@@ -1,7 +1,7 @@
 """The contracts: what the engine may ask of a method, a quantizer and a tracker."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -181,7 +181,7 @@ class Quantizer(ABC):
 
     @abstractmethod
     def convert(self, model: nn.Module, anatomy: Anatomy) -> nn.Module:
-        """Return the model (on meta), with what it packs, if anything, kept as bytes (see PackedWeight)."""
+        """Return the model (on meta), with what it packs, if anything, kept as bytes (see dsft.packed)."""
 
     @abstractmethod
     def report(self, model: nn.Module) -> str:
@@ -191,83 +191,6 @@ class Quantizer(ABC):
     def packs_experts(self) -> bool:
         """True if it packs fused experts too."""
         return False
-
-
-class Codec(ABC):
-    """How a matrix is kept as bytes. One object serves all that a quantizer packs; a profiler may mark its decode."""
-
-    @abstractmethod
-    def shapes(self, out: int, inside: int) -> dict[str, tuple[int, ...]]:
-        """Parts of a weight (out, inside) -> shape of each, uint8."""
-
-    @abstractmethod
-    def pack(self, weight: Tensor) -> dict[str, Tensor]:
-        """Weight (out, in), float, finite, on any device -> its parts, shaped as shapes says."""
-
-    @abstractmethod
-    def decode(self, parts: Sequence[Tensor], sides: tuple[int, int], dtype: torch.dtype) -> Tensor:
-        """Weight (out, in) = sides in dtype, from its parts in the order of shapes, on their device (not meta)."""
-
-
-class PackedWeight(ABC):
-    """A weight that its module keeps as bytes, in parameters of the module.
-
-    They are uint8 and never require grad, so that every strategy shards and gathers them byte for byte and nothing
-    casts them; biases stay as they were.
-    """
-
-    codec: Codec
-    dtype: torch.dtype
-    """That of the weight before it was packed."""
-    compute_dtype: torch.dtype | None
-    """That of the unpacked weight and of products with it, None for that of what it is multiplied with."""
-    shape: tuple[int, ...]
-    """That of the base: (out, in), or (E, ., .) of a stack of experts, whose sides its class may have exchanged."""
-    parts: tuple[str, ...]
-    """Names of the module's parameters that hold it."""
-
-    @abstractmethod
-    def pack(self, matrices: Iterable[Tensor]) -> dict[str, Tensor]:
-        """Matrices of the base, the one of a linear or all of a stack in order -> {parameter name: bytes}.
-
-        Raises RuntimeError for one of another shape or with numbers that are not finite.
-        """
-
-    @abstractmethod
-    def unpack(self, parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-        """Weight in the base's shape, from whole parts in the order of their names; on meta if they are."""
-
-
-class PackedStack(PackedWeight):
-    """A stack of matrices (out, in) of experts that is kept as bytes."""
-
-    at_once: int
-    """Matrices that are unpacked at a time; only where it is fewer than there are does the host wait for a GPU."""
-
-    @abstractmethod
-    def product(self, module: nn.Module, x: Tensor, ends: Tensor) -> Tensor:
-        """Rows x (S, in), sorted by expert, times the module's stack -> (S, out), as dsft.grouped.product has it."""
-
-
-def packed_weights(module: nn.Module) -> Mapping[str, PackedWeight]:
-    """Name of each weight of the module itself that is kept as bytes -> how; in the order in which its class has them.
-
-    A module has them as `packed`, which its quantizer put there; most have none.
-    """
-    found: Mapping[str, PackedWeight] = module.__dict__.get("packed", {})
-    return found
-
-
-def stacked(module: nn.Module) -> dict[str, tuple[int, ...]]:
-    """Name -> shape (E, ., .) of each stack of matrices of the module itself, packed or not, in the order of its class.
-
-    Whole, also while ZeRO-3 has divided it.
-    """
-    packed = {name: weight.shape for name, weight in packed_weights(module).items()}
-    own = {
-        name: tuple(getattr(param, "ds_shape", param.shape)) for name, param in module.named_parameters(recurse=False)
-    }
-    return {name: shape for name, shape in {**own, **packed}.items() if len(shape) == 3}
 
 
 class BaseModel(Protocol):

@@ -68,7 +68,7 @@ class Strategy(ABC):
     def shares(self, size: int) -> Shares:
         """What one of size ranks keeps. Asked before anything is started, by the plan."""
 
-    def excess(self, shape: Sequence[int], size: int) -> float:
+    def excess(self, shape: Sequence[int], size: int, *, movable: bool) -> float:
         """How many times its share the fullest of size ranks holds of a tensor of this shape; 1: they are even."""
         return 1.0
 

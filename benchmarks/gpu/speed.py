@@ -23,7 +23,7 @@ from dsft.engine.precision import DTYPES
 from dsft.engine.step import train_step
 from dsft.models.work import widest, work
 from dsft.objective import Batch
-from dsft.protocols import packed_weights
+from dsft.packed import packed_weights
 from dsft.telemetry.meter import peak_memory_bytes
 
 WARM, TIMED = 3, 5

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dsft import grouped
 from dsft.config import Run
 from dsft.course import Course
 from dsft.engine.assemble import Skeleton
@@ -83,9 +84,13 @@ def _estimate(run: Run, bones: Skeleton, saved: Saved | None, ranks: int, *, acc
     buffers = sum(buffer.nbytes for buffer in model.buffers())
     largest = max((4 * param.numel() for param in learning), default=0)
     shares = run.strategy.shares(ranks)
+    stacks = [module for module in model.modules() if grouped.computes(module)]
+    movable = {id(param) for module in stacks for param in module.parameters(recurse=False)}
 
     def fullest(sizes: Iterable[tuple[Tensor, int]]) -> float:
-        return float(sum(size * run.strategy.excess(tensor.shape, ranks) for tensor, size in sizes))
+        return sum(
+            size * run.strategy.excess(tensor.shape, ranks, movable=id(tensor) in movable) for tensor, size in sizes
+        )
 
     ours = fullest((param, 4 * param.numel()) for param in learning)
     kept = {

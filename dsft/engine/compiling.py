@@ -15,7 +15,8 @@ from dsft.cache.root import make, own_root
 from dsft.config import Train
 from dsft.models.attention import NAME, ragged_attention
 from dsft.models.routing import routes
-from dsft.protocols import Anatomy, packed_weights
+from dsft.packed import packed_weights
+from dsft.protocols import Anatomy
 
 LONG = 1000
 """Steps from which auto compiles: it takes about a minute and gains some percent, benchmarks/results/speed-lora.md."""

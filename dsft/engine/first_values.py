@@ -15,7 +15,7 @@ from dsft.models.files import ModelFiles
 from dsft.models.heads import head_tensors
 from dsft.models.materialize import materialize
 from dsft.models.values import Values, matrices, open_values
-from dsft.protocols import packed_weights
+from dsft.packed import packed_weights
 
 if TYPE_CHECKING:
     from dsft.engine.assemble import Skeleton

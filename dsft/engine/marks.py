@@ -10,7 +10,8 @@ from torch import nn
 
 from dsft.engine.parts import Part, mark
 from dsft.models.work import base_linear
-from dsft.protocols import Anatomy, packed_weights
+from dsft.packed import packed_weights
+from dsft.protocols import Anatomy
 
 
 @contextmanager

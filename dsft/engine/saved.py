@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from dsft.protocols import Anatomy, PackedStack, packed_weights
+from dsft.packed import PackedStack, packed_weights
+from dsft.protocols import Anatomy
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from dsft import grouped
-from dsft.grouped import BESIDE, NAME, Routes
-from dsft.protocols import Anatomy, stacked
+from dsft.grouped import BESIDE, Routes
+from dsft.moved import stack
+from dsft.packed import stacked
+from dsft.protocols import Anatomy
 
 WORD = "experts"
 """Word of method.target_modules for every stack of every fused expert."""
@@ -26,6 +28,8 @@ BASE = "base_model.model."
 
 class ExpertLora(nn.Module):
     """s B_e A_e x beside a stack's W_e x; A (E, r, in), B (E, out, r), fp32."""
+
+    multiplies_stacks = True
 
     def __init__(self, sides: tuple[int, int, int], rank: int, scale: float) -> None:
         """sides: E, out, in of the stack."""
@@ -37,8 +41,8 @@ class ExpertLora(nn.Module):
 
     def forward(self, y: Tensor, rows: Tensor, routes: Routes) -> Tensor:
         """Base's product y (S, out) and its rows (S, in), sorted by expert -> their sum with the adapter's product."""
-        hidden = grouped.product(rows, self.A, routes.ends)
-        return torch.add(y, grouped.product(hidden, self.B, routes.ends).to(y.dtype), alpha=self.scale)
+        hidden = grouped.product(rows, stack(self, "A"), routes.ends)
+        return torch.add(y, grouped.product(hidden, stack(self, "B"), routes.ends).to(y.dtype), alpha=self.scale)
 
 
 def stacks(model: nn.Module, anatomy: Anatomy) -> list[str]:
@@ -56,7 +60,7 @@ def stacks(model: nn.Module, anatomy: Anatomy) -> list[str]:
     routed = [name for name in anatomy.experts if hasattr(model.get_submodule(name), "has_gate")]
     for name in routed or anatomy.experts:
         module = model.get_submodule(name)
-        if not hasattr(module, "has_gate") or module.config._experts_implementation != NAME:  # type: ignore[union-attr]
+        if not grouped.computes(module):
             raise ValueError(
                 f"method.target_modules must not name {WORD} in a {kind.model_type} model: {type(module).__name__} "
                 "does not compute them through transformers' interface for experts; take "

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from dsft.imports import uncompiled
 from dsft.methods.bits import pack, unpack
-from dsft.protocols import Anatomy, packed_weights
+from dsft.packed import packed_weights
+from dsft.protocols import Anatomy
 
 Scheme = Literal["int8", "int4", "8da4w", "int2"]
 

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from dsft.methods.biases import add_bias, whole_with_biases
 from dsft.methods.branches import grow, norms
 from dsft.methods.native import Native
-from dsft.protocols import Anatomy, packed_weights
+from dsft.packed import packed_weights
+from dsft.protocols import Anatomy
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,7 +5,8 @@ from typing import Any
 
 from torch import nn
 
-from dsft.protocols import Anatomy, packed_weights
+from dsft.packed import packed_weights
+from dsft.protocols import Anatomy
 
 
 def census(model: nn.Module, anatomy: Anatomy) -> dict[str, Any]:

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from dsft import grouped
 from dsft.grouped import BESIDE, NAME, Routes
-from dsft.protocols import PackedStack, packed_weights
+from dsft.moved import stack
+from dsft.packed import PackedStack, packed_weights
 
 
 def register() -> None:
@@ -39,7 +40,7 @@ def _linear(module: nn.Module, name: str, rows: Tensor, routes: Routes) -> Tenso
     """
     packed = packed_weights(module).get(name)
     if packed is None:
-        weight: Tensor = getattr(module, name)
+        weight = stack(module, name)
         y = grouped.product(rows, weight.transpose(1, 2) if module.is_transposed else weight, routes.ends)
     else:
         y = cast(PackedStack, packed).product(module, rows, routes.ends)

@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from dsft.protocols import packed_weights
+from dsft.packed import packed_weights
 
 
 class Lineage:

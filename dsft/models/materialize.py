@@ -17,7 +17,8 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from dsft.comm.world import World
 from dsft.models.transients import returned_at_once
 from dsft.models.values import Values, matrices
-from dsft.protocols import packed_weights
+from dsft.moved import forth, moved, shape_before
+from dsft.packed import packed_weights
 
 Initial = Callable[[str, Tensor], Tensor]
 """(full name, parameter on meta) -> its first value, whole, on CPU."""
@@ -55,15 +56,16 @@ def materialize(
             for key, param in module._parameters.items():
                 if param is None or id(param) in filled:  # the other end of a tie
                     continue
-                name = names[key]
+                name, dim = names[key], moved(module).get(key, 0)
                 _require_meta(param, name)
                 filled.add(id(param))
                 if key in packed:
                     _set(param, packed.pop(key), world.device)
                 elif name in origins and origins[name] in values:
-                    _fill(param, world.device, values, origins[name])
+                    _fill(param, world.device, values, origins[name], dim)
                 else:
-                    _set(param, initial(name, param), world.device)
+                    like = torch.empty(shape_before(param, dim), device="meta") if dim else param
+                    _set(param, forth(initial(name, like), dim), world.device)
             place(module)
 
 
@@ -89,15 +91,15 @@ def _packed(
     return found
 
 
-def _fill(param: nn.Parameter, device: torch.device, values: Values, name: str) -> None:
-    """Read this rank's part of a base tensor straight into the parameter."""
+def _fill(param: nn.Parameter, device: torch.device, values: Values, name: str, dim: int) -> None:
+    """Read this rank's part of a base tensor straight into the parameter. dim: which of the base's is kept first."""
     local, offsets = _allocate(param, device)
     if local.numel() == 0:
         return
-    if tuple(local.shape[1:]) == tuple(param.shape[1:]):
+    if not dim and tuple(local.shape[1:]) == tuple(param.shape[1:]):
         values.fill(name, local, offsets[0] if offsets else 0)
     else:
-        local.copy_(_part(values.full(name), local, offsets))
+        local.copy_(_part(forth(values.full(name), dim), local, offsets))
 
 
 def _set(param: nn.Parameter, full: Tensor, device: torch.device) -> None:

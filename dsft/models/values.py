@@ -11,7 +11,7 @@ from dsft.models.checkpoint_values import CheckpointValues
 from dsft.models.heads import head_tensors
 from dsft.models.random_values import RandomValues
 from dsft.models.weights import Weights
-from dsft.protocols import PackedWeight
+from dsft.packed import PackedWeight
 
 if TYPE_CHECKING:
     from dsft.models.files import ModelFiles

@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dsft.protocols import Anatomy, stacked
+from dsft.packed import stacked
+from dsft.protocols import Anatomy
 
 
 @dataclass(frozen=True)

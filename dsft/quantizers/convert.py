@@ -5,7 +5,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from dsft.protocols import Anatomy, Codec
+from dsft.packed import Codec
+from dsft.protocols import Anatomy
 from dsft.quantizers.footprint import require_packed
 from dsft.quantizers.packed import ByteLinear, fill
 from dsft.quantizers.stacks import pack_stacks

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from torch import nn
 
 from dsft.grouped import BESIDE
-from dsft.protocols import Anatomy, packed_weights
+from dsft.packed import packed_weights
+from dsft.protocols import Anatomy
 
 LEAST = 0.9
 """Share of the blocks' matrices that a quantization must pack: the rest are convolutions, gates and routers."""

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from dsft.protocols import Anatomy, Codec, Quantizer
+from dsft.packed import Codec
+from dsft.protocols import Anatomy, Quantizer
 from dsft.quantizers.convert import check_unpack_mib, convert
 from dsft.quantizers.footprint import footprint
 from dsft.quantizers.packed import ComputeDtype, floats, raw_bytes, read_compute_dtype

@@ -6,7 +6,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from dsft.protocols import Codec, PackedWeight, packed_weights
+from dsft.packed import Codec, PackedWeight, packed_weights
 
 ComputeDtype = Literal["auto", "bf16", "fp32"]
 

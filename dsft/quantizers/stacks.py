@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dsft import grouped
-from dsft.protocols import Codec, PackedStack
+from dsft.packed import Codec, PackedStack
 from dsft.quantizers.packed import add_bytes, dtypes, require, whole_parts
 
 

@@ -1,7 +1,7 @@
 """Fully sharded data parallel (torch's FSDP2), over one mesh axis or two (HSDP: replicate x shard)."""
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -14,9 +14,11 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.distributed.tensor import Shard
 
 from dsft.comm.world import World, group_of_one
+from dsft.grouped import computes
+from dsft.moved import back, forth, move, moved
 from dsft.protocols import Anatomy
 from dsft.strategies.update import OnTensors
-from dsft.strategy import Shares
+from dsft.strategy import OptimizerFactory, Shape, Shares
 
 EVEN = 1.1
 """Times an even share that the fullest rank may hold of a stack of matrices before another dimension is shared out."""
@@ -37,6 +39,7 @@ class FSDP(OnTensors):
     offload: Literal["none", "parameters"]
     shard_size: int | Literal["node"] | None
     root: FSDPModule = field(init=False, repr=False)
+    dims: dict[nn.Parameter, int] = field(init=False, repr=False)
     ranks: int = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -58,10 +61,10 @@ class FSDP(OnTensors):
         names = ("weights", "values", "gradients", "moments")
         return Shares(part, part, part, part, part, on_host=names if self.offload == "parameters" else ())
 
-    def excess(self, shape: Sequence[int], size: int) -> float:
+    def excess(self, shape: Sequence[int], size: int, *, movable: bool) -> float:
         """Return more than 1 where the dimension that is shared out does not divide: the last shards are smaller."""
         shards = self._shards(size)
-        return _excess(shape[_dimension(shape, shards)], shards) if shape else float(shards)
+        return _excess(shape[_dimension(shape, shards, movable=movable)], shards) if shape else float(shards)
 
     def gathered(self, blocks: Sequence[int], rest: int) -> int:
         """What is no block, the block in use and the one that is fetched ahead; without resharding, all."""
@@ -94,7 +97,9 @@ class FSDP(OnTensors):
             CPUOffloadPolicy(pin_memory=world.device.type == "cuda") if self.offload != "none" else OffloadPolicy()
         )
         mesh = self.mesh(world)
-        place = partial(_placement, mesh.size(mesh.ndim - 1))
+        shards = mesh.size(mesh.ndim - 1)
+        place = partial(_placement, shards)
+        move_uneven(model, shards)
         blocks = [model.get_submodule(name) for name in anatomy.blocks]
         inside = {param for block in blocks for param in block.parameters()}
         rest = [param for param in model.parameters() if param not in inside]
@@ -120,7 +125,70 @@ class FSDP(OnTensors):
                 shard_placement_fn=place,
             )
         self.root, self.ranks = cast(FSDPModule, model), world.size
+        found = [(module._parameters[key], dim) for module in model.modules() for key, dim in moved(module).items()]
+        self.dims = {param: dim for param, dim in found if param is not None}
         return model
+
+    def prepare(
+        self, model: nn.Module, groups: Sequence[dict[str, Any]], make_optimizer: OptimizerFactory
+    ) -> nn.Module:
+        """Build the optimizer. Raises ValueError for one that does not take each number by itself, of moved stacks."""
+        super().prepare(model, groups, make_optimizer)
+        if isinstance(self.update.optimizer, torch.optim.Adafactor) and self.dims.keys() & set(self.update.params):
+            raise ValueError(
+                "optim.name must not be adafactor where stacks of experts that learn are shared out by their second or "
+                f"third dimension, as {self.ranks} ranks do; take another number of devices, or optim.name=adamw"
+            )
+        return model
+
+    def full(self, param: nn.Parameter) -> Tensor:
+        """See Strategy."""
+        return back(super().full(param), self.dims.get(param, 0)).contiguous()
+
+    def values(self, params: Sequence[nn.Parameter]) -> list[Tensor]:
+        """See Strategy."""
+        return self._back(params, super().values(params))
+
+    def gradients(self, params: Sequence[nn.Parameter]) -> list[Tensor]:
+        """See Strategy."""
+        return self._back(params, super().gradients(params))
+
+    def add_gradients(self, params: Sequence[nn.Parameter], more: Sequence[Tensor]) -> None:
+        """See Strategy."""
+        super().add_gradients(params, self._forth(params, more))
+
+    def write(self, params: Sequence[nn.Parameter], new: Sequence[Tensor]) -> None:
+        """See Strategy."""
+        super().write(params, self._forth(params, new))
+
+    def export_state(self) -> dict[str, Tensor]:
+        """The live state; moved stacks as views of what they were."""
+        return {key: back(value, self._dim(key, value.ndim)) for key, value in super().export_state().items()}
+
+    def state_template(self, shapes: Mapping[str, Shape]) -> dict[str, Tensor]:
+        """Fresh tensors, of which the optimizer's become its own."""
+        kept = {
+            key: (forth(torch.empty(size, device="meta"), self._dim(key, len(size))).shape, dtype)
+            for key, (size, dtype) in shapes.items()
+        }
+        made = super().state_template(kept)
+        return {key: back(value, self._dim(key, value.ndim)) for key, value in made.items()}
+
+    def import_state(self, state: dict[str, Tensor]) -> None:
+        """Go on from it."""
+        super().import_state({key: forth(value, self._dim(key, value.ndim)) for key, value in state.items()})
+
+    def _dim(self, key: str, ndim: int) -> int:
+        """Dimension that is kept first of the tensor KEY/NAME of a state; 0 for what has not its parameter's shape."""
+        param = self.update.named.get(key.partition("/")[2])
+        return self.dims.get(param, 0) if param is not None and param.ndim == ndim else 0
+
+    def _back(self, params: Sequence[nn.Parameter], found: Sequence[Tensor]) -> list[Tensor]:
+        pairs = zip(params, found, strict=True)
+        return [back(value, self.dims.get(param, 0)).contiguous() for param, value in pairs]
+
+    def _forth(self, params: Sequence[nn.Parameter], given: Sequence[Tensor]) -> list[Tensor]:
+        return [forth(value, self.dims.get(param, 0)) for param, value in zip(params, given, strict=True)]
 
     def used(self, model: nn.Module, path: str, names: Sequence[str]) -> dict[str, Tensor]:
         """By the all-gather of forward, with its casts; full_tensor would gather without them."""
@@ -145,15 +213,28 @@ class FSDP(OnTensors):
         (loss * self.ranks).backward()  # type: ignore[no-untyped-call]
 
 
-def _dimension(shape: Sequence[int], shards: int) -> int:
-    """The dimension that is shared out: the first, unless a stack of matrices is uneven there and even in another.
+def _dimension(shape: Sequence[int], shards: int, *, movable: bool) -> int:
+    """The dimension that is shared out: the first, unless a stack of matrices is uneven there and less so in another.
 
-    FSDP2 takes another than the first only where it divides. Eight experts on 16 ranks would be one for each of eight
-    ranks, and nothing for the others.
+    Eight experts on 16 ranks would be one for each of eight ranks, and nothing for the others. movable: the stack may
+    be kept with any dimension first; FSDP2 takes another than the first only where it divides.
     """
     if len(shape) < 3 or _excess(shape[0], shards) <= EVEN:
         return 0
-    return next((dim for dim in range(1, len(shape)) if shape[dim] % shards == 0), 0)
+    able = [dim for dim in range(len(shape)) if dim == 0 or movable or shape[dim] % shards == 0]
+    return min(able, key=lambda dim: (_excess(shape[dim], shards), dim))
+
+
+def move_uneven(model: nn.Module, shards: int) -> None:
+    """Keep stacks of matrices with the dimension first that is shared out, where FSDP2 takes it nowhere else."""
+    for module in filter(computes, model.modules()):
+        dims = {}
+        for name, param in module.named_parameters(recurse=False):
+            dim = _dimension(param.shape, shards, movable=True)
+            if dim and param.shape[dim] % shards:
+                dims[name] = dim
+        if dims:
+            move(module, dims)
 
 
 def _excess(rows: int, shards: int) -> float:
@@ -161,8 +242,8 @@ def _excess(rows: int, shards: int) -> float:
 
 
 def _placement(shards: int, param: nn.Parameter) -> Shard | None:
-    """Answer fully_shard for one parameter; None stands for its first dimension."""
-    dim = _dimension(param.shape, shards)
+    """Answer fully_shard for one parameter, moved already; None stands for its first dimension."""
+    dim = _dimension(param.shape, shards, movable=False)
     return Shard(dim) if dim else None
 
 

@@ -1,8 +1,8 @@
-"""LoRA+ of linears and fused experts on two gloo processes: two groups of parameters, whose saved state goes on in the
-same bits when it is read.
+"""LoRA+ of linears and fused experts on three gloo processes: two groups of parameters, whose saved state goes on in
+the same bits when it is read.
 
-In the same processes: a whole result, of a base with buffers that no rank has a part of alone, and a base with three
-experts, of which two ranks share out another dimension.
+In the same processes: a whole result, of a base with buffers that no rank has a part of alone, and a base with four
+experts, of whose stacks three ranks divide no dimension.
 """
 
 import gc
@@ -20,11 +20,13 @@ from torch.distributed.tensor import distribute_tensor
 
 from dsft.comm.world import World, join, leave
 from dsft.compose import compose
+from dsft.config import Run
 from dsft.data.open import open_data
-from dsft.engine.assemble import Session, assemble
+from dsft.engine.assemble import Session, assemble, skeleton
 from dsft.engine.loop import step_batches
 from dsft.engine.result import write_result
 from dsft.engine.step import train_step
+from dsft.moved import moved
 from tests.families import write_family
 
 MODULE = "tests.distributed.test_two_rates"
@@ -45,7 +47,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where the ranks find the base of the whole results, and leave all that they make."""
     place = tmp_path_factory.mktemp("ran")
     write_family(place / "base", "deepseek_v3")
-    write_family(place / "three", "deepseek_v3", n_routed_experts=3, n_group=1)
+    write_family(place / "four", "deepseek_v3", n_routed_experts=4, n_group=1, moe_intermediate_size=20)
     return place
 
 
@@ -53,7 +55,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def ran(folder: Path) -> dict[str, tuple[Steps, Steps]]:
     """Strategy -> (losses and norms of steps 3 and 4 of an unbroken run, the same of one that was restored)."""
     out = folder / "out.json"
-    code = launch([sys.executable, "-m", MODULE, str(out)], num_processes=2, log_dir=folder / "logs", env={})
+    code = launch([sys.executable, "-m", MODULE, str(out)], num_processes=3, log_dir=folder / "logs", env={})
     assert code == 0, "\n".join(path.read_text()[-1500:] for path in (folder / "logs").iterdir())
     found: dict[str, tuple[Steps, Steps]] = json.loads(out.read_text())
     return found
@@ -61,7 +63,7 @@ def ran(folder: Path) -> dict[str, tuple[Steps, Steps]]:
 
 @pytest.mark.parametrize("strategy", SHARDED)
 @pytest.mark.usefixtures("ran")
-def test_a_whole_result_of_two_ranks_holds_every_tensor_of_its_base(strategy: str, folder: Path) -> None:
+def test_a_whole_result_of_several_ranks_holds_every_tensor_of_its_base(strategy: str, folder: Path) -> None:
     base = load_file(folder / "base" / "model.safetensors")
     (result,) = map(load_file, (folder / strategy).glob("model-*.safetensors"))
     assert result.keys() == base.keys()
@@ -85,10 +87,10 @@ def test_both_rates_are_the_same_under_every_strategy(strategy: str, ran: dict[s
 def test_a_whole_model_goes_on_as_unbroken_although_ranks_do_not_divide_its_experts(
     strategy: str, ran: dict[str, tuple[Steps, Steps]]
 ) -> None:
-    unbroken, restored = ran[f"three {strategy}"]
+    unbroken, restored = ran[f"four {strategy}"]
     assert unbroken == restored
-    for mine, theirs in zip(unbroken, ran["three ddp"][0], strict=True):
-        assert mine == pytest.approx(theirs, rel=1e-5)
+    for mine, theirs in zip(unbroken, ran["four ddp"][0], strict=True):
+        assert mine == pytest.approx(theirs, rel=1e-5, abs=1e-5)
 
 
 def _session(strategy: str, world: World, *words: str) -> Session:
@@ -96,7 +98,7 @@ def _session(strategy: str, world: World, *words: str) -> Session:
         *(words or ADAPTED),
         "data=reasoning_gym", "data.size=32", "data.eval_size=0", "train.steps=4",
         "train.global_batch_size=4", "optim.lr=1e-3", "optim.schedule=constant",
-        f"strategy={strategy}", "launcher.devices=2",
+        f"strategy={strategy}", "launcher.devices=3",
     ]).run  # fmt: skip
     return assemble(run, run.model.resolve(), world)
 
@@ -109,12 +111,13 @@ def _steps(session: Session, *numbers: int) -> Steps:
 
 def _unbroken_and_restored(strategy: str, world: World, *words: str) -> tuple[Steps, Steps]:
     session = _session(strategy, world, *words)
-    stacks = [param for name, param in session.model.named_parameters() if "experts." in name and param.ndim == 3]
-    assert strategy != "fsdp" or not words or {param.placements[-1].dim for param in stacks} == {1}  # type: ignore[attr-defined]
+    kept = [dim for module in session.model.modules() for dim in moved(module).values()]
+    assert bool(kept) == (strategy == "fsdp")
     _steps(session, 1, 2)
     state: dict[str, Tensor] = {}
     for part in world.gather(save({key: _whole(value) for key, value in session.run.strategy.export_state().items()})):
         state |= load(part)
+    assert all(state[f"param/{name}"].shape == shape for name, shape in _shapes(session.run).items())
     unbroken = _steps(session, 3, 4)
     session.run.strategy.close()
     session = _session(strategy, world, *words)
@@ -123,8 +126,35 @@ def _unbroken_and_restored(strategy: str, world: World, *words: str) -> tuple[St
         _fill(value, state[key])
     session.run.strategy.import_state(template)
     restored = _steps(session, 3, 4)
+    if words:
+        restored, unbroken = restored + _shown(session), unbroken + _shown(session)
     session.run.strategy.close()
     return unbroken, restored
+
+
+def _shapes(run: Run) -> dict[str, torch.Size]:
+    """Of what learns, as the classes have it."""
+    model = skeleton(run, run.model.resolve()).model
+    return {name: param.shape for name, param in model.named_parameters() if param.requires_grad}
+
+
+@torch.no_grad()
+def _shown(session: Session) -> list[tuple[float, float]]:
+    """Of each stack of experts two numbers that depend on its order, as a result and as a method's course have it."""
+    found = []
+    for name, shape in _shapes(session.run).items():
+        if "experts." in name and len(shape) == 3:
+            param = session.model.get_parameter(name)
+            one, other = session.run.strategy.full(param), session.run.strategy.values([param])[0].cpu()
+            assert one.shape == other.shape == shape
+            found.append(tuple(float((each.double() * _ramp(each)).sum()) for each in (one, other)))
+            session.run.strategy.write([param], [other.to(param.device)])
+            assert torch.equal(session.run.strategy.full(param), one), name
+    return found
+
+
+def _ramp(value: Tensor) -> Tensor:
+    return torch.linspace(0, 1, value.numel(), dtype=torch.float64).view(value.shape)
 
 
 def _whole(value: Any) -> Tensor:
@@ -148,8 +178,8 @@ def main() -> None:
         gc.collect()
     folder = Path(sys.argv[1]).parent
     for strategy in WHOLE:
-        words = ("model=custom", f"model.path={folder / 'three'}", "method=full", "train.precision=fp32")
-        found[f"three {strategy}"] = _unbroken_and_restored(strategy, world, *words)
+        words = ("model=custom", f"model.path={folder / 'four'}", "method=full", "train.precision=fp32")
+        found[f"four {strategy}"] = _unbroken_and_restored(strategy, world, *words)
         gc.collect()
     for strategy in SHARDED:
         words = ("model=custom", f"model.path={folder / 'base'}", "method=full", "train.precision=bf16")

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from dsft.comm.world import World, join, leave
 from dsft.models.anatomy import dissect
-from dsft.protocols import Codec
+from dsft.packed import Codec
 from dsft.quantizers.packed import ByteLinear
 from dsft.strategies.zero import Zero
 

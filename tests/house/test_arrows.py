@@ -20,8 +20,8 @@ VERBS = (
 FLOORS = (
     ("config", "imports", "offline", "synonyms", "cache", "first", "installed", "owners", "searched", "locate"),
     ("comm",),
-    ("course", "grouped"),
-    ("protocols", "objective", "headed"),
+    ("course", "grouped", "moved"),
+    ("protocols", "objective", "headed", "packed"),
     ("strategy",),
     LEAVES,
     ("engine",),

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from dsft.strategies.fsdp import FSDP
+from dsft.strategies.fsdp import FSDP, _excess
 
 STACKS = {
     "mixtral": [(8, 28672, 4096), (8, 4096, 14336)],
@@ -17,14 +17,18 @@ import sys, torch
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
-from dsft.strategies.fsdp import _placement
+from dsft.moved import stack
+from dsft.strategies.fsdp import _placement, move_uneven
 from functools import partial
 ranks, *shape = map(int, sys.argv[1:])
 torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
 module = torch.nn.Module()
 with torch.device("meta"):
     module.stack = torch.nn.Parameter(torch.empty(shape))
+module.multiplies_stacks = True
+move_uneven(module, ranks)
 fully_shard(module, mesh=init_device_mesh("cpu", (ranks,)), shard_placement_fn=partial(_placement, ranks))
+assert stack(module, "stack").shape == tuple(shape)
 print(module.stack.to_local().numel() * ranks / module.stack.numel())
 """
 
@@ -35,20 +39,24 @@ def _fsdp() -> FSDP:
 
 @pytest.mark.parametrize("ranks", [3, 16, 48, 64])
 @pytest.mark.parametrize("model", STACKS)
-def test_experts_are_shared_out_evenly_where_a_dimension_divides(model: str, ranks: int) -> None:
-    found = [_fsdp().excess(shape, ranks) for shape in STACKS[model]]
-    uneven = {("mixtral", 3): [1.125, 1.125], ("mixtral", 48): [6.0, 6.0]}  # neither dimension divides
-    assert found == uneven.get((model, ranks), pytest.approx([1.0, 1.0], abs=0.01))
+def test_experts_are_shared_out_evenly(model: str, ranks: int) -> None:
+    found = [_fsdp().excess(shape, ranks, movable=True) for shape in STACKS[model]]
+    assert found == pytest.approx([1.0, 1.0], abs=0.01)
+    if model == "mixtral":  # by whole experts
+        assert _fsdp().excess((8, 7, 7), ranks, movable=False) == _excess(8, ranks)
+        assert _excess(8, ranks) == {3: 1.125, 16: 2, 48: 6, 64: 8}[ranks]
 
 
-@pytest.mark.parametrize(("shape", "ranks"), [((8, 28672, 4096), 64), ((8, 4096, 14336), 48), ((128, 2048, 768), 48)])
+@pytest.mark.parametrize(
+    ("shape", "ranks"), [((8, 28672, 4096), 64), ((8, 4096, 14336), 48), ((8, 28672, 4096), 3), ((128, 2048, 768), 48)]
+)
 def test_fsdp2_shares_them_out_so(shape: tuple[int, ...], ranks: int) -> None:
     command = [sys.executable, "-c", SHARED, *map(str, (ranks, *shape))]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert float(done.stdout) == _fsdp().excess(shape, ranks)
+    assert float(done.stdout) == _fsdp().excess(shape, ranks, movable=True)
 
 
 def test_rows_and_numbers_are_shared_out_by_rows() -> None:
-    assert _fsdp().excess((100, 3), 64) == 1.28
-    assert _fsdp().excess((), 4) == 4.0
-    assert _fsdp().excess((0, 3, 4), 4) == 1.0
+    assert _fsdp().excess((100, 3), 64, movable=True) == 1.28
+    assert _fsdp().excess((), 4, movable=False) == 4.0
+    assert _fsdp().excess((0, 3, 4), 4, movable=True) == 1.0

@@ -19,7 +19,7 @@ from dsft.models.files import ModelFiles
 from dsft.models.lineage import Lineage
 from dsft.models.materialize import materialize
 from dsft.models.values import open_values
-from dsft.protocols import Codec, packed_weights
+from dsft.packed import Codec, packed_weights
 from dsft.quantizers.packed import ByteLinear
 from dsft.strategies.fsdp import bytes_that_do_not_learn
 

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dsft import grouped
 from dsft.models.anatomy import dissect
 from dsft.models.census import census
-from dsft.protocols import Codec, packed_weights, stacked
+from dsft.packed import Codec, packed_weights, stacked
 from dsft.quantizers.footprint import footprint
 from dsft.quantizers.int8 import Int8, Int8Codec
 from dsft.quantizers.nf4 import NF4, NF4Codec
