@@ -38,6 +38,7 @@ def specs(
         f"{column}|{name} {method}": FamilySpec(name, method, strategy, str(place))
         for method in methods
         for name in chosen
+        if method == "lora" or not kind(name).adapts
     }
 
 

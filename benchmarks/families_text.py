@@ -11,6 +11,8 @@ ONE, DOUBLE, RANKS = "single", "float64", ("fsdp x2", "zero3 x2")
 DOUBLES = {column: f"{column} {DOUBLE}" for column in RANKS}
 """Column of two ranks -> the same in float64."""
 METHODS = ("lora", "full")
+WITH_EXPERTS = " with experts"
+"""End of the name of a row in which LoRA is on fused experts too, and no other method is run."""
 BOUNDS = {"plain": 1e-5, "packed": 1e-5, "again": 1e-6, "export": 1e-4, **dict.fromkeys(RANKS, 1e-5)}
 """Column -> the largest relative difference that is right."""
 ROUNDING = 1e-9
@@ -38,7 +40,7 @@ tokens, rows up to 75. The numbers are largest relative differences of loss and 
 - export: of the logits of the longest row, relative to the largest, that the exported adapter or whole model gives in a
   process without dsft, to those of the model that was trained.
 
-LoRA has rank 4 on all linears and AdamW with eps 1e-4, the whole model SGD, both at lr 1e-2. A model *packs* if its
+LoRA has rank 4 on all linears, in the rows *with experts* rank 3 on fused experts too, and AdamW with eps 1e-4, the whole model SGD, both at lr 1e-2. A model *packs* if its
 examples may share a row; *alone*: each example is a micro-batch of its own; *own attention*: so it is, with the
 attention of its class. A refusal is the line that `dsft run` ends with, exit code 2, before weights are read and a run
 folder is made. Which of these a model is, dsft finds out on a small copy of it before each new run
@@ -124,12 +126,14 @@ def _counts(data: Mapping[str, Any]) -> Iterator[str]:
     refused = sum(row["verdict"] == "refused" for row in rows)
     cells = [cell for row in rows for cells in row["methods"].values() for cell in cells.values()]
     absent = sum(isinstance(cell, dict) and cell.get("none") == "not run" for cell in cells)
-    absent += sum(len(BOUNDS) * (len(METHODS) - len(row["methods"])) for row in rows)
+    experts = [name for name in data["rows"] if name.endswith(WITH_EXPERTS)]
+    absent += len(BOUNDS) * (len(METHODS) * len(rows) - len(experts) - sum(len(row["methods"]) for row in rows))
+    wrong = {name.split(", ")[0] for name in red(data)}
     yield (
         f"{len(types)} model types, {len(data['rows'])} rows: "
         + ", ".join(f"{count} {word}" for word, count in words.items())
         + f", {refused} refused. Right under LoRA: {len(right(data, 'lora'))} model types; as a whole: "
-        f"{len(right(data, 'full'))}. Red cells: {len(red(data))}; cells not run: {absent}. Made by `make families`, "
+        f"{len(right(data, 'full'))}; under LoRA of their experts too: {len({*experts} - wrong)}. Red cells: {len(red(data))}; cells not run: {absent}. Made by `make families`, "
         f"{sum(row['seconds'] for row in rows) / 60:.0f} minutes of cells."
     )
 

@@ -78,8 +78,10 @@ def write_rows(path: Path) -> None:
 
 def words(spec: FamilySpec) -> list[str]:
     """Overrides of the run."""
-    rank = LORA_RANKS.get(spec.name, 4)
+    rank = LORA_RANKS.get(kind(spec.name).model_type, 4)
     lora = [f"method.rank={rank}", f"method.alpha={2 * rank}", f"optim.eps={EPS}"]
+    if kind(spec.name).adapts:
+        lora += ["method.target_modules=[all-linear,experts]", "method.expert_rank=3"]
     method = lora if spec.method == "lora" else ["optim.name=sgd"]
     return [
         "model=custom", f"model.path={spec.folder}", f"method={spec.method}", *method, "data=local",

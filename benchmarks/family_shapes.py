@@ -11,12 +11,13 @@ from typing import Any
 @dataclass(frozen=True)
 class Kind:
     """One row. changes: of the default configuration; drops: its dropouts stay, so that plain transformers draws other
-    numbers and is not compared.
+    numbers and is not compared; adapts: LoRA is on fused experts too, and no other method is run.
     """
 
     model_type: str
     changes: Mapping[str, Any] = field(default_factory=dict)
     drops: bool = False
+    adapts: bool = False
 
 
 ROPE = {"rope_type": "default", "rope_theta": 10000.0}
@@ -62,6 +63,17 @@ CHANGES: Mapping[str, Mapping[str, Any]] = {
 }  # fmt: skip
 """Model type -> what a causal model of it needs and its default configuration has not."""
 
+EXPERTS = (
+    "afmoe", "aria_text", "axk1", "axk2", "bailing_hybrid", "beam", "cohere2_moe", "deepseek_v2", "deepseek_v3",
+    "deepseek_v32", "deepseek_v4", "dots1", "dots3_note", "dots3_note_text", "ernie4_5_moe", "exaone_moe", "flex_olmo",
+    "flint", "glm4_moe", "glm4_moe_lite", "glm_moe_dsa", "gpt_oss", "granitemoe", "granitemoe_swa", "granitemoehybrid",
+    "granitemoeshared", "hunyuan_v1_moe", "hy_v3", "hy_v4", "inkling2_text", "inkling_text", "jamba", "kimi_linear",
+    "kolibri1", "laguna", "lfm2_moe", "mellum", "mimo_v2_flash", "minimax", "minimax_m2", "minimax_m3_vl_text",
+    "mixtral", "nemotron_h", "olmoe", "phimoe", "qwen2_moe", "qwen3_5_moe", "qwen3_5_moe_text", "qwen3_moe",
+    "qwen3_next", "qwen4_exp", "qwen4_exp_text", "solar_open", "zaya",
+)  # fmt: skip
+"""Model types that LoRA trains and whose fused experts are computed through transformers' interface."""
+
 VARIANTS: Mapping[str, Kind] = {
     "gpt2 with dropout": Kind("gpt2", drops=True),
     "llama tied": Kind("llama", {"tie_word_embeddings": True}),
@@ -70,6 +82,7 @@ VARIANTS: Mapping[str, Kind] = {
     "qwen2_moe with windows": Kind(
         "qwen2_moe", {"use_sliding_window": True, "sliding_window": 4096, "max_window_layers": 1}
     ),
+    **{f"{name} with experts": Kind(name, CHANGES.get(name, {}), adapts=True) for name in EXPERTS},
 }
 
 LORA_RANKS = {"axk2": 2, "doge": 1, "hunyuan_v1_moe": 1, "hy_v4": 2}

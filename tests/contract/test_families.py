@@ -21,7 +21,7 @@ ALONE = World(0, 1, 0, torch.device("cpu"))
 SAMPLE = [
     ("llama tied", "full"), ("mistral", "lora"), ("gemma3_text", "lora"), ("qwen3_moe", "lora"), ("lfm2", "lora"),
     ("granitemoehybrid", "lora"), ("mamba2", "full"), ("bloom", "lora"), ("falcon", "lora"), ("gpt2", "lora"),
-    ("bart", "lora"), ("diffllama", "lora"),
+    ("bart", "lora"), ("diffllama", "lora"), ("mixtral with experts", "lora"),
 ]  # fmt: skip
 """Rows of each verdict, each under the method that costs less or shows more."""
 
