@@ -40,7 +40,8 @@ tokens, rows up to 75. The numbers are largest relative differences of loss and 
 - export: of the logits of the longest row, relative to the largest, that the exported adapter or whole model gives in a
   process without dsft, to those of the model that was trained.
 
-LoRA has rank 4 on all linears, in the rows *with experts* rank 3 on fused experts too, and AdamW with eps 1e-4, the whole model SGD, both at lr 1e-2. A model *packs* if its
+LoRA has rank 4 on all linears, in the rows *with experts* rank 3 on fused experts too, and AdamW with eps 1e-4, the
+whole model SGD, both at lr 1e-2. A model *packs* if its
 examples may share a row; *alone*: each example is a micro-batch of its own; *own attention*: so it is, with the
 attention of its class. A refusal is the line that `dsft run` ends with, exit code 2, before weights are read and a run
 folder is made. Which of these a model is, dsft finds out on a small copy of it before each new run
@@ -133,7 +134,8 @@ def _counts(data: Mapping[str, Any]) -> Iterator[str]:
         f"{len(types)} model types, {len(data['rows'])} rows: "
         + ", ".join(f"{count} {word}" for word, count in words.items())
         + f", {refused} refused. Right under LoRA: {len(right(data, 'lora'))} model types; as a whole: "
-        f"{len(right(data, 'full'))}; under LoRA of their experts too: {len({*experts} - wrong)}. Red cells: {len(red(data))}; cells not run: {absent}. Made by `make families`, "
+        f"{len(right(data, 'full'))}; under LoRA of their experts too: "
+        f"{len({*experts} - wrong)}. Red cells: {len(red(data))}; cells not run: {absent}. Made by `make families`, "
         f"{sum(row['seconds'] for row in rows) / 60:.0f} minutes of cells."
     )
 
