@@ -1,6 +1,7 @@
 """A block that is computed again sends each token to the experts of the first pass, however close their scores are."""
 
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,7 +9,12 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from benchmarks.matrix_rows import write_rows
+from dsft.comm.world import World
+from dsft.compose import compose
+from dsft.data.open import open_data
 from dsft.engine import recompute as recomputing
+from dsft.engine.assemble import assemble
 from dsft.engine.dropout import keyed
 from dsft.engine.recompute import recompute
 from dsft.models.anatomy import dissect
@@ -111,3 +117,24 @@ def test_whatever_chooses_chooses_once(choose: Any) -> None:
     assert largest == second.max()
     others.sum().backward()
     assert int((second.grad != 0).sum()) == indices.numel()
+
+
+def test_some_experts_of_the_matrix_model_get_no_token_of_an_example(tmp_path: Path) -> None:
+    """The rows of tiny_moe_v3 in the matrix: what a rank computes leaves experts without a token that others use."""
+    write_rows(tmp_path / "rows.jsonl", 1)
+    run = compose([
+        "model=tiny_moe_v3", "method=lora", "data=local", f"data.path={tmp_path / 'rows.jsonl'}", "tracker=[]",
+        "train.precision=fp32", "train.global_batch_size=4", "launcher=local", "data.shuffle=false",
+    ]).run  # fmt: skip
+    session = assemble(run, run.model.resolve(), World(0, 1, 0, torch.device("cpu")))
+    data = open_data(run.data, session.files.tokenizer(), max_length=512, seed=0)
+    used: dict[str, list[set[int]]] = {name: [] for name in session.anatomy.experts}
+    for name, seen in used.items():
+        module = session.model.get_submodule(name)
+        module.register_forward_pre_hook(lambda module, args, seen=seen: seen.append(set(args[1].flatten().tolist())))
+    for row in range(4):
+        tokens = torch.tensor([int(token) for token in data.train.example(row)[0]])
+        session.model(input_ids=tokens[None], position_ids=torch.arange(len(tokens))[None],
+                      segment_lengths=(len(tokens),), use_cache=False)  # fmt: skip
+    assert any(len(set.union(*seen)) > min(map(len, seen)) for seen in used.values())
+    assert any(len(set.union(*seen)) < 8 for seen in used.values())
