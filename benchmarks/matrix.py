@@ -47,7 +47,8 @@ DROPPING = {"lora+dropout": ["method=lora", "method.dropout=0.1"]}
 NEEDED = {f"{model} vera": ["method.rank=8"] for model in MODELS}
 NEEDED |= {"tiny_moe ia3": ["method.feedforward_modules=[]"], "tiny qat": ["optim.eps=1e-5"]}
 ON_EXPERTS = ["method.target_modules=[all-linear,experts]", "method.expert_rank=3"]
-NEEDED |= {"tiny_moe lora_plus": ON_EXPERTS}
+NEEDED |= {"tiny_moe lora_plus": [*ON_EXPERTS, "optim.eps=1e-5"]}
+NEEDED |= {f"{model} parallel_adapter": ["method.activation=gelu"] for model in MODELS}
 NEEDED |= {f"tiny_moe_v3 {method}": ON_EXPERTS for method in ("lora", "qlora", "int8_lora")}
 NEEDED |= {f"{model} full:reward": ["optim.eps=1e-5"] for model in MODELS}
 NEEDED |= {f"{model} adalora": ["method.alpha=1024", "method.interval=2"] for model in MODELS}
@@ -56,9 +57,10 @@ NEEDED |= {
 }
 """Of some cells: shared projections, whole on every rank, that are small beside the model; experts without linears;
 adapters of experts, of a rank that torch's kernel does not take; no steps of AdamW along gradients that are but
-rounding, where a weight that crosses a level of the grid makes a jump, or where the sides of a pair begin alike and the
-gradients of their rewards cancel; a start slow by design that 10 steps move; gates of which many are closed, and a
-penalty that the norm shows.
+rounding, where a weight that crosses a level of the grid makes a jump, where the sides of a pair begin alike and the
+gradients of their rewards cancel, or at the rates of LoRA+; no corner as relu's, where a number within rounding of 0
+has a gradient or none; a start slow by design that 10 steps move; gates of which many are closed, and a penalty that
+the norm shows.
 """
 
 RATES = {"adamw": 1e-3, "sgd": 0.05}

@@ -69,8 +69,8 @@ def fill_fixed(model: "nn.Module", seed: int) -> None:
     """Fixed random values, each from (seed, name), large enough that a few steps at lr 1e-3 move the loss.
 
     Matrices (out, in) and experts (E, out, in) get a standard deviation of 1 / sqrt(in), so that the signal keeps its
-    size from layer to layer; the embedding 1; norms are 1. A buffer that a router adds to its scores gets 0.3, so that
-    some experts are seldom chosen.
+    size from layer to layer; the embedding 1; norms are 1. A buffer that a router adds to its scores gets 1, so that
+    some experts are never chosen.
     """
     import torch
 
@@ -89,4 +89,4 @@ def fill_fixed(model: "nn.Module", seed: int) -> None:
     for name, buffer in persistent_buffers(model).items():
         digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
-        buffer.normal_(0.0, 0.3, generator=generator)
+        buffer.normal_(0.0, 1.0, generator=generator)

@@ -119,8 +119,8 @@ def test_whatever_chooses_chooses_once(choose: Any) -> None:
     assert int((second.grad != 0).sum()) == indices.numel()
 
 
-def test_some_experts_of_the_matrix_model_get_no_token_of_an_example(tmp_path: Path) -> None:
-    """The rows of tiny_moe_v3 in the matrix: what a rank computes leaves experts without a token that others use."""
+def test_some_experts_of_the_matrix_model_get_no_token(tmp_path: Path) -> None:
+    """So each row of tiny_moe_v3 in the matrix has starved experts."""
     write_rows(tmp_path / "rows.jsonl", 1)
     run = compose([
         "model=tiny_moe_v3", "method=lora", "data=local", f"data.path={tmp_path / 'rows.jsonl'}", "tracker=[]",
@@ -136,5 +136,4 @@ def test_some_experts_of_the_matrix_model_get_no_token_of_an_example(tmp_path: P
         tokens = torch.tensor([int(token) for token in data.train.example(row)[0]])
         session.model(input_ids=tokens[None], position_ids=torch.arange(len(tokens))[None],
                       segment_lengths=(len(tokens),), use_cache=False)  # fmt: skip
-    assert any(len(set.union(*seen)) > min(map(len, seen)) for seen in used.values())
-    assert any(len(set.union(*seen)) < 8 for seen in used.values())
+    assert all(1 < len(set.union(*seen)) < 8 for seen in used.values())
