@@ -52,9 +52,8 @@ NEEDED |= {f"{model} parallel_adapter": ["method.activation=gelu"] for model in 
 NEEDED |= {f"tiny_moe_v3 {method}": ON_EXPERTS for method in ("lora", "qlora", "int8_lora")}
 NEEDED |= {f"{model} full:reward": ["optim.eps=1e-5"] for model in MODELS}
 NEEDED |= {f"{model} adalora": ["method.alpha=1024", "method.interval=2"] for model in MODELS}
-NEEDED |= {
-    f"{model} diff_pruning": ["method.density=0.3", "method.gate_start=1", "method.penalty=1e-3"] for model in MODELS
-}
+PRUNED = ["method.density=0.3", "method.gate_start=1", "method.penalty=1e-3"]
+NEEDED |= {f"{model} diff_pruning": PRUNED for model in MODELS}
 """Of some cells: shared projections, whole on every rank, that are small beside the model; experts without linears;
 adapters of experts, of a rank that torch's kernel does not take; no steps of AdamW along gradients that are but
 rounding, where a weight that crosses a level of the grid makes a jump, where the sides of a pair begin alike and the
@@ -152,9 +151,8 @@ def _wanted(model: str, method: str, variant: str) -> bool:
     if ":" in method:
         return model == "tiny" and (variant == "full" or name.startswith("lora:"))
     if model == "tiny_moe_v3":
-        return not packing and (
-            name in ("lora", "qlora", "int8_lora") or (name in ("full", "houlsby") and variant == "full")
-        )
+        both = name in ("lora", "qlora", "int8_lora")
+        return not packing and (both or (variant == "full" and name in ("full", "houlsby")))
     if model != "tiny":
         return (variant == "full" and not packing) or name in ("lora", "lora_plus", "qlora", "int8_lora")
     return not packing or variant == {"nf4": "none", "int8": "full"}[packing]
