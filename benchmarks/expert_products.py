@@ -1,5 +1,5 @@
 """Time and memory of a layer of fused experts: adapters by two grouped products and by PEFT's materialised delta;
-experts whose own weights learn by a grouped product and by transformers' loop over experts.
+experts whose own weights learn by a grouped product and by transformers' loop over experts; packed experts.
 
 python -m benchmarks.expert_products   writes benchmarks/results/expert-products.md
 """
@@ -19,10 +19,14 @@ from benchmarks.matrix_text import origin
 from dsft.grouped import NAME
 from dsft.methods import expert_lora
 from dsft.models import experts
+from dsft.quantizers.int8 import Int8Codec
+from dsft.quantizers.nf4 import NF4Codec
+from dsft.quantizers.stacks import pack_stacks
 
 ROUNDS, TOKENS, RANK = 7, 512, 16
 SHAPES = {"8 experts, 2 chosen": (8, 2, 1536), "64 experts, 8 chosen": (64, 8, 192)}
 WIDTH = 576
+PLAIN = "frozen, not packed"
 PAGE = Path(__file__).with_name("results") / "expert-products.md"
 Call = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -105,6 +109,19 @@ def learning(module: Any) -> Iterator[tuple[str, nn.Module]]:
     yield "loop over experts", Held(other)
 
 
+def packed(module: Any) -> Iterator[tuple[str, nn.Module]]:
+    """The frozen layer as it is, and packed, with so many MiB of experts unpacked at a time."""
+    import copy
+
+    module.requires_grad_(False)
+    yield PLAIN, Held(module)
+    for name, codec in (("nf4", NF4Codec(double_quant=True)), ("int8", Int8Codec())):
+        for mib in (0, 16, 1024):
+            other = copy.deepcopy(module)
+            pack_stacks(other, codec, compute_dtype=None, unpack_bytes=mib * 2**20)
+            yield f"{name}, unpack_mib={mib}", Held(other)
+
+
 def measured(
     models: dict[str, nn.Module], count: int, chosen: int, dtype: torch.dtype
 ) -> dict[str, tuple[float, float]]:
@@ -154,7 +171,7 @@ def main() -> None:
     ]
     for shape, (count, chosen, inner) in SHAPES.items():
         for dtype in (torch.float32, torch.bfloat16):
-            for kinds, mine in ((adapted, "two grouped products"), (learning, "grouped product")):
+            for kinds, mine in ((adapted, "two grouped products"), (learning, "grouped product"), (packed, PLAIN)):
                 torch.manual_seed(0)
                 found = measured(dict(kinds(layer(count, chosen, inner, dtype))), count, chosen, dtype)
                 for name, (ms, mib) in found.items():

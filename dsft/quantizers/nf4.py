@@ -33,7 +33,7 @@ class NF4(Quantizer):
     double_quant: bool
     compute_dtype: ComputeDtype
     experts: bool = False
-    unpack_mib: int = 64
+    unpack_mib: int = 16
 
     def __post_init__(self) -> None:
         """Refuse an unknown compute_dtype and a negative unpack_mib."""
