@@ -42,6 +42,9 @@ class PackedWeight(ABC):
     parts: tuple[str, ...]
     """Names of the module's parameters that hold it."""
 
+    at_once: int
+    """Matrices that are unpacked at a time; only where it is fewer than there are does the host wait for a GPU."""
+
     @abstractmethod
     def pack(self, matrices: Iterable[Tensor]) -> dict[str, Tensor]:
         """Matrices of the base, the one of a linear or all of a stack in order -> {parameter name: bytes}.
@@ -56,9 +59,6 @@ class PackedWeight(ABC):
 
 class PackedStack(PackedWeight):
     """A stack of matrices (out, in) of experts that is kept as bytes."""
-
-    at_once: int
-    """Matrices that are unpacked at a time; only where it is fewer than there are does the host wait for a GPU."""
 
     @abstractmethod
     def product(self, module: nn.Module, x: Tensor, ends: Tensor) -> Tensor:

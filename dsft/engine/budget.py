@@ -1,5 +1,6 @@
 """Memory per rank, estimated before anything is loaded."""
 
+import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -15,6 +16,7 @@ from dsft.engine.optimizers import state_bytes
 from dsft.engine.recompute import WAYS, Recompute, is_recomputed
 from dsft.engine.saved import Saved, count_saved
 from dsft.models.scoring import AT_ONCE
+from dsft.packed import PackedWeight, packed_weights
 from dsft.telemetry.meter import resident_bytes
 
 CONTEXT = 2**29
@@ -106,6 +108,7 @@ def _estimate(run: Run, bones: Skeleton, saved: Saved | None, ranks: int, *, acc
     course = run.method.course(bones.model, run.train.steps or EVER, torch.device("meta"))
     kept["moments"] += sum(tensor.nbytes for tensor in course.state.values()) if course else 0
     activations, working = _kept(saved, run) if saved else (None, 0)
+    working += _unpacked(model)
     working = max(working, _head(bones, run.train.micro_batch_tokens))
     if accelerator and run.train.offload_activations and activations is not None:
         activations = 0  # one block's come back at a time: working has them
@@ -128,6 +131,16 @@ def _estimate(run: Run, bones: Skeleton, saved: Saved | None, ranks: int, *, acc
 def _shown(bones: Skeleton, course: Course) -> int:
     """Bytes of the largest part that a course is shown, whole and in fp32."""
     return max(sum(4 * bones.model.get_parameter(name).numel() for name in part) for part in course.parts)
+
+
+def _unpacked(model: nn.Module) -> int:
+    """Bytes of the largest weight that is unpacked at a time; of a stack of experts, of so many experts."""
+    packed = [weight for module in model.modules() for weight in packed_weights(module).values()]
+    return max((weight.at_once * _matrix_bytes(weight) for weight in packed), default=0)
+
+
+def _matrix_bytes(weight: PackedWeight) -> int:
+    return math.prod(weight.shape[-2:]) * (weight.compute_dtype or weight.dtype).itemsize
 
 
 def _one_micro_batch(run: Run, ranks: int) -> bool:

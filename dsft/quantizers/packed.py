@@ -29,7 +29,7 @@ class PackedMatrix(PackedWeight):
     ) -> None:
         self.codec, self.shape, self.sides = codec, sides, sides
         self.dtype, self.compute_dtype = dtype, compute_dtype
-        self.shapes = codec.shapes(*sides)
+        self.shapes, self.at_once = codec.shapes(*sides), 1
         self.parts = tuple(self.shapes)
 
     def pack(self, matrices: Iterable[Tensor]) -> dict[str, Tensor]:

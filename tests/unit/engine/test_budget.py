@@ -100,6 +100,12 @@ def test_what_autograd_keeps_is_counted_without_computing_it(words: list[str], r
     assert not any("forward" in vars(bones.model.get_submodule(name)) for name in bones.anatomy.blocks)
 
 
+def test_what_is_unpacked_at_a_time_is_counted() -> None:
+    one, four = (budget_of("model=tiny_moe", "method=qlora", f"quantization.unpack_mib={mib}") for mib in (0, 16))
+    assert four.working - one.working == 3 * (256 * 64 * 4)  # of four experts, gate and up, fp32
+    assert four.weights == one.weights
+
+
 def test_recomputed_blocks_keep_their_input_alone() -> None:
     kept = {
         what: budget_of("method=full", f"train.gradient_checkpointing={what}") for what in ("none", "selective", "full")
