@@ -36,7 +36,8 @@ def computes(module: Any) -> bool:
     """True if the module multiplies its stacks by product: the methods' own, and fused experts that models/experts.py
     computes, in a model that build_meta has built.
     """
-    routed = hasattr(module, "has_gate") and module.config._experts_implementation == NAME
+    kind = vars(module).get("config")  # of others' modules it may be anything
+    routed = hasattr(module, "has_gate") and getattr(kind, "_experts_implementation", None) == NAME
     return routed or hasattr(module, MULTIPLIES)
 
 

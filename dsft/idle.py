@@ -54,7 +54,7 @@ TABLE = (
     Idle(
         ("quantization.unpack_mib",),
         lambda run, kind: not run.quantization.packs_experts,
-        "is of packed experts, and quantization.experts=false packs none; set that, or leave it out",
+        "is of packed experts, and quantization.experts=false packs none; leave it out",
     ),
     Idle(
         ("checkpoint.keep", "checkpoint.keep_every", "checkpoint.background", "checkpoint.keep_best"),

@@ -39,6 +39,23 @@ class _Remark(logging.Filter):
 
 
 @contextmanager
+def unlogged() -> Iterator[None]:
+    """Within it no library logs: what is refused is refused in one line, which says all.
+
+    What transformers says once is forgotten afterwards, so that it is said where it comes again, in training.
+    """
+    was = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        yield
+    finally:
+        logging.disable(was)
+        once = getattr(logging.Logger, "warning_once", None)  # of transformers, if it is imported by now
+        if once is not None:
+            once.cache_clear()
+
+
+@contextmanager
 def uncompiled() -> Iterator[None]:
     """Within it torch.compile gives back what it is given.
 

@@ -73,7 +73,7 @@ def _unpack(run: Learned | Run, base: Any) -> None:
     import torch
 
     from dsft.models.anatomy import dissect
-    from dsft.packed import packed_weights
+    from dsft.packed import PACKED, packed_weights
 
     before = {name: (module, dict(module._parameters)) for name, module in base.named_modules()}
     run.quantization.convert(base, dissect(base))
@@ -83,7 +83,7 @@ def _unpack(run: Learned | Run, base: Any) -> None:
             parts = [module.get_parameter(part) for part in weight.parts]
             with torch.no_grad():
                 params[key].data = weight.unpack(parts, weight.compute_dtype or weight.dtype).to(weight.dtype)
-        plain._parameters, plain.__dict__["packed"] = params, {}
+        plain._parameters, plain.__dict__[PACKED] = params, {}
         if plain is not module:
             parent, _, leaf = name.rpartition(".")
             setattr(base.get_submodule(parent), leaf, plain)
@@ -126,6 +126,11 @@ def put(base: Any, result: Path, method: Method | None) -> Any:
     anatomy = dissect(base)
     if native.holds(result):
         return native.load(base, anatomy, result)
-    check_config(json.loads((result / "adapter_config.json").read_text(encoding="utf-8")), result)
+    described = json.loads((result / "adapter_config.json").read_text(encoding="utf-8"))
+    check_config(described, result)
+    if peft_bridge.names_packed(base, described):
+        if method is None:
+            raise ValueError("it adapts weights that are packed here, and no run says by which method; give the run")
+        return peft_bridge.attached(base, anatomy, result, method)
     model = peft_bridge.load(base, result)
     return model if method is None else method.restored(model, anatomy, result)

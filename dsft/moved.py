@@ -9,15 +9,24 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+MOVED = "dsft_moved"
+"""Name of a module's attribute that says which of its parameters are moved."""
 
-def move(module: nn.Module, dims: Mapping[str, int]) -> None:
-    """Keep each parameter that dims names with that dimension first. Its module must read it by stack from now on."""
+
+def move(module: nn.Module, dims: Mapping[str, int], shared: dict[int, tuple[nn.Parameter, nn.Parameter]]) -> None:
+    """Keep each parameter that dims names with that dimension first. Its module must read it by stack from now on.
+
+    shared: by id, what other modules' calls have moved, and what stands in its place; is added to.
+    """
     for name, dim in dims.items():
         param = module._parameters[name]
         assert param is not None
-        kept = param.detach().movedim(dim, 0).contiguous()
-        module._parameters[name] = nn.Parameter(kept, requires_grad=param.requires_grad)
-    module.__dict__["moved"] = dict(dims)
+        if id(param) not in shared:
+            kept = param.detach().movedim(dim, 0).contiguous()
+            shared[id(param)] = (param, nn.Parameter(kept, requires_grad=param.requires_grad))
+            shared[id(param)][1].__dict__.update(param.__dict__)
+        module._parameters[name] = shared[id(param)][1]
+    module.__dict__[MOVED] = dict(dims)
 
 
 def stack(module: nn.Module, name: str) -> Tensor:
@@ -28,8 +37,8 @@ def stack(module: nn.Module, name: str) -> Tensor:
 
 def moved(module: nn.Module) -> Mapping[str, int]:
     """Name -> dimension that is kept first, of the module's own parameters that are moved."""
-    found: Mapping[str, int] = module.__dict__.get("moved", {})
-    return found
+    found = module.__dict__.get(MOVED, {})
+    return found if isinstance(found, dict) else {}
 
 
 def back(tensor: Tensor, dim: int) -> Tensor:

@@ -8,6 +8,9 @@ from torch import Tensor, nn
 
 from dsft.moved import moved, shape_before
 
+PACKED = "dsft_packed"
+"""Name of a module's attribute that says which of its weights are kept as bytes."""
+
 
 class Codec(ABC):
     """How a matrix is kept as bytes. One object serves all that a quantizer packs; a profiler may mark its decode."""
@@ -43,7 +46,7 @@ class PackedWeight(ABC):
     """Names of the module's parameters that hold it."""
 
     at_once: int
-    """Matrices that are unpacked at a time; only where it is fewer than there are does the host wait for a GPU."""
+    """Matrices that are unpacked at a time. Where a stack has more of them, the host waits for a GPU."""
 
     @abstractmethod
     def pack(self, matrices: Iterable[Tensor]) -> dict[str, Tensor]:
@@ -68,9 +71,9 @@ class PackedStack(PackedWeight):
 def packed_weights(module: nn.Module) -> Mapping[str, PackedWeight]:
     """Name of each weight of the module itself that is kept as bytes -> how; in the order in which its class has them.
 
-    A module has them as `packed`, which its quantizer put there; most have none.
+    A module has them as an attribute called PACKED, which its quantizer put there; most have none.
     """
-    found: Mapping[str, PackedWeight] = module.__dict__.get("packed", {})
+    found: Mapping[str, PackedWeight] = module.__dict__.get(PACKED, {})
     return found
 
 

@@ -18,6 +18,7 @@ from dsft.entry import enter
 from dsft.examined import family_of
 from dsft.flags import hydra_flags
 from dsft.folder import provenance
+from dsft.imports import unlogged
 from dsft.models.reach import reach
 from dsft.proven import proven
 from dsft.searched import own_folder_last
@@ -59,7 +60,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         check_gpus_here(composed)
         if composed.run.resume.allow == () and not composed.run.resume.anew:
             require_code(composed.run.model, provenance(Path(composed.run.run_dir)))
-        plan = make_plan(composed, composed.run.files(planning=True), device_bytes=gpu)
+        with unlogged():
+            plan = make_plan(composed, composed.run.files(planning=True), device_bytes=gpu)
     except ValueError as error:
         return refuse(error)
     place = composed.start.place

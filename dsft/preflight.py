@@ -15,6 +15,7 @@ from dsft import basis, folder, offline, origin, published
 from dsft.compose import Composed
 from dsft.config import Run, Slurm
 from dsft.door import at_the_door
+from dsft.imports import unlogged
 from dsft.models.reach import reach
 from dsft.offline import AbsentError
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from dsft.models.files import ModelFiles
 
 
+@unlogged()
 def preflight(composed: Composed) -> dict[str, Any] | None:
     """All that can be known without weights, cheapest first: plan, digests, audit. None if the run is done already.
 

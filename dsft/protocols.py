@@ -177,11 +177,14 @@ class Method(ABC):
 
 
 class Quantizer(ABC):
-    """How frozen linears are packed."""
+    """How frozen weights are packed."""
 
     @abstractmethod
     def convert(self, model: nn.Module, anatomy: Anatomy) -> nn.Module:
         """Return the model (on meta), with what it packs, if anything, kept as bytes (see dsft.packed)."""
+
+    def require(self, model: nn.Module, anatomy: Anatomy) -> None:
+        """Raise ValueError, one line, if less of a converted model is packed than its name promises; asked by runs."""
 
     @abstractmethod
     def report(self, model: nn.Module) -> str:

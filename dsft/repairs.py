@@ -86,12 +86,12 @@ def _sized(fixed: dict[str, Any], ranks: int) -> list[str]:
 
 
 def _left_unpacked(fixed: dict[str, Any]) -> list[str]:
-    """Leave experts unpacked where run_dir was made before a quantization packed them."""
+    """Leave experts unpacked where run_dir was made so, perhaps before a quantization packed them."""
     quantization, kept = fixed["quantization"], _kept(fixed)["quantization"]
-    if quantization.get("experts") is not True or not kept or "experts" in kept:
+    if quantization.get("experts") is not True or not kept or kept.get("experts") is True:
         return []
     quantization["experts"] = False
-    return [f"{EXPERTS}=false: {fixed['run_dir']} was made before experts were packed"]
+    return [f"{EXPERTS}=false, which {fixed['run_dir']} was made with"]
 
 
 def _kept(fixed: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

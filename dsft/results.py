@@ -171,12 +171,20 @@ def _read(name: str, folder: Path, run_dir: Path | None, *, trust: bool) -> Resu
             )
         return Result(name, folder, None, base, {}, "", None, "\n", whole)
     tree = _tree(run_dir / "config.yaml")
-    seen = json.dumps([tree["quantization"], tree["train"]["precision"]], sort_keys=True)
+    plan = _json(run_dir / "plan.json")
+    seen = json.dumps([_packing(tree["quantization"], plan), tree["train"]["precision"]], sort_keys=True)
     data = tree["data"]
     joint = "" if data.get("format") in JOINED else "\n"
     known = provenance(run_dir)
-    base = str(_json(run_dir / "plan.json").get("model"))
+    base = str(plan.get("model"))
     return Result(name, folder, run_dir, base, known, seen, data.get("system"), joint, whole)
+
+
+def _packing(quantization: Mapping[str, Any], plan: Mapping[str, Any]) -> dict[str, Any]:
+    """Keys of a quantization that decide a base's bytes: whether experts are packed is one where there are any."""
+    experts = "experts" in plan.get("parameters", {}).get("by_role", {})
+    rest = {key: value for key, value in quantization.items() if key not in ("experts", "unpack_mib")}
+    return {**rest, "experts": experts and quantization.get("experts", False)}
 
 
 def _check_code(result: Result, *, trust_remote_code: bool) -> None:

@@ -21,6 +21,7 @@ from dsft_launchers.verdict import WAY_OUT, DivergedError
 
 from dsft.compared import ROUNDED, compare, digest_of
 from dsft.config import Run
+from dsft.folder import state
 from dsft.learned import FLAG, learned
 from dsft.published import FOUND, PROBE, note
 from dsft.searched import own_folder_last, python
@@ -121,7 +122,8 @@ def prove(
     if world.rank == 0:
         (result / PROBE).unlink(missing_ok=True)
     if why := ended.found.get("diverged"):
-        raise DivergedError(f"after the last step, {why}; {WAY_OUT}")
+        step = state(run_dir).get("step")
+        raise DivergedError(f"after {f'step {step}, the last' if step else 'the last step'}, {why}; {WAY_OUT}")
     if ended.code != 0 or ended.found.get("same") is not True:
         raise RuntimeError(_unpublished(result, _why(ended, seconds)))
     watch.event("verified", 0, {})

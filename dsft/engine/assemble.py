@@ -92,7 +92,7 @@ class Session:
 
 
 def skeleton(run: Run, files: ModelFiles, family: Family = PACKS) -> Skeleton:
-    """Build the model on meta, pack its frozen linears, attach the method; what learns is fp32. Reads no weights.
+    """Build the model on meta, pack its frozen weights, attach the method; what learns is fp32. Reads no weights.
 
     family: the verdict on the model, see models/family.py. Raises ValueError for what it does not allow.
     """
@@ -100,6 +100,7 @@ def skeleton(run: Run, files: ModelFiles, family: Family = PACKS) -> Skeleton:
     anatomy = dissect(model)
     head = model.get_submodule(anatomy.head)
     model = run.quantization.convert(model, anatomy)
+    run.quantization.require(model, anatomy)
     lineage = Lineage(model)
     model = run.method.attach(model, anatomy)
     stored, reference = run.method.stored(model), reference_of(run, files, model)

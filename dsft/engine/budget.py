@@ -152,10 +152,12 @@ def _one_micro_batch(run: Run, ranks: int) -> bool:
 
 
 def _gathered(run: Run, bones: Skeleton) -> int:
-    """In the type that is computed in: bytes as they are, what learns in bf16 or fp32."""
-    width = {"bf16": 2, "fp32": 4}[run.train.precision]
+    """In the type that is computed in, bf16 or fp32, but for a block with packed weights."""
+    computed = {"bf16": 2, "fp32": 4}[run.train.precision]
 
     def size(module: nn.Module) -> int:
+        packed = any(packed_weights(inner) for inner in module.modules())
+        width = 4 if packed else computed  # a group with bytes is gathered as it is stored
         return sum(param.numel() * min(width, param.element_size()) for param in module.parameters())
 
     blocks = [size(bones.model.get_submodule(name)) for name in bones.anatomy.blocks]

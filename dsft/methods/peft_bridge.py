@@ -17,6 +17,7 @@ from dsft.methods.peft_folder import Folder
 from dsft.methods.peft_landing import check_landed, names_as_they_are, portable, refused
 from dsft.methods.peft_names import as_in_file, file_names, unread
 from dsft.methods.stored import TENSORS, Stored, as_it_is, shapes
+from dsft.packed import packed_weights
 from dsft.protocols import Anatomy, Method
 
 ADAPTER = "default"
@@ -34,6 +35,29 @@ def load(base: nn.Module, folder: Path) -> Any:
         from peft import PeftModel
     with _patterns_of_parameters():
         return PeftModel.from_pretrained(base, folder)
+
+
+def names_packed(base: nn.Module, described: Mapping[str, Any]) -> bool:
+    """True if PEFT's configuration names a weight that base keeps as bytes: PEFT would look for a parameter of that
+    name, find none, and leave that part of the adapter out.
+    """
+    asked = described.get("target_parameters") or ()
+    packed = {f"{path}.{key}" for path, module in base.named_modules() for key in packed_weights(module)}
+    return any(f".{name}".endswith(f".{end}") for end in asked for name in packed)
+
+
+def attached(base: nn.Module, anatomy: Anatomy, folder: Path, method: Method) -> nn.Module:
+    """Base with the method in it, whose values are those of the adapter in folder: as a run has it, packed or not."""
+    begun = method.started_from(str(folder))
+    device = next(base.parameters()).device
+    model = begun.attach(base, anatomy)
+    stored = begun.stored(model)
+    for name, param in list(model.named_parameters()):
+        if param.requires_grad:
+            owner, _, leaf = name.rpartition(".")
+            value = nn.Parameter(stored[name].to(device), requires_grad=False)
+            model.get_submodule(owner).register_parameter(leaf, value)
+    return model
 
 
 @contextmanager

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dsft.models.heads import head_name, is_classifier
+from dsft.packed import stacked
 from dsft.protocols import Anatomy
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -86,7 +87,7 @@ def _beside_experts(
     """
     for stack in (name for name in experts if "expert" in name.rpartition(".")[2].lower()):
         owner = stack.rpartition(".")[0]
-        count = len(next(param for param in model.get_submodule(stack).parameters(recurse=False) if param.ndim == 3))
+        count = next(iter(stacked(model.get_submodule(stack)).values()))[0]
         inside = [name for name in linears if name.startswith(f"{owner}.") and not name.startswith(f"{stack}.")]
         parts = Counter(name.removeprefix(f"{owner}.").partition(".")[0] for name in inside)
         for name in inside if owner not in blocks else ():
@@ -97,5 +98,5 @@ def _beside_experts(
 
 
 def _stacks_experts(module: nn.Module) -> bool:
-    """True for a module whose own parameters are 3-D: fused experts (E, ., .); a convolution's kernel is none."""
-    return not isinstance(module, CONVOLUTIONS) and any(param.ndim == 3 for param in module.parameters(recurse=False))
+    """True for a module whose own weights are 3-D, packed or not: fused experts; a convolution's kernel is none."""
+    return not isinstance(module, CONVOLUTIONS) and bool(stacked(module))

@@ -12,7 +12,7 @@ from dsft import grouped
 from dsft.models import attention as ragged
 from dsft.models import experts
 from dsft.models.heads import name_labels, require_class
-from dsft.models.numbers import check_numbers, check_sizes, without_warnings
+from dsft.models.numbers import NumbersError, check_numbers, check_sizes, said, without_warnings
 from dsft.models.randomness import still
 from dsft.models.recording import record_spans
 from dsft.models.rope import own_lengths
@@ -43,13 +43,17 @@ def build_meta(files: "ModelFiles", dtype: torch.dtype, attention: str | None = 
         require_class(files)
     try:
         model = _described(files, dtype, attention)
+    except NumbersError as error:
+        raise ValueError(
+            f"model {files.name_or_path} must have numbers that fit together in its config.json: {error}; correct it"
+        ) from error
     except Exception as error:  # transformers' own, and whatever a model's own code raises
         if attention == ragged.NAME and _can_be_built(files, dtype):
             raise _unrouted(files, str(files.config.model_type)) from error
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ValueError(
             f"model {files.name_or_path} must be a causal language model that transformers can build with "
-            f"{attention or 'its own'} attention, got model_type={files.config.model_type}: {reason}"
+            f"{attention or 'its own'} attention, got model_type={files.config.model_type}: "
+            f"{said(files.config, error)}; correct its config.json, or take another model"
         ) from error
     if attention == ragged.NAME and not type(model)._can_set_attn_implementation():
         raise _unrouted(files, type(model).__name__)

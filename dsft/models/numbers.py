@@ -22,8 +22,12 @@ EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 """Keys of configurations that hold the number of experts a router chooses from."""
 
 
+class NumbersError(ValueError):
+    """Numbers of a configuration that do not fit together, or that no size can be."""
+
+
 def check_numbers(config: "PretrainedConfig") -> None:
-    """Raise ValueError for numbers that each are possible and together are not, which no class of transformers refuses.
+    """Raise NumbersError for numbers that together, or as a size, are impossible and that no class refuses.
 
     The line names no file: whoever asks knows where the configuration is from.
     """
@@ -31,12 +35,15 @@ def check_numbers(config: "PretrainedConfig") -> None:
     count = {key: value for key, value in numbers.items() if type(value) is int}
     heads, groups = count.get("num_attention_heads", 0), count.get("num_key_value_heads", 0)
     if heads > 0 and groups > 0 and heads % groups:
-        raise ValueError(f"num_key_value_heads must divide num_attention_heads={heads}, got {groups}")
+        raise NumbersError(f"num_key_value_heads must divide num_attention_heads={heads}, got {groups}")
+    window = count.get("sliding_window", 1)
+    if window < 1 and numbers.get("use_sliding_window") is not False:
+        raise NumbersError(f"sliding_window must be 1 or more, or null, got {window}")
     for key in EXPERTS:
         there = count.get(key, 0)  # of one or none a dense model's configuration may say that two are chosen
         chosen = count.get("num_experts_per_tok", 1)
         if there > 1 and not 1 <= chosen <= there:
-            raise ValueError(f"num_experts_per_tok must be from 1 to {key}={there}, got {chosen}")
+            raise NumbersError(f"num_experts_per_tok must be from 1 to {key}={there}, got {chosen}")
 
 
 @contextlib.contextmanager
@@ -48,10 +55,10 @@ def without_warnings() -> Iterator[None]:
 
 
 def check_sizes(model: "nn.Module") -> None:
-    """Raise ValueError for a model, on meta, of which a tensor has no number."""
+    """Raise NumbersError for a model, on meta, of which a tensor has no number."""
     for name, param in model.named_parameters():
         if param.numel() == 0:
-            raise ValueError(f"every size must be 1 or more, got {name} of shape {tuple(param.shape)}")
+            raise NumbersError(f"every size must be 1 or more, got {name} of shape {tuple(param.shape)}")
 
 
 def config_of(numbers: Mapping[str, Any]) -> "PretrainedConfig":
@@ -107,3 +114,21 @@ def _forward(model: Any, **inputs: Any) -> None:
     except RuntimeError as error:
         if re.search(r"\b(shape|size)s?\b", str(error)):
             raise
+
+
+def said(config: "PretrainedConfig", error: Exception) -> str:
+    """Return what transformers says of a configuration in one line; of a word that it does not know, whose it is."""
+    if isinstance(error, KeyError) and error.args:
+        word = error.args[0]
+        key = next((key for key, value in _values(config.to_dict()) if value == word), None)
+        return f"{key}={word!r} is unknown to its class" if key else f"KeyError: {word!r}"
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _values(tree: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Key and each value of a configuration, those of lists and of inner ones too."""
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _values(value)
+        else:
+            yield from ((key, each) for each in (value if isinstance(value, list) else [value]))

@@ -87,6 +87,8 @@ def fill_fixed(model: "nn.Module", seed: int) -> None:
             else:
                 param.normal_(0.0, param.shape[-1] ** -0.5, generator=generator)
     for name, buffer in persistent_buffers(model).items():
+        if not name.endswith("correction_bias"):
+            continue
         digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
         buffer.normal_(0.0, 1.0, generator=generator)

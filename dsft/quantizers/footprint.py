@@ -9,6 +9,7 @@ from dsft.grouped import BESIDE
 from dsft.packed import packed_weights
 from dsft.protocols import Anatomy
 
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 LEAST = 0.9
 """Share of the blocks' matrices that a quantization must pack: the rest are convolutions, gates and routers."""
 
@@ -53,7 +54,10 @@ def footprint(model: nn.Module) -> Footprint:
             packed_bytes += sum(part.numel() for part in parts)
             inside.update(id(part) for part in parts)
     plain = [param for param in model.parameters() if id(param) not in inside]
-    own = [module for name, module in model.named_modules() if not name.rpartition(".")[2].startswith(BESIDE)]
+    own = [
+        module for name, module in model.named_modules()
+        if not name.rpartition(".")[2].startswith(BESIDE) and not isinstance(module, CONVOLUTIONS)
+    ]  # fmt: skip
     stacks = {id(param): param for module in own for param in module.parameters(recurse=False) if param.ndim == 3}
     return Footprint(
         packed_parameters=packed_parameters,

@@ -1,7 +1,7 @@
 """int8: each row of a weight scaled by its absmax to [-127, 127]. LLM.int8, Dettmers et al. 2022, arXiv:2208.07339."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from dsft.packed import Codec
 from dsft.protocols import Anatomy, Quantizer
 from dsft.quantizers.convert import check_unpack_mib, convert
-from dsft.quantizers.footprint import footprint
+from dsft.quantizers.footprint import footprint, require_packed
 from dsft.quantizers.packed import ComputeDtype, floats, raw_bytes, read_compute_dtype
 
 CHUNK = 2**20
@@ -30,7 +30,7 @@ class Int8(Quantizer):
 
     compute_dtype: ComputeDtype
     experts: bool = False
-    unpack_mib: int = 16
+    unpack_mib: int = field(default=16, repr=False)  # what names a packed base does not name this
 
     def __post_init__(self) -> None:
         """Refuse an unknown compute_dtype and a negative unpack_mib."""
@@ -48,6 +48,10 @@ class Int8(Quantizer):
         return convert(
             model, anatomy, "int8", Int8Codec(), compute_dtype, experts=self.experts, unpack_mib=self.unpack_mib
         )
+
+    def require(self, model: nn.Module, anatomy: Anatomy) -> None:
+        """See Quantizer."""
+        require_packed(model, anatomy, "int8", experts=self.experts)
 
     def report(self, model: nn.Module) -> str:
         """One line: the share of parameters and bytes packed, and what stays."""

@@ -1,7 +1,7 @@
 """NF4: 4-bit levels at the quantiles of a normal, by bitsandbytes. QLoRA, Dettmers et al. 2023, arXiv:2305.14314."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from types import ModuleType
 
@@ -12,7 +12,7 @@ from dsft.imports import uncompiled
 from dsft.packed import Codec
 from dsft.protocols import Anatomy, Quantizer
 from dsft.quantizers.convert import check_unpack_mib, convert
-from dsft.quantizers.footprint import footprint
+from dsft.quantizers.footprint import footprint, require_packed
 from dsft.quantizers.packed import ComputeDtype, floats, raw_bytes, read_compute_dtype
 
 BLOCK = 64
@@ -33,7 +33,7 @@ class NF4(Quantizer):
     double_quant: bool
     compute_dtype: ComputeDtype
     experts: bool = False
-    unpack_mib: int = 16
+    unpack_mib: int = field(default=16, repr=False)  # what names a packed base does not name this
 
     def __post_init__(self) -> None:
         """Refuse an unknown compute_dtype and a negative unpack_mib."""
@@ -49,6 +49,10 @@ class NF4(Quantizer):
         """Keep the blocks' linears and experts as bytes. Raises ValueError if there are none, or too few."""
         codec, compute_dtype = NF4Codec(double_quant=self.double_quant), read_compute_dtype(self.compute_dtype)
         return convert(model, anatomy, "nf4", codec, compute_dtype, experts=self.experts, unpack_mib=self.unpack_mib)
+
+    def require(self, model: nn.Module, anatomy: Anatomy) -> None:
+        """See Quantizer."""
+        require_packed(model, anatomy, "nf4", experts=self.experts)
 
     def report(self, model: nn.Module) -> str:
         """One line: the share of parameters and bytes packed, and what stays."""

@@ -6,7 +6,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from dsft.packed import Codec, PackedWeight, packed_weights
+from dsft.packed import PACKED, Codec, PackedWeight, packed_weights
 
 ComputeDtype = Literal["auto", "bf16", "fp32"]
 
@@ -59,7 +59,7 @@ class ByteLinear(nn.Linear):
         self.register_parameter("bias", linear.bias)
         sides = (linear.out_features, linear.in_features)
         self.matrix = PackedMatrix(codec, sides, linear.weight.dtype, compute_dtype)
-        self.packed = {"weight": self.matrix}
+        self.__dict__[PACKED] = {"weight": self.matrix}
         add_bytes(self, self.matrix.shapes, linear.weight.device)
         self.train(linear.training)
 

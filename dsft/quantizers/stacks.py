@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dsft import grouped
-from dsft.packed import Codec, PackedStack
+from dsft.packed import PACKED, Codec, PackedStack
 from dsft.quantizers.packed import add_bytes, dtypes, require, whole_parts
 
 
@@ -139,5 +139,5 @@ def pack_stacks(
         if not stack.is_meta:
             for part, data in one.pack(stack.detach()).items():
                 module.get_parameter(part).data.copy_(data)
-    module.packed = packed  # type: ignore[assignment]
+    module.__dict__[PACKED] = packed
     return packed

@@ -18,7 +18,7 @@ from dsft.grouped import computes
 from dsft.moved import back, forth, move, moved
 from dsft.protocols import Anatomy
 from dsft.strategies.update import OnTensors
-from dsft.strategy import OptimizerFactory, Shape, Shares
+from dsft.strategy import Shape, Shares
 
 EVEN = 1.1
 """Times an even share that the fullest rank may hold of a stack of matrices before another dimension is shared out."""
@@ -129,18 +129,6 @@ class FSDP(OnTensors):
         self.dims = {param: dim for param, dim in found if param is not None}
         return model
 
-    def prepare(
-        self, model: nn.Module, groups: Sequence[dict[str, Any]], make_optimizer: OptimizerFactory
-    ) -> nn.Module:
-        """Build the optimizer. Raises ValueError for one that does not take each number by itself, of moved stacks."""
-        super().prepare(model, groups, make_optimizer)
-        if isinstance(self.update.optimizer, torch.optim.Adafactor) and self.dims.keys() & set(self.update.params):
-            raise ValueError(
-                "optim.name must not be adafactor where stacks of experts that learn are shared out by their second or "
-                f"third dimension, as {self.ranks} ranks do; take another number of devices, or optim.name=adamw"
-            )
-        return model
-
     def full(self, param: nn.Parameter) -> Tensor:
         """See Strategy."""
         return back(super().full(param), self.dims.get(param, 0)).contiguous()
@@ -227,6 +215,7 @@ def _dimension(shape: Sequence[int], shards: int, *, movable: bool) -> int:
 
 def move_uneven(model: nn.Module, shards: int) -> None:
     """Keep stacks of matrices with the dimension first that is shared out, where FSDP2 takes it nowhere else."""
+    shared: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}  # with the old ones, so that no id is used again
     for module in filter(computes, model.modules()):
         dims = {}
         for name, param in module.named_parameters(recurse=False):
@@ -234,7 +223,7 @@ def move_uneven(model: nn.Module, shards: int) -> None:
             if dim and param.shape[dim] % shards:
                 dims[name] = dim
         if dims:
-            move(module, dims)
+            move(module, dims, shared)
 
 
 def _excess(rows: int, shards: int) -> float:

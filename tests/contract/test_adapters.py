@@ -78,6 +78,23 @@ def test_packed_bases_stay_packed_and_shared(packing: str, tmp_path: Path) -> No
     assert _digest(adapters) == before
 
 
+@pytest.mark.parametrize("packing", ["nf4", "int8"])
+def test_adapters_of_packed_experts_answer_as_they_were_trained(packing: str, tmp_path: Path) -> None:
+    words = ("model=tiny_moe", f"quantization={packing}", "method.target_modules=[all-linear,experts]")
+    left_by(tmp_path / "experts", "lora", *words, "method.expert_rank=3")
+    left_by(tmp_path / "linears", "lora", *words[:2])
+    adapters = load(tmp_path / "experts", tmp_path / "linears")
+    base = _logits(adapters.switch(None))
+    packed = {value.data_ptr() for value in adapters.base.parameters() if value.dtype is torch.uint8}
+    for name in ("experts", "linears"):
+        model = adapters.switch(name)
+        assert packed <= {value.data_ptr() for value in model.parameters()}
+        truth = _logits(alone(read(tmp_path / name), tmp_path / name / "adapter"))
+        torch.testing.assert_close(_logits(model), truth, rtol=0, atol=1e-5)
+        assert not torch.allclose(truth, base, atol=1e-2)
+    assert torch.equal(_logits(adapters.switch(None)), base)
+
+
 def test_no_tensor_of_the_base_exists_twice(runs: dict[str, Path]) -> None:
     adapters = load(runs["lora"], runs["pfeiffer"], runs["prefix"])
     base = {value.data_ptr() for value in adapters.base.parameters()}

@@ -62,10 +62,12 @@ def test_a_run_from_before_experts_were_packed_leaves_them_unpacked() -> None:
     Path("first/config.yaml").write_text(dump_yaml({**first, "quantization": old}))
     again = compose(words)
     assert again.run.quantization.experts is False
-    assert "quantization.experts=false: first was made before experts were packed" in again.repairs
+    assert "quantization.experts=false, which first was made with" in again.repairs
     folder.check(Path("first"), again.resolved)
+    Path("first/config.yaml").write_text(dump_yaml(folder.stored(again.resolved)))  # as the start does that goes on
+    folder.check(Path("first"), compose(words).resolved)
     assert compose([*words, "resume.anew=true"]).run.quantization.experts is True
-    with pytest.raises(ValueError, match=r"quantization.experts was None, is True"):
+    with pytest.raises(ValueError, match=r"quantization.experts was False, is True"):
         folder.check(Path("first"), compose([*words, "quantization.experts=true"]).resolved)
     Path("first/config.yaml").write_text(dump_yaml(first))
     folder.check(Path("first"), compose([*words, "quantization.unpack_mib=1"]).resolved)

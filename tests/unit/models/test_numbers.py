@@ -52,12 +52,14 @@ def test_numbers_of_which_there_is_no_model_are_one_line(
     [
         ({"num_key_value_heads": 3}, "num_key_value_heads must divide num_attention_heads=4, got 3"),
         ({"intermediate_size": 0}, "every size must be 1 or more"),
-        ({"hidden_act": "nonsense"}, "nonsense"),
+        ({"sliding_window": 0}, "sliding_window must be 1 or more, or null, got 0; correct it"),
+        ({"hidden_act": "nonsense"}, "hidden_act='nonsense' is unknown to its class; correct its config.json"),
+        ({"layer_types": ["full_attention", "odd"]}, "odd.*; correct its config.json"),
     ],
 )
 def test_a_folder_of_such_numbers_is_refused_when_the_model_is_built(
     changed: dict[str, Any], reason: str, shape: Callable
 ) -> None:
-    with pytest.raises(ValueError, match=f"^model llama must be a causal language model .*: .*{reason}") as caught:
+    with pytest.raises(ValueError, match=f"^model llama must (be a causal|have numbers) .*: .*{reason}") as caught:
         build_meta(shape("llama", **changed), torch.float32)
     assert "\n" not in str(caught.value)

@@ -13,6 +13,7 @@ from dsft import grouped
 from dsft.models.anatomy import dissect
 from dsft.models.census import census
 from dsft.packed import Codec, packed_weights, stacked
+from dsft.protocols import Quantizer
 from dsft.quantizers.footprint import footprint
 from dsft.quantizers.int8 import Int8, Int8Codec
 from dsft.quantizers.nf4 import NF4, NF4Codec
@@ -183,10 +184,16 @@ def test_experts_that_a_class_computes_itself_are_refused_unless_they_may_stay(q
     keys = {"double_quant": True} if quantizer is NF4 else {}
     model = moe("dbrx", **DBRX)
     with pytest.raises(ValueError, match=r"must pack 90% .* Dbrx\w+ computes its experts .*quantization.experts=false"):
-        quantizer(compute_dtype="auto", experts=True, **keys).convert(model, dissect(model))
+        _converted(quantizer(compute_dtype="auto", experts=True, **keys), model)
     model = moe("dbrx", **DBRX)
-    quantizer(compute_dtype="auto", experts=False, **keys).convert(model, dissect(model))
+    _converted(quantizer(compute_dtype="auto", experts=False, **keys), model)
     assert footprint(model).plain_parameters > footprint(model).packed_parameters > 0
+
+
+def _converted(quantizer: Quantizer, model: Any) -> None:
+    anatomy = dissect(model)
+    quantizer.convert(model, anatomy)
+    quantizer.require(model, anatomy)
 
 
 def test_a_negative_size_is_refused() -> None:
