@@ -42,7 +42,7 @@ def moved(module: nn.Module) -> Mapping[str, int]:
 
 
 def back(tensor: Tensor, dim: int) -> Tensor:
-    """What move has moved, as it was: a view, of a DTensor a DTensor. dim 0: unmoved."""
+    """Return a moved tensor as it was before: a view, of a DTensor a DTensor. dim 0: it is not moved."""
     return tensor.movedim(0, dim) if dim else tensor
 
 

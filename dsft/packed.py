@@ -37,11 +37,11 @@ class PackedWeight(ABC):
 
     codec: Codec
     dtype: torch.dtype
-    """That of the weight before it was packed."""
+    """Type of the weight before it was packed."""
     compute_dtype: torch.dtype | None
-    """That of the unpacked weight and of products with it, None for that of what it is multiplied with."""
+    """Type of the unpacked weight and of products with it; None: the type of the other factor."""
     shape: tuple[int, ...]
-    """That of the base: (out, in), or (E, ., .) of a stack of experts, whose sides its class may have exchanged."""
+    """Shape in the base: (out, in), or (E, ., .) of a stack of experts, whose sides its class may have exchanged."""
     parts: tuple[str, ...]
     """Names of the module's parameters that hold it."""
 

@@ -57,7 +57,7 @@ def open_values(files: "ModelFiles", dtype: torch.dtype, seed: int) -> Values:
 
 
 def matrices(values: Values, name: str, packed: PackedWeight, device: torch.device) -> Iterator[Tensor]:
-    """What packed is made of, on device: the tensor called name or, of a stack, one matrix after the other.
+    """Yield the matrices that packed is made of, on device: the tensor called name, or each of a stack in order.
 
     No more of a stack is in memory than one of them, where they can be made apart.
     """

@@ -1,4 +1,4 @@
-"""What of a model is packed, how much of that was promised, and how its memory divides."""
+"""Count which share of a model is packed, and of which bytes its memory consists; refuse less than was promised."""
 
 import math
 from dataclasses import dataclass
@@ -29,7 +29,7 @@ class Footprint:
     expert_parameters: int
 
     def __str__(self) -> str:
-        """One line for the terminal."""
+        """Return one line for the terminal."""
         total = max(1, self.packed_parameters + self.plain_parameters)
         size = self.packed_bytes + self.plain_bytes
         shown = f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
@@ -44,7 +44,7 @@ class Footprint:
 
 
 def footprint(model: nn.Module) -> Footprint:
-    """What is packed in model and what is not, on meta too; exact before sharding. Tied parameters count once."""
+    """Count what is packed in model and what is not, on meta too, before sharding. Tied parameters count once."""
     packed_parameters = packed_bytes = 0
     inside: set[int] = set()
     for module in model.modules():
