@@ -49,10 +49,11 @@ class PackedWeight(ABC):
     """Matrices that are unpacked at a time. Where a stack has more of them, the host waits for a GPU."""
 
     @abstractmethod
-    def pack(self, matrices: Iterable[Tensor]) -> dict[str, Tensor]:
-        """Matrices of the base, the one of a linear or all of a stack in order -> {parameter name: bytes}.
+    def pack(self, matrices: Iterable[Tensor], first: int = 0) -> dict[str, Tensor]:
+        """Matrices of the base, the one of a linear or those of a stack from number first on -> {name: bytes}, whole.
 
-        Raises RuntimeError for one of another shape or with numbers that are not finite.
+        Bytes of matrices that are not given are 0. Raises RuntimeError for one of another shape, or with numbers that
+        are not finite.
         """
 
     @abstractmethod

@@ -18,7 +18,7 @@ from dsft.comm.world import World
 from dsft.models.transients import returned_at_once
 from dsft.models.values import Values, matrices
 from dsft.moved import forth, moved, shape_before
-from dsft.packed import packed_weights
+from dsft.packed import PackedWeight, packed_weights
 
 Initial = Callable[[str, Tensor], Tensor]
 """(full name, parameter on meta) -> its first value, whole, on CPU."""
@@ -81,14 +81,31 @@ def _require_meta(tensor: Tensor, name: str) -> None:
 def _packed(
     module: nn.Module, path: str, values: Values, world: World, origins: Mapping[str, str]
 ) -> dict[str, Tensor]:
-    """The bytes of a module's packed weights, whole, by parameter name; nothing for one that has none."""
+    """The bytes of a module's packed weights by parameter name, of stacks those that this rank keeps; else nothing."""
     found: dict[str, Tensor] = {}
     for key, weight in packed_weights(module).items():
         if any(module.get_parameter(part).is_meta for part in weight.parts):
             name = f"{path}.{key}" if path else key
             assert name in origins, f"origins must name the base weight of the packed {name}"
-            found |= weight.pack(matrices(values, origins[name], weight, world.device))
+            wanted = _wanted(module, weight)
+            found |= weight.pack(matrices(values, origins[name], weight, world.device, wanted), wanted.start)
     return found
+
+
+def _wanted(module: nn.Module, weight: PackedWeight) -> range:
+    """Numbers of the matrices of a stack of which this rank keeps a byte; of a linear its one."""
+    count = weight.shape[0] if len(weight.shape) == 3 else 1
+    first, last = count, 0
+    for part in weight.parts if count > 1 else ():
+        param = module.get_parameter(part)
+        start, stop = 0, param.numel()
+        if isinstance(param, DTensor):
+            shape, offsets = compute_local_shape_and_global_offset(param.shape, param.device_mesh, param.placements)
+            start, stop = offsets[0], offsets[0] + shape[0]
+        piece = param.numel() // count
+        if stop > start:
+            first, last = min(first, start // piece), max(last, -(-stop // piece))
+    return range(1) if count == 1 else range(min(first, last), last)
 
 
 def _fill(param: nn.Parameter, device: torch.device, values: Values, name: str, dim: int) -> None:

@@ -56,17 +56,22 @@ def open_values(files: "ModelFiles", dtype: torch.dtype, seed: int) -> Values:
     return CheckpointValues(twin, Weights(files.folder), new)
 
 
-def matrices(values: Values, name: str, packed: PackedWeight, device: torch.device) -> Iterator[Tensor]:
+def matrices(
+    values: Values, name: str, packed: PackedWeight, device: torch.device, wanted: range | None = None
+) -> Iterator[Tensor]:
     """Yield the matrices that packed is made of, on device: the tensor called name, or each of a stack in order.
 
-    No more of a stack is in memory than one of them, where they can be made apart.
+    wanted: numbers of the matrices of a stack, all if None. No more of a stack is in memory than one of them, where
+    they can be made apart.
     """
+    numbers = range(packed.shape[0]) if wanted is None else wanted
     if len(packed.shape) < 3:
         yield values.full(name, device)
     elif not values.apart(name):
-        yield from values.full(name, device)
+        whole = values.full(name, device)
+        yield from (whole[index] for index in numbers)
     else:
-        for index in range(packed.shape[0]):
+        for index in numbers:
             out = torch.empty(1, *packed.shape[1:], dtype=packed.dtype, device=device)
             values.fill(name, out, index)
             yield out[0]

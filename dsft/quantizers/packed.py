@@ -32,7 +32,7 @@ class PackedMatrix(PackedWeight):
         self.shapes, self.at_once = codec.shapes(*sides), 1
         self.parts = tuple(self.shapes)
 
-    def pack(self, matrices: Iterable[Tensor]) -> dict[str, Tensor]:
+    def pack(self, matrices: Iterable[Tensor], first: int = 0) -> dict[str, Tensor]:
         """See PackedWeight."""
         (weight,) = matrices
         require(weight, self.sides)

@@ -34,16 +34,18 @@ class Bytes(PackedStack):
         size = one * other * (compute_dtype or stack.dtype).itemsize
         self.at_once = max(1, min(self.experts, unpack_bytes // size))
 
-    def pack(self, matrices: Iterable[Tensor]) -> dict[str, Tensor]:
+    def pack(self, matrices: Iterable[Tensor], first: int = 0) -> dict[str, Tensor]:
         """See PackedWeight; one matrix is read, packed and forgotten after the other."""
         whole: dict[str, Tensor] = {}
-        for expert, matrix in enumerate(matrices):
+        for expert, matrix in enumerate(matrices, first):
             weight = matrix.T if self.turned else matrix
             require(weight, self.sides)
             for name, piece in zip(self.parts, self.codec.pack(weight).values(), strict=True):
                 if name not in whole:
-                    whole[name] = piece.new_empty(self.experts, piece.numel())
+                    whole[name] = piece.new_zeros(self.experts, piece.numel())
                 whole[name][expert] = piece.flatten()
+        if not whole:  # a rank that keeps no byte of it
+            return {name: torch.zeros(shape, dtype=torch.uint8) for name, shape in self.shapes.items()}
         return {name: part.flatten() for name, part in whole.items()}
 
     def unpack(self, parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:

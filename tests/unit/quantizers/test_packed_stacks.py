@@ -1,5 +1,7 @@
 """Stacks of fused experts kept as bytes: what they compute, what they take, what is refused."""
 
+import subprocess
+import sys
 import weakref
 from collections.abc import Sequence
 from typing import Any
@@ -194,6 +196,50 @@ def _converted(quantizer: Quantizer, model: Any) -> None:
     anatomy = dissect(model)
     quantizer.convert(model, anatomy)
     quantizer.require(model, anatomy)
+
+
+SHARDED = """
+import sys, torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from dsft.comm.world import World
+from dsft.compose import compose
+from dsft.engine.assemble import skeleton
+from dsft.engine.first_values import First, fill
+from dsft.models.random_values import RandomValues
+from dsft.packed import packed_weights
+rank, size = int(sys.argv[1]), 3
+read, whole = [], RandomValues.fill
+RandomValues.fill = lambda values, name, out, start: (read.append((name, start)), whole(values, name, out, start))
+run = compose(["model=tiny_moe", "model.init=random", "method=lora", "quantization=" + sys.argv[2], "launcher=local",
+               "train.precision=fp32", "strategy=fsdp", "launcher.devices=3", "tracker=[]"]).run
+files = run.model.resolve()
+def loaded(world):
+    bones = skeleton(run, files)
+    model = bones.model
+    if world.size > 1:
+        run.strategy.shard(model, bones.anatomy, world, "fp32")
+    fill(run, First(run, bones, files, world), model, world, first=[])
+    return {n: p for n, p in model.named_parameters() if ".experts." in n}
+alone = loaded(World(0, 1, 0, torch.device("cpu")))
+every = len([1 for name, _ in read if "experts" in name])
+read.clear()
+torch.distributed.init_process_group("fake", store=FakeStore(), rank=rank, world_size=size)
+mine = loaded(World(rank, size, 0, torch.device("cpu")))
+assert len([1 for name, _ in read if "experts" in name]) < every, (read, every)
+for name, param in mine.items():
+    chunk = alone[name].chunk(size)[rank]
+    assert torch.equal(param.to_local(), chunk), name
+print("equal", len(mine))
+"""
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+@pytest.mark.parametrize("rank", [0, 2])
+def test_a_rank_reads_and_packs_the_experts_of_its_own_bytes(kind: str, rank: int) -> None:
+    command = [sys.executable, "-c", SHARDED, str(rank), kind]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.stdout.startswith("equal"), done.stderr[-2000:]
 
 
 def test_a_negative_size_is_refused() -> None:
