@@ -76,6 +76,18 @@ def refuse_idle(run: Run, kind: str, typed: Mapping[str, object]) -> None:
                 raise ValueError(f"{key}={value} {each.way.format(run=run, kind=kind)}")
 
 
+OF_EXPERTS = ("quantization.experts", "quantization.unpack_mib")
+"""What only a model with fused experts takes."""
+
+
+def refuse_without_experts(overrides: Sequence[str], *, there: bool) -> None:
+    """Raise ValueError for a word that only a model with fused experts takes, if none are there."""
+    for word in () if there else overrides:
+        key, _, value = word.lstrip("+").partition("=")
+        if key in OF_EXPERTS and value not in ("false", "0", "null"):
+            raise ValueError(f"{word} is of fused experts, and this model has none; leave it out")
+
+
 OF_A_SWEEP = "launcher.max_parallel"
 """What only a sweep takes."""
 

@@ -18,6 +18,7 @@ from dsft.entry import enter
 from dsft.examined import family_of
 from dsft.flags import hydra_flags
 from dsft.folder import provenance
+from dsft.idle import refuse_without_experts
 from dsft.imports import unlogged
 from dsft.models.reach import reach
 from dsft.proven import proven
@@ -120,6 +121,7 @@ def make_plan(composed: Composed, files: "ModelFiles", *, device_bytes: int | No
     check_positions(run, files)
     family = family_of(files)
     bones = skeleton(run, files, family)
+    refuse_without_experts(composed.overrides, there=bool(bones.anatomy.experts))
     counts = census(bones.model, bones.anatomy)
     accelerator = composed.start.place.gpus > 0
     budgets = estimates(run, bones, composed.start.size, accelerator=accelerator)

@@ -7,7 +7,7 @@ the next (base_layer).
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from typing import Any
 
@@ -153,6 +153,21 @@ def portable(config: Any, model: nn.Module) -> Any:
     of_rest = {end: rank for end in names for name, rank in rest.items() if f".{name}".endswith(f".{end}")}
     config.rank_pattern = {**told, **{end: rank for end, rank in of_rest.items() if rank != config.r}}
     return config
+
+
+def check_ranks(model: nn.Module, there: Mapping[str, Sequence[int]]) -> None:
+    """Refuse a file, of which shapes are there, whose experts all have one rank, and those of model another one."""
+    places, modules = in_file(model), {f"{experts}.{BESIDE}{key}": module for experts, key, module in adapted(model)}
+    pairs = set[tuple[int, int]]()
+    for name, place in places.items():
+        module = modules[name.rpartition(".")[0]]
+        if _factor(name) == "A" and place in there:
+            pairs.add((module.rank, there[place][0] // module.A.shape[0]))
+    if len(pairs) == 1 and len(set(*pairs)) > 1:
+        ((mine, other),) = pairs
+        raise ValueError(
+            f"method.init_from must agree in the rank of experts, {mine}, got {other}; set method.expert_rank={other}"
+        )
 
 
 def is_second(name: str) -> bool:

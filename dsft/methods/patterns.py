@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from re import _parser as parser  # type: ignore[attr-defined]  # the standard library's own reading of an expression
 from typing import Any
 
@@ -67,3 +67,18 @@ def _within(kind: Any, what: Any) -> Iterator[Any]:
         yield what[1]
     elif kind is parser.ATOMIC_GROUP:
         yield what
+
+
+def check_sorted(key: str, patterns: Mapping[str, Any], names: Iterable[str]) -> None:
+    """Refuse patterns of which another would decide in PEFT's file, where they are sorted by name."""
+    for name in names:
+        found = [pattern for pattern in patterns if ends_with(pattern, name)]
+        if found and patterns[min(found)] != patterns[found[0]]:
+            said = " and ".join(f"{patterns[each]} by {each}" for each in (found[0], min(found)))
+            raise ValueError(f"{key} must say one thing of {name}, got {said}, first in PEFT's file; leave one out")
+
+
+def ends_with(pattern: str, name: str) -> bool:
+    """Return whether pattern is a whole name, or follows a dot at its end: PEFT's rule (get_pattern_key)."""
+    check_pattern("method.options", pattern)
+    return re.match(rf"(.*\.)?({pattern})$", name) is not None

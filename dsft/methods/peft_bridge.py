@@ -116,6 +116,7 @@ class Bridged(Method):
     def check_stored(self, folder: Folder, model: nn.Module, expected: Mapping[str, Size]) -> None:
         """Refuse a folder that does not fit. expected: name in PEFT's file -> shape."""
         config = expert_lora.portable(model.peft_config[ADAPTER], model)  # type: ignore[index]
+        expert_lora.check_ranks(model, shapes(folder.tensors))
         folder.check(config, self.agree(), expected)
 
     def save(self, model: nn.Module, weights: Mapping[str, Tensor], folder: Path, base: str) -> Mapping[str, Tensor]:

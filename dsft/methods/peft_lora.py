@@ -3,7 +3,7 @@
 import math
 import re
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dsft.methods import expert_lora
-from dsft.methods.patterns import check_pattern
+from dsft.methods.patterns import check_sorted, ends_with
 from dsft.methods.peft_bridge import ADAPTER, Bridged, inject
 from dsft.methods.peft_landing import configured, taken_for_experts
 from dsft.methods.peft_targets import nearest
@@ -142,18 +142,18 @@ class LoraLayers(Bridged):
         """Each key of a pattern must be some target's name, by PEFT's own rule: a regular expression for its end."""
         for option in ("rank_pattern", "alpha_pattern"):
             for key in self.pattern(option):
-                if not any(_ends_with(key, name) for name in chosen):
+                if not any(ends_with(key, name) for name in chosen):
                     leaves = sorted({name.rpartition(".")[2] for name in chosen})
                     raise ValueError(
                         f"method.options.{option}: {key} matches no target{nearest(key, leaves)}; the targets are "
                         f"{', '.join(leaves)}"
                     )
-            _check_sorted(f"method.options.{option}", self.pattern(option), chosen)
+            check_sorted(f"method.options.{option}", self.pattern(option), chosen)
 
     def _check_rank(self, name: str, linear: Any) -> None:
         """A product of more than the smaller side is no thin one."""
         patterns = self.pattern("rank_pattern")
-        key = next((key for key in patterns if _ends_with(key, name)), None)
+        key = next((key for key in patterns if ends_with(key, name)), None)
         rank, word = (self.rank, "rank") if key is None else (patterns[key], f"options.rank_pattern.{key}")
         most = min(linear.in_features, linear.out_features)
         if rank > most:
@@ -212,11 +212,16 @@ class Lora(LinearLora):
             self._check_patterns(set(stacks))
             model.requires_grad_(False)
             model.peft_config = {ADAPTER: self.config([])}  # type: ignore[assignment]  # as PEFT's own layers leave it
-        for stack in stacks:
-            rank = self._rank_of(stack, min(expert_lora.sides(model, stack)[1:]))
+        ranks = {stack: self._rank_of(stack, min(expert_lora.sides(model, stack)[1:])) for stack in stacks}
+        if stacks and self.expert_rank is not None and self.expert_rank not in ranks.values():
+            raise ValueError(
+                f"method.expert_rank={self.expert_rank} has no effect, as method.options.rank_pattern names every "
+                "stack of experts; leave one of them out"
+            )
+        for stack, rank in ranks.items():
             expert_lora.add(model, stack, rank, self._scale(stack, rank))
         config = expert_lora.portable(model.peft_config[ADAPTER], model)  # type: ignore[index]
-        _check_sorted("method.expert_rank and method.options.rank_pattern", config.rank_pattern, stacks)
+        check_sorted("method.expert_rank and method.options.rank_pattern", config.rank_pattern, stacks)
         return model
 
     def _rank_of(self, stack: str, most: int) -> int:
@@ -236,7 +241,7 @@ class Lora(LinearLora):
 
     def _of_pattern(self, option: str, name: str) -> Any:
         """Return what an option's pattern says of name, by PEFT's own rule; None if nothing."""
-        return next((value for key, value in self.pattern(option).items() if _ends_with(key, name)), None)
+        return next((value for key, value in self.pattern(option).items() if ends_with(key, name)), None)
 
     def _check_words(self, words: tuple[str, ...]) -> None:
         """Refuse what PEFT cannot store of experts."""
@@ -282,18 +287,3 @@ class LoraPlus(Lora):
     def rate(self, name: str, lr: float) -> float:
         """lr_ratio times lr for B."""
         return self.lr_ratio * lr if f".lora_B.{ADAPTER}." in name or expert_lora.is_second(name) else lr
-
-
-def _check_sorted(key: str, patterns: Mapping[str, Any], names: Iterable[str]) -> None:
-    """Refuse patterns of which another would decide in PEFT's file, where they are sorted by name."""
-    for name in names:
-        found = [pattern for pattern in patterns if _ends_with(pattern, name)]
-        if found and patterns[min(found)] != patterns[found[0]]:
-            said = " and ".join(f"{patterns[each]} by {each}" for each in (found[0], min(found)))
-            raise ValueError(f"{key} must say one thing of {name}, got {said}, first in PEFT's file; leave one out")
-
-
-def _ends_with(pattern: str, name: str) -> bool:
-    """PEFT's rule (get_pattern_key): pattern is a whole name, or one that follows a dot at the end of it."""
-    check_pattern("method.options", pattern)
-    return re.match(rf"(.*\.)?({pattern})$", name) is not None

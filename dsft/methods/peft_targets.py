@@ -6,8 +6,11 @@ from difflib import get_close_matches
 
 from torch import nn
 
+from dsft.methods.expert_lora import WORD
 from dsft.methods.patterns import check_pattern
 from dsft.protocols import ROLES, Anatomy
+
+TAKEN_BY = "taken by method=lora, lora_plus and rslora"
 
 
 def resolve_targets(wanted: str | tuple[str, ...], model: nn.Module, anatomy: Anatomy) -> list[str]:
@@ -31,11 +34,15 @@ def chosen_linears(wanted: str | tuple[str, ...], anatomy: Anatomy, key: str = "
                 "one; leave it out, or take method=freeze with method.trainable set to the names of its parameters"
             )
         found = _matching(word, modules, anatomy, key)
+        _check_experts(word, anatomy, key)
         if not found:
             leaves = sorted({name.rpartition(".")[2] for name in modules})
             known = ("all-linear", *(role for role in ROLES if role != "router"), *leaves)
             choice = [each for each in known if _matching(each, modules, anatomy, key)]
-            raise ValueError(f"{key}: {word} matches no linear{nearest(word, choice)}; there are: {', '.join(choice)}")
+            more = f"; fused experts are {WORD}, {TAKEN_BY}" if anatomy.experts else ""
+            raise ValueError(
+                f"{key}: {word} matches no linear{nearest(word, choice)}; there are: {', '.join(choice)}{more}"
+            )
         chosen |= found
     if not chosen:
         raise ValueError(f"{key} must name something, got []; e.g. {key}=all-linear")
@@ -45,6 +52,24 @@ def chosen_linears(wanted: str | tuple[str, ...], anatomy: Anatomy, key: str = "
             "adapter would split; leave it out, or take method=freeze with method.trainable=[head]"
         )
     return chosen
+
+
+def _check_experts(word: str, anatomy: Anatomy, key: str) -> None:
+    """Refuse a word that means fused experts, of which a method for linears would adapt nothing without a word."""
+    if word == WORD and anatomy.experts:
+        raise ValueError(f"{key} must not name {WORD} with this method, which adapts linears; it is {TAKEN_BY}")
+    if word in ROLES or word in anatomy.linears or not _is_pattern(word):
+        return
+    if meant := [name for name in anatomy.experts if re.fullmatch(word, name)]:
+        raise ValueError(
+            f"{key}: {word} matches {meant[0]}, fused experts, which no regular expression names; take a list with "
+            f"{WORD} in it, {TAKEN_BY}"
+        )
+
+
+def _is_pattern(word: str) -> bool:
+    """True for a regular expression and no plain name."""
+    return re.fullmatch(r"[\w.\-]+", word) is None
 
 
 def shortest(chosen: Iterable[str], model: nn.Module) -> list[str]:

@@ -75,6 +75,13 @@ def test_a_run_from_before_experts_were_packed_leaves_them_unpacked() -> None:
         compose([*words, "quantization.experts=false", "quantization.unpack_mib=1"])
 
 
+@pytest.mark.parametrize("word", ["quantization.unpack_mib=4", "quantization.experts=true"])
+def test_what_only_experts_take_is_refused_where_there_are_none(word: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert plan.main(["model=tiny", "method=qlora", word]) == 2
+    assert f"{word} is of fused experts, and this model has none" in capsys.readouterr().err
+    assert plan.main(["model=tiny_moe", "method=qlora", word]) == 0
+
+
 def test_what_is_elsewhere_is_not_held_against_this_machine(capsys: pytest.CaptureFixture[str]) -> None:
     for words in ([*FAR], ["launcher.devices=8"], ["launcher=slurm"], ["launcher=slurm", "launcher.nodes=2"]):
         found = as_json(capsys, "model=tiny", *words)

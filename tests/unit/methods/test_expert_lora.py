@@ -208,6 +208,8 @@ def test_a_run_starts_from_an_adapter_of_experts(models: Callable[[str], Path], 
     first = started(models("mixtral"), *words)
     first.run.method.save(first.model, learned(first), tmp_path, "base")
     run = first.run.method.started_from(str(tmp_path))
+    with pytest.raises(ValueError, match=r"agree in the rank of experts, 2, got 3; set method.expert_rank=3"):
+        started(models("mixtral"), "method.rank=4", "method.expert_rank=2", f"method.init_from={tmp_path}")
     stored = run.stored(first.model)
     assert stored.keys() == learned(first).keys()
     assert all(torch.equal(stored[name], value) for name, value in learned(first).items())
@@ -225,6 +227,11 @@ def test_a_run_starts_from_an_adapter_of_experts(models: Callable[[str], Path], 
     ("mixtral", ["method=dora"], "must not name experts with this method"),
     ("mixtral", ["method.target_modules=attention", "method.expert_rank=4"], "expert_rank must be null where"),
     ("mixtral", ["method.expert_rank=0"], "method.expert_rank must be 1 or more"),
+    ("mixtral", ["method=adalora"], "must not name experts with this method"),
+    ("mixtral", ["method.rank=4", "method.expert_rank=2", "+method.options.rank_pattern={experts.gate_up_proj: 3, "
+     "experts.down_proj: 3}"], "method.expert_rank=2 has no effect"),
+    ("mixtral", ["method.target_modules='.*(q_proj|experts)'"], "matches model.layers.0.mlp.experts, fused experts"),
+    ("mixtral", ["method.target_modules=[all-linear,mlp]"], "mlp matches no linear.*; fused experts are experts"),
     ("mixtral", ["method=pissa"], "must not name experts with this method"),
     ("mixtral", ["method=qat_lora"], "must not name experts with this method"),
     ("llama", ["method.rank=4"], "has no experts that are stacks of three"),
