@@ -234,8 +234,7 @@ print("equal", len(mine))
 """
 
 
-@pytest.mark.parametrize("kind", ["nf4", "int8"])
-@pytest.mark.parametrize("rank", [0, 2])
+@pytest.mark.parametrize(("kind", "rank"), [("nf4", 0), ("int8", 2)])
 def test_a_rank_reads_and_packs_the_experts_of_its_own_bytes(kind: str, rank: int) -> None:
     command = [sys.executable, "-c", SHARDED, str(rank), kind]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
