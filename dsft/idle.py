@@ -77,7 +77,7 @@ def refuse_idle(run: Run, kind: str, typed: Mapping[str, object]) -> None:
 
 
 OF_EXPERTS = ("quantization.experts", "quantization.unpack_mib")
-"""What only a model with fused experts takes."""
+"""Keys that have an effect only on a model with fused experts."""
 
 
 def refuse_without_experts(overrides: Sequence[str], *, there: bool) -> None:
